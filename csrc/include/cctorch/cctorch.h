@@ -1,0 +1,11 @@
+#pragma once
+
+#include <cctorch/channel_gate.h>
+#include <cctorch/channel_graph.h>
+#include <cctorch/collaborative.h>
+#include <cctorch/fake_quant.h>
+#include <cctorch/low_rank.h>
+#include <cctorch/mask.h>
+#include <cctorch/memory.h>
+#include <cctorch/nn.h>
+#include <cctorch/plan.h>

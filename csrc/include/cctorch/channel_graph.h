@@ -1,0 +1,64 @@
+#pragma once
+
+#include <cctorch/plan.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace cctorch {
+
+// Which channels of a network live and die together. A network is described once, in order of execution; each call names
+// the channels of one activation. After a plan has chosen the input channels that each layer reads, resolve() finds the
+// filters that nobody reads any more and writes them, with the gathers that remain, into the plan.
+//
+//   ChannelGraph graph;
+//   auto x = graph.input(3);
+//   auto y = graph.layer("conv1", LayerKind::conv2d, x, 16);
+//   y = graph.layer("bn1", LayerKind::batch_norm2d, y, 16);
+//   graph.pin(graph.layer("conv2", LayerKind::conv2d, y, 16));
+//   graph.resolve(plan);
+class ChannelGraph {
+ public:
+  // One entry per channel of an activation. Opaque to callers, except that slicing and concatenating it mean what they say.
+  using Channels = std::vector<int64_t>;
+
+  // Channels that cannot be removed: the network's input, or the output of something that is not followed.
+  Channels input(int64_t channels);
+
+  // A layer reads `in` and makes `out_channels` new channels; a normalization or depthwise convolution passes `in` on.
+  // A name that occurs again is a shared module: both inputs and both outputs become fixed.
+  Channels layer(const std::string& name, LayerKind kind, const Channels& in, int64_t out_channels);
+
+  // Element-wise combination: channel i of `a` and channel i of `b` live and die together.
+  Channels join(const Channels& a, const Channels& b);
+
+  // Channels followed by `features` values each, as flatten(1) lays them out.
+  static Channels flatten(const Channels& channels, int64_t features);
+
+  static Channels concat(const std::vector<Channels>& parts);
+
+  // Something that is not followed reads these channels: all of them stay.
+  void pin(const Channels& channels);
+
+  // Fills kept_out and gather of every layer of the graph. Layers that the plan does not name read all their inputs; they
+  // are added to the plan where they lose filters or need a gather.
+  void resolve(CompressionPlan& plan) const;
+
+ private:
+  struct Node {
+    std::string name;
+    LayerKind kind;
+    Channels in, out;
+  };
+
+  int64_t root(int64_t channel) const;
+  void unite(int64_t a, int64_t b);
+  Channels create(int64_t count);
+
+  std::vector<int64_t> parent_;
+  std::vector<char> pinned_;
+  std::vector<Node> nodes_;
+};
+
+}  // namespace cctorch

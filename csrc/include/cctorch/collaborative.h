@@ -1,0 +1,73 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <cctorch/plan.h>
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+// Collaborative Compression (Li et al., CVPR 2021): input channels and singular values of every layer compete in one
+// ranking, on one budget of multiply-accumulates.
+namespace cctorch::collaborative {
+
+struct Layer {
+  LayerSpec spec;
+  at::Tensor weight;    // N x C x kh x kw, or N x C for a linear layer; any floating dtype, any device
+  at::Tensor gradient;  // same shape: gradient of the mean loss over the training set
+};
+
+enum class Units { both, channels, singular_values };
+
+// How T of eq. (E4) is found for a candidate channel: by an eigendecomposition for each candidate, or by keeping the
+// running weight's singular vectors.
+enum class Basis { exact, fixed };
+
+struct Options {
+  double target = 0.5;          // reduction of the model's multiply-accumulates, in (0, 1)
+  double gamma = 0.9;           // weight of the look-ahead in eq. (E3)
+  double step_fraction = 0.01;  // of a layer's units removed between two rankings
+  double max_rate = 0.95;       // no layer is asked to give up more than this
+  Units units = Units::both;
+  Basis basis = Basis::fixed;
+};
+
+// Loss against rate for one layer, and what the budget made of it: loss ~ a exp(b rate).
+struct RateCurve {
+  std::string name;
+  std::vector<double> rate;
+  std::vector<double> loss;  // divided by the layer's maximum
+  double a = 0.0;
+  double b = 0.0;
+  double allocated = 0.0;  // eq. (E2)
+};
+
+struct Solution {
+  CompressionPlan plan;
+  std::vector<RateCurve> curves;
+  double lambda = 0.0;
+  double curve_seconds = 0.0;
+  double heuristic_seconds = 0.0;
+  std::vector<std::string> warnings;
+};
+
+// Called from any thread, never from two at once; may throw to stop the search.
+using Progress = std::function<void(std::string_view stage, int64_t done, int64_t total)>;
+
+// `model_macs` counts the whole network. Throws c10::Error when a weight or gradient is not finite (naming the layer) or
+// when no allocation reaches the target (stating the highest that can be reached).
+Solution solve(const std::vector<Layer>& layers, int64_t model_macs, const Options& options, const Progress& progress = {});
+
+// Scores (eq. E3) of all remaining units of a layer whose running weight is `running`: first the in_channels channels,
+// infinite where already removed, then the `rank` largest singular values, largest first.
+std::vector<double> unit_scores(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& running,
+                                int64_t rank, const Options& options);
+
+// Truncated SVD of the unfolded weight restricted to `kept_in`: first is rank x C' x kh x kw (root of S times V
+// transposed), second N x rank x 1 x 1 (U times root of S); rank x C' and N x rank for a linear layer.
+std::pair<at::Tensor, at::Tensor> factorize(const at::Tensor& weight, const std::vector<int64_t>& kept_in, int64_t rank);
+
+}  // namespace cctorch::collaborative

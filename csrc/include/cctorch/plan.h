@@ -1,0 +1,91 @@
+#pragma once
+
+#include <cstdint>
+#include <iosfwd>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace cctorch {
+
+enum class LayerKind { conv2d, depthwise_conv2d, linear, batch_norm2d };
+
+std::string_view to_string(LayerKind kind);
+
+// One layer of the dense model, as far as counting its work needs it.
+struct LayerSpec {
+  std::string name;  // path of the module in the model, e.g. "layer1.0.conv1"
+  LayerKind kind = LayerKind::conv2d;
+  int64_t in_channels = 0;   // features for a linear layer
+  int64_t out_channels = 0;
+  int64_t kernel_height = 1;
+  int64_t kernel_width = 1;
+  int64_t positions = 1;  // output height x width; for a linear layer, rows per example
+  int64_t groups = 1;
+
+  int64_t kernel_size() const { return kernel_height * kernel_width; }
+  int64_t macs() const;  // multiply-accumulates per example; 0 for a normalization
+  int64_t parameters() const;  // of the weight alone
+};
+
+struct MaskPlan {
+  enum class Kind { magnitude, nm, channel };
+  Kind kind = Kind::magnitude;
+  double sparsity = 0.0;  // magnitude, channel: fraction of zeros
+  int64_t n = 2;          // nm: n of every m weights are kept
+  int64_t m = 4;
+
+  bool operator==(const MaskPlan&) const = default;
+};
+
+std::string_view to_string(MaskPlan::Kind kind);
+
+// What happens to one layer. Channel indices refer to the dense model and are sorted.
+struct LayerPlan {
+  std::string name;
+  LayerKind kind = LayerKind::conv2d;
+  int64_t in_channels = 0;
+  int64_t out_channels = 0;
+  std::vector<int64_t> kept_in;
+  std::vector<int64_t> kept_out;
+  // Positions of kept_in within the tensor that reaches the compressed layer. Empty: the tensor holds exactly kept_in.
+  std::vector<int64_t> gather;
+  std::optional<int64_t> rank;  // conv2d: k x k to `rank` channels, then 1 x 1. Absent: one dense layer
+  std::optional<MaskPlan> mask;
+  std::optional<int64_t> bits;
+
+  static LayerPlan unchanged(std::string name, LayerKind kind, int64_t in_channels, int64_t out_channels);
+  bool is_unchanged() const;
+  bool operator==(const LayerPlan&) const = default;
+};
+
+// The one currency of the library: every method makes a plan, apply() carries one out, a checkpoint is a plan and tensors.
+struct CompressionPlan {
+  std::string method;   // who made it, e.g. "collaborative"
+  double target = 0.0;  // requested reduction of multiply-accumulates, 0 for none
+  std::vector<LayerPlan> layers;
+
+  const LayerPlan* find(std::string_view name) const;
+  LayerPlan* find(std::string_view name);
+
+  // Throws c10::Error naming the layer and the field if an index is out of range, unsorted or repeated, a rank is too
+  // large, or a name occurs twice.
+  void validate() const;
+
+  std::string to_json() const;
+  static CompressionPlan from_json(std::string_view text);
+  bool operator==(const CompressionPlan&) const = default;
+};
+
+std::ostream& operator<<(std::ostream& out, const CompressionPlan& plan);
+
+// Multiply-accumulates of one layer under a plan. `narrowed` counts removed filters (kept_out) too.
+int64_t layer_macs(const LayerSpec& spec, const LayerPlan* plan, bool narrowed);
+
+// Of the model: nominal counts removed input channels and ranks (the method's own budget), final counts dead filters too.
+int64_t nominal_macs(const std::vector<LayerSpec>& model, const CompressionPlan& plan);
+int64_t final_macs(const std::vector<LayerSpec>& model, const CompressionPlan& plan);
+int64_t dense_macs(const std::vector<LayerSpec>& model);
+
+}  // namespace cctorch

@@ -1,0 +1,156 @@
+"""The C++ library's plan, channel graph and solver. Same names and meanings as in csrc/include/cctorch/."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+CUDA_BUILT: bool
+TORCH_VERSION: str
+
+def keep_freed_memory() -> bool: ...
+
+LayerKind = Literal["conv2d", "depthwise_conv2d", "linear", "batch_norm2d"]
+
+class LayerSpec:
+    name: str
+    kind: LayerKind
+    in_channels: int
+    out_channels: int
+    kernel_height: int
+    kernel_width: int
+    positions: int
+    groups: int
+    def __init__(
+        self,
+        name: str,
+        kind: LayerKind,
+        in_channels: int,
+        out_channels: int,
+        kernel_height: int = 1,
+        kernel_width: int = 1,
+        positions: int = 1,
+        groups: int = 1,
+    ) -> None: ...
+    @property
+    def macs(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
+
+class MaskPlan:
+    kind: Literal["magnitude", "nm", "channel"]
+    sparsity: float
+    n: int
+    m: int
+    def __init__(
+        self, kind: Literal["magnitude", "nm", "channel"] = "magnitude", sparsity: float = 0.0, n: int = 2, m: int = 4
+    ) -> None: ...
+
+class LayerPlan:
+    name: str
+    kind: LayerKind
+    in_channels: int
+    out_channels: int
+    kept_in: list[int]
+    kept_out: list[int]
+    gather: list[int]
+    rank: int | None
+    mask: MaskPlan | None
+    bits: int | None
+    def __init__(
+        self,
+        name: str,
+        kind: LayerKind,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kept_in: Sequence[int] | None = None,
+        kept_out: Sequence[int] | None = None,
+        gather: Sequence[int] = (),
+        rank: int | None = None,
+        mask: MaskPlan | None = None,
+        bits: int | None = None,
+    ) -> None: ...
+    @property
+    def is_unchanged(self) -> bool: ...
+
+class CompressionPlan:
+    """Lists read from a plan are copies: build a LayerPlan, then assign `layers`."""
+
+    method: str
+    target: float
+    layers: list[LayerPlan]
+    def __init__(self, method: str = "", target: float = 0.0, layers: Sequence[LayerPlan] = ()) -> None: ...
+    def find(self, name: str) -> LayerPlan | None: ...
+    def validate(self) -> None: ...
+    def to_json(self) -> str: ...
+    @staticmethod
+    def from_json(text: str) -> CompressionPlan: ...
+
+def dense_macs(model: Sequence[LayerSpec]) -> int: ...
+def nominal_macs(model: Sequence[LayerSpec], plan: CompressionPlan) -> int: ...
+def final_macs(model: Sequence[LayerSpec], plan: CompressionPlan) -> int: ...
+def layer_macs(spec: LayerSpec, plan: LayerPlan | None, narrowed: bool) -> int: ...
+
+class ChannelGraph:
+    def __init__(self) -> None: ...
+    def input(self, channels: int) -> list[int]: ...
+    def layer(self, name: str, kind: LayerKind, inputs: Sequence[int], out_channels: int) -> list[int]: ...
+    def join(self, a: Sequence[int], b: Sequence[int]) -> list[int]: ...
+    @staticmethod
+    def flatten(channels: Sequence[int], features: int) -> list[int]: ...
+    @staticmethod
+    def concat(parts: Sequence[Sequence[int]]) -> list[int]: ...
+    def pin(self, channels: Sequence[int]) -> None: ...
+    def resolve(self, plan: CompressionPlan) -> None: ...
+
+class SolverOptions:
+    target: float
+    gamma: float
+    step_fraction: float
+    max_rate: float
+    units: Literal["both", "channels", "singular_values"]
+    basis: Literal["exact", "fixed"]
+    def __init__(
+        self,
+        target: float = 0.5,
+        gamma: float = 0.9,
+        step_fraction: float = 0.01,
+        max_rate: float = 0.95,
+        units: Literal["both", "channels", "singular_values"] = "both",
+        basis: Literal["exact", "fixed"] = "fixed",
+    ) -> None: ...
+
+class SolverLayer:
+    spec: LayerSpec
+    weight: Tensor
+    gradient: Tensor
+    def __init__(self, spec: LayerSpec, weight: Tensor, gradient: Tensor) -> None: ...
+
+class RateCurve:
+    name: str
+    rate: list[float]
+    loss: list[float]
+    a: float
+    b: float
+    allocated: float
+
+class Solution:
+    plan: CompressionPlan
+    curves: list[RateCurve]
+    # "lambda" is a keyword in Python
+    multiplier: float
+    curve_seconds: float
+    heuristic_seconds: float
+    warnings: list[str]
+
+def solve(
+    layers: Sequence[SolverLayer],
+    model_macs: int,
+    options: SolverOptions,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Solution: ...
+def unit_scores(
+    weight: Tensor, gradient: Tensor, running: Tensor, rank: int, options: SolverOptions
+) -> list[float]: ...
+def factorize(weight: Tensor, kept_in: Sequence[int], rank: int) -> tuple[Tensor, Tensor]: ...
