@@ -1,0 +1,262 @@
+"""The schema of an experiment: one YAML file says everything about one run.
+
+config = load_config("configs/demo.yaml", ["compress.target=0.6"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be run: the message names the key, its value and what was expected."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def expand(path: str) -> Path:
+    """`path` with ~ and ${VARIABLE} replaced. Raises ValueError for a variable that is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ValueError(f"expected the environment variable {name} to be set; set it, or write the path itself")
+        return os.environ[name]
+
+    return Path(re.sub(r"\$\{(\w+)\}|\$(\w+)", value, path)).expanduser()
+
+
+class Data(_Section):
+    kind: Literal["fashion_mnist", "cifar10", "image_folder"]
+    # Absent: the environment variable CCTORCH_DATA, then where the data set is usually found.
+    root: str | None = None
+    # Held out of the training images: a fraction below 1, or a number of images.
+    validation: int | float = 0.1
+    limit_train: int | None = Field(default=None, ge=1)
+    limit_test: int | None = Field(default=None, ge=1)
+
+    @field_validator("root")
+    @classmethod
+    def _exists(cls, root: str | None) -> str | None:
+        if root is not None and not expand(root).exists():
+            raise ValueError(f"expected an existing file or folder ({expand(root)} is none)")
+        return root
+
+    @field_validator("validation")
+    @classmethod
+    def _fraction_or_count(cls, value: int | float) -> int | float:
+        if value < 0 or (isinstance(value, float) and value >= 1):
+            raise ValueError("expected a fraction in [0, 1) or a number of images")
+        return value
+
+
+class Model(_Section):
+    name: Literal["resnet8", "resnet20", "resnet32", "resnet56", "resnet110"]
+    weights: str | None = None
+
+    @field_validator("weights")
+    @classmethod
+    def _exists(cls, weights: str | None) -> str | None:
+        if weights is not None and not expand(weights).is_file():
+            raise ValueError(f"expected a checkpoint file ({expand(weights)} is none)")
+        return weights
+
+
+class Training(_Section):
+    epochs: int = Field(ge=0)
+    batch_size: int = Field(default=128, ge=1)
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    schedule: Literal["one_cycle", "cosine", "step"] = "one_cycle"
+    # Fraction of all steps during which the learning rate rises.
+    warmup: float = Field(default=0.3, ge=0, lt=1)
+    clip_grad_norm: float | None = Field(default=None, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    augment: bool = True
+    channels_last: bool = True
+    # Autocast to bfloat16 on CUDA.
+    bf16: bool = False
+
+
+class Compress(_Section):
+    # Reduction of the model's multiply-accumulates.
+    target: float = Field(default=0.5, gt=0, lt=1)
+    units: Literal["both", "channels", "singular_values"] = "both"
+    basis: Literal["fixed", "exact"] = "fixed"
+    gamma: float = Field(default=0.9, ge=0)
+    step_fraction: float = Field(default=0.01, gt=0, le=1)
+    max_rate: float = Field(default=0.95, gt=0, lt=1)
+    # Absent: the whole training set.
+    gradient_images: int | None = Field(default=None, ge=1)
+    # 0: keep the running statistics of the dense model.
+    bn_reestimate_images: int = Field(default=4000, ge=0)
+
+
+class Measure(_Section):
+    batch_sizes: list[int] = [1, 128]
+    repeats: int = Field(default=20, ge=1)
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _positive(cls, sizes: list[int]) -> list[int]:
+        if not sizes or min(sizes) < 1 or len(set(sizes)) != len(sizes):
+            raise ValueError("expected different batch sizes of at least 1")
+        return sizes
+
+
+class Config(_Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    output: str = "runs"
+    data: Data
+    model: Model
+    train: Training
+    compress: Compress = Compress()
+    finetune: Training
+    measure: Measure = Measure()
+    export: bool = True
+
+    @model_validator(mode="after")
+    def _something_to_compress(self) -> Config:
+        if self.train.epochs == 0 and self.model.weights is None:
+            raise ValueError("train.epochs = 0 with model.weights = null: expected weights to load or epochs to train")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return expand(self.output) / self.name
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (1e-4 is a number) and no repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise ConfigError(f"the key {key!r} occurs twice (line {key_node.start_mark.line + 1}); remove one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$", re.IGNORECASE),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """The experiment in `path`, with overrides such as "compress.target=0.6" (values are YAML scalars or lists).
+
+    Raises ConfigError naming each offending key, its value and what was expected.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration {file} can't be read: {error}") from error
+    tree = _parse(text, str(file))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: expected a mapping of keys to values, got {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """The configuration that a tree of plain values describes. Raises ConfigError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(dict(problem)) for problem in error.errors())
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {error}") from error
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"the override {override!r} has no value: expected key=value, e.g. compress.target=0.6")
+    *parents, last = key.split(".")
+    for depth, parent in enumerate(parents):
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key} = {value}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    tree[last] = _parse(value, override)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _keys(location: Sequence[int | str]) -> tuple[list[str], list[str], Any]:
+    """The part of an error's location that the user wrote, the keys allowed beside its last one, and its annotation."""
+    section: type[BaseModel] | None = Config
+    path: list[str] = []
+    allowed: list[str] = []
+    annotation: Any = None
+    for part in location:
+        if section is None:
+            break
+        path.append(str(part))
+        allowed = list(section.model_fields)
+        field = section.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        section = _section(annotation)
+    return path, allowed, annotation
+
+
+def _type_name(annotation: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in typing.get_args(annotation))
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(typing.get_args(annotation))
+    if typing.get_origin(annotation) is list:
+        return "a list of whole numbers"
+    return names.get(annotation, "a section with keys of its own")
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    path, allowed, annotation = _keys(problem["loc"])
+    key, kind, value = ".".join(path), problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(path[-1], allowed, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{key} = {value!r}: unknown key; {hint}expected one of {', '.join(allowed)}"
+    if kind == "missing":
+        return f"{key} is missing: expected {_type_name(annotation)}"
+    message = str(problem["msg"])
+    if kind == "value_error":
+        message = message.removeprefix("Value error, ")
+        return f"{key} = {value!r}: {message}" if key else message
+    if kind.endswith(("_type", "_parsing")) or kind in ("literal_error", "int_from_float"):
+        return f"{key} = {value!r}: expected {_type_name(annotation)}"
+    message = message.replace("Input should be", "expected a value").replace("String should", "expected to")
+    return f"{key} = {value!r}: {message}"
