@@ -1,0 +1,5 @@
+import sys
+
+from cctorch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,133 @@
+"""The report's page: plain HTML with its style and figures inside."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from typing import Any
+
+from cctorch.report import Record, plots
+
+_STYLE = """
+:root { color-scheme: light; --ink: #26303b; --soft: #66717e; --rule: #e3e7ec; --blue: #2563a8; --orange: #d9772b; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f4f6f8; color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 920px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0 0 .2rem; }
+h2 { font-size: 1.12rem; margin: 0 0 .3rem; }
+p { margin: .2rem 0 .8rem; color: var(--soft); }
+section { background: #fff; border: 1px solid var(--rule); border-radius: 10px; }
+section { padding: 1.1rem 1.2rem; margin-top: 1.1rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; margin-top: 1.1rem; }
+.tile { background: #fff; border: 1px solid var(--rule); border-radius: 10px; padding: .8rem 1rem; }
+.tile b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: .88rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .38rem .6rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th { color: var(--soft); font-weight: 600; }
+img { display: block; width: 100%; min-width: 560px; height: auto; }
+pre { background: #f4f6f8; border-radius: 8px; padding: .9rem; overflow-x: auto; font-size: .85rem; margin: .4rem 0 0; }
+.warning { border-left: 4px solid var(--orange); }
+"""
+
+
+def render(record: Record) -> str:
+    """The page as HTML. Nothing in it is fetched from elsewhere."""
+    summary = record.summary
+    layers = summary["layers"]
+    sections = [
+        _section("Before and after", _note(summary), _table(summary)),
+        _figure(
+            "Accuracy over time",
+            "Validation images are held out of the training set; test accuracy is measured once at each event.",
+            plots.accuracy(record.events),
+        ),
+        _figure(
+            "What each layer gave up",
+            "The rate that the budget allocated to each layer, and what it kept of its input channels and its rank.",
+            plots.layers(layers, record.curves),
+        ),
+        _figure(
+            "Where the multiply-accumulates and the time went",
+            "Per layer, dense and compressed, in the same process. A decomposed layer counts both of its parts.",
+            plots.costs(layers),
+        ),
+        _figure(
+            "Loss against rate",
+            "Points: measured; line: the fit a·exp(b·c); dotted: the allocated rate.",
+            plots.rate_curves(record.curves),
+        ),
+        _section("Configuration", "config.yaml of this run.", f"<pre>{escape(record.config)}</pre>"),
+    ]
+    warnings = "".join(
+        f'<section class="warning"><h2>Warning</h2>{escape(text)}</section>' for text in summary["warnings"]
+    )
+    name = escape(summary["name"])
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}: compression report</title><style>{_STYLE}</style></head><body><main>"
+        f"<h1>{name}</h1><p>Collaborative Compression to {1 - summary['target']:.0%} of the multiply-accumulates, "
+        f"measured on {escape(summary['device'])}.</p>"
+        f"{_tiles(summary)}{warnings}{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _tiles(summary: dict[str, Any]) -> str:
+    before, after = summary["before"], summary["after"]
+    batch = max(before["latency"], key=int)
+    tiles = [
+        (f"{after['top1']:.2f} %", f"top-1 ({after['top1'] - before['top1']:+.2f})"),
+        (f"−{1 - after['macs'] / before['macs']:.1%}", "multiply-accumulates"),
+        (f"−{1 - after['parameters'] / before['parameters']:.1%}", "parameters"),
+        (f"{before['latency'][batch] / after['latency'][batch]:.2f}×", f"as fast at batch {batch}"),
+    ]
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in tiles)
+        + "</div>"
+    )
+
+
+def _note(summary: dict[str, Any]) -> str:
+    text = f"Right after compression: {summary['top1_compressed']:.2f} %"
+    if summary["top1_reestimated"] is not None:
+        text += f", {summary['top1_reestimated']:.2f} % with BatchNorm statistics re-estimated"
+    nominal = 1 - summary["nominal_macs"] / summary["before"]["macs"]
+    return (
+        f"{text}. MACs removed: {nominal:.1%} nominal; the table counts dead filters too. Search: gradients "
+        f"{summary['gradient_seconds']:.1f} s, rate curves {summary['curve_seconds']:.1f} s, "
+        f"heuristic {summary['heuristic_seconds']:.1f} s."
+    )
+
+
+def _table(summary: dict[str, Any]) -> str:
+    before, after = summary["before"], summary["after"]
+    rows = [("top-1", f"{before['top1']:.2f} %", f"{after['top1']:.2f} %", f"{after['top1'] - before['top1']:+.2f}")]
+    measured = [
+        ("parameters", before["parameters"], after["parameters"], 1e-6, 3, "M"),
+        ("MACs per image", before["macs"], after["macs"], 1e-6, 2, "M"),
+        ("size on disk", before["bytes"], after["bytes"], 1e-6, 3, "MB"),
+    ]
+    measured += [
+        (f"latency, batch {batch}", before["latency"][batch], after["latency"][batch], 1e3, 2, "ms")
+        for batch in before["latency"]
+    ]
+    for label, old, new, scale, digits, unit in measured:
+        rows.append((label, f"{old * scale:.{digits}f} {unit}", f"{new * scale:.{digits}f} {unit}", f"{new / old:.3f}"))
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "<tr><th></th><th>before</th><th>after</th><th>ratio</th></tr>"
+    return f'<div class="scroll"><table>{head}{body}</table></div>'
+
+
+def _figure(title: str, note: str, svg: str) -> str:
+    source = base64.b64encode(svg.encode()).decode()
+    return _section(
+        title, note, f'<div class="scroll"><img alt="{escape(title)}" src="data:image/svg+xml;base64,{source}"></div>'
+    )
+
+
+def _section(title: str, note: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p>{content}</section>"
