@@ -1,0 +1,60 @@
+#include "csrc/collaborative/heuristic.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "csrc/collaborative/running_layer.h"
+
+namespace cctorch::collaborative {
+
+namespace {
+
+// Finite scores, lowest first, at most `count`.
+std::vector<int64_t> best_units(const std::vector<double>& scores, int64_t count) {
+  std::vector<int64_t> units;
+  for (size_t u = 0; u < scores.size(); ++u) {
+    if (std::isfinite(scores[u])) units.push_back(static_cast<int64_t>(u));
+  }
+  std::stable_sort(units.begin(), units.end(), [&](int64_t a, int64_t b) { return scores[a] < scores[b]; });
+  if (static_cast<int64_t>(units.size()) > count) units.resize(count);
+  return units;
+}
+
+// One ranking's removals: singular values first, all by the spectrum they were scored on, then channels.
+void remove_units(RunningLayer& layer, const std::vector<int64_t>& units) {
+  std::vector<int64_t> values;
+  for (const int64_t unit : units) {
+    const int64_t value = unit - layer.channels();
+    if (value >= 0 && static_cast<int64_t>(values.size()) + 1 < layer.rank()) values.push_back(value);
+  }
+  if (!values.empty()) layer.remove_values(values);
+  for (const int64_t unit : units) {
+    if (unit < layer.channels() && layer.channels_left() > 1) layer.remove_channel(unit);
+  }
+}
+
+}  // namespace
+
+LayerPlan compress_layer(const Layer& layer, double rate, const Options& options) {
+  const LayerSpec& spec = layer.spec;
+  LayerPlan plan = LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels);
+  if (!(rate > 0)) return plan;
+
+  RunningLayer running(layer.weight, layer.gradient);
+  const double goal = (1.0 - rate) * static_cast<double>(running.dense_macs()) * (1 + 1e-12);
+  const int64_t step = std::max<int64_t>(
+      1, static_cast<int64_t>(std::floor(options.step_fraction * static_cast<double>(running.units()))));
+  while (std::min(running.macs(), running.pruned_macs()) > goal) {
+    const std::vector<int64_t> units = best_units(running.scores(options), step);
+    if (units.empty()) break;
+    remove_units(running, units);
+  }
+  plan.kept_in = running.kept_channels();
+  // Channels alone suffice: the weight is not decomposed, and loses nothing else.
+  if (running.decomposed() && running.pruned_macs() > goal) plan.rank = running.rank();
+  return plan;
+}
+
+}  // namespace cctorch::collaborative

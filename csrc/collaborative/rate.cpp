@@ -1,0 +1,128 @@
+#include "csrc/collaborative/rate.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "csrc/collaborative/running_layer.h"
+
+namespace cctorch::collaborative {
+
+namespace {
+
+constexpr double log_offset = 1e-10;
+
+std::vector<int64_t> removal_order(RunningLayer& layer, Units units) {
+  const std::vector<double> losses = layer.losses_alone();
+  std::vector<int64_t> order(losses.size());
+  std::iota(order.begin(), order.end(), 0);
+  if (units == Units::channels) order.resize(layer.channels());
+  if (units == Units::singular_values) order.erase(order.begin(), order.begin() + layer.channels());
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return losses[a] < losses[b]; });
+  return order;
+}
+
+// Removes units in order and records the joint loss and the rate after each; stops with the layer empty.
+void trace_removals(RunningLayer& layer, const std::vector<int64_t>& order, RateCurve& curve) {
+  std::vector<char> value_removed(layer.full_rank(), 0);
+  const auto dense = static_cast<double>(layer.dense_macs());
+  for (const int64_t unit : order) {
+    if (unit < layer.channels()) {
+      layer.remove_channel(unit);
+    } else {
+      // The weight's spectrum has since lost values: what was value i is now further to the front.
+      const int64_t value = unit - layer.channels();
+      const int64_t index = value - std::count(value_removed.begin(), value_removed.begin() + value, 1);
+      value_removed[value] = 1;
+      if (index < layer.rank()) layer.remove_value(index);
+    }
+    const double rate = 1.0 - static_cast<double>(layer.macs()) / dense;
+    if (rate > 0) {
+      curve.rate.push_back(rate);
+      curve.loss.push_back(layer.loss());
+    }
+    if (layer.channels_left() == 0 || layer.rank() == 0) return;
+  }
+}
+
+void fit_exponential(RateCurve& curve) {
+  const double largest = curve.loss.empty() ? 0.0 : *std::max_element(curve.loss.begin(), curve.loss.end());
+  if (!(largest > 0)) return;
+  double weights = 0, mean_rate = 0, mean_log = 0;
+  for (size_t i = 0; i < curve.loss.size(); ++i) {
+    curve.loss[i] /= largest;
+    const double weight = std::sqrt(curve.loss[i]);
+    weights += weight;
+    mean_rate += weight * curve.rate[i];
+    mean_log += weight * std::log(curve.loss[i] + log_offset);
+  }
+  mean_rate /= weights;
+  mean_log /= weights;
+  double covariance = 0, variance = 0;
+  for (size_t i = 0; i < curve.loss.size(); ++i) {
+    const double weight = std::sqrt(curve.loss[i]);
+    const double offset = curve.rate[i] - mean_rate;
+    covariance += weight * offset * (std::log(curve.loss[i] + log_offset) - mean_log);
+    variance += weight * offset * offset;
+  }
+  if (!(variance > 0) || !(covariance > 0)) return;
+  curve.b = covariance / variance;
+  curve.a = std::exp(mean_log - curve.b * mean_rate);
+}
+
+}  // namespace
+
+RateCurve rate_curve(const Layer& layer, Units units) {
+  RateCurve curve;
+  curve.name = layer.spec.name;
+  RunningLayer running(layer.weight, layer.gradient);
+  trace_removals(running, removal_order(running, units), curve);
+  fit_exponential(curve);
+  return curve;
+}
+
+double highest_rate(const LayerSpec& spec, const Options& options) {
+  const int64_t k = spec.kernel_size();
+  const auto dense = static_cast<double>(spec.out_channels * spec.in_channels * k);
+  const int64_t channels = options.units == Units::singular_values ? spec.in_channels : 1;
+  int64_t smallest = spec.out_channels * channels * k;
+  if (options.units != Units::channels) smallest = std::min(smallest, channels * k + spec.out_channels);
+  return std::clamp(1.0 - static_cast<double>(smallest) / dense, 0.0, options.max_rate);
+}
+
+double allocate(std::vector<RateCurve>& curves, const std::vector<LayerSpec>& specs, int64_t model_macs,
+                const Options& options) {
+  std::vector<double> highest(curves.size());
+  double low = std::numeric_limits<double>::infinity(), high = -low, reachable = 0;
+  for (size_t l = 0; l < curves.size(); ++l) {
+    if (!(curves[l].b > 0)) continue;
+    highest[l] = highest_rate(specs[l], options);
+    const double log_at_zero = std::log(curves[l].a * curves[l].b);
+    low = std::min(low, log_at_zero);
+    high = std::max(high, log_at_zero + curves[l].b * highest[l]);
+    reachable += static_cast<double>(specs[l].macs()) * highest[l];
+  }
+  const double budget = options.target * static_cast<double>(model_macs);
+  TORCH_CHECK_VALUE(budget <= reachable, "compress: target = ", options.target,
+                    " cannot be reached: with at most ", options.max_rate, " of each layer removed, the ", specs.size(),
+                    " compressible layers can give up ", reachable / static_cast<double>(model_macs),
+                    " of the model's multiply-accumulates; lower the target or leave fewer layers out");
+
+  const auto allocation = [&](double log_lambda, size_t l) {
+    if (!(curves[l].b > 0)) return 0.0;
+    return std::clamp((log_lambda - std::log(curves[l].a * curves[l].b)) / curves[l].b, 0.0, highest[l]);
+  };
+  for (int iteration = 0; iteration < 200; ++iteration) {
+    const double middle = 0.5 * (low + high);
+    double removed = 0;
+    for (size_t l = 0; l < curves.size(); ++l) removed += static_cast<double>(specs[l].macs()) * allocation(middle, l);
+    (removed < budget ? low : high) = middle;
+  }
+  for (size_t l = 0; l < curves.size(); ++l) curves[l].allocated = allocation(high, l);
+  return std::exp(high);
+}
+
+}  // namespace cctorch::collaborative

@@ -1,0 +1,144 @@
+#include <c10/util/Exception.h>
+#include <cctorch/channel_graph.h>
+
+#include <algorithm>
+#include <numeric>
+#include <unordered_map>
+
+namespace cctorch {
+
+namespace {
+
+bool passes_channels_on(LayerKind kind) {
+  return kind == LayerKind::batch_norm2d || kind == LayerKind::depthwise_conv2d;
+}
+
+}  // namespace
+
+int64_t ChannelGraph::root(int64_t channel) const {
+  while (parent_[channel] != channel) channel = parent_[channel];
+  return channel;
+}
+
+void ChannelGraph::unite(int64_t a, int64_t b) {
+  a = root(a);
+  b = root(b);
+  if (a == b) return;
+  const auto [low, high] = std::minmax(a, b);
+  parent_[high] = low;
+  pinned_[low] |= pinned_[high];
+}
+
+ChannelGraph::Channels ChannelGraph::create(int64_t count) {
+  TORCH_CHECK_VALUE(count > 0, "channel graph: ", count, " channels, expected at least 1");
+  Channels made(count);
+  std::iota(made.begin(), made.end(), static_cast<int64_t>(parent_.size()));
+  parent_.insert(parent_.end(), made.begin(), made.end());
+  pinned_.resize(parent_.size(), 0);
+  return made;
+}
+
+ChannelGraph::Channels ChannelGraph::input(int64_t channels) {
+  Channels made = create(channels);
+  pin(made);
+  return made;
+}
+
+ChannelGraph::Channels ChannelGraph::layer(const std::string& name, LayerKind kind, const Channels& in,
+                                           int64_t out_channels) {
+  TORCH_CHECK_VALUE(!in.empty(), "channel graph: layer '", name, "' reads no channels");
+  const bool passes = passes_channels_on(kind);
+  TORCH_CHECK_VALUE(!passes || static_cast<int64_t>(in.size()) == out_channels, "channel graph: layer '", name, "' (",
+                    to_string(kind), ") passes its channels on, but reads ", in.size(), " and writes ", out_channels);
+  Channels out = passes ? in : create(out_channels);
+  const auto earlier = std::find_if(nodes_.begin(), nodes_.end(), [&](const Node& node) { return node.name == name; });
+  if (earlier != nodes_.end()) {
+    for (const Channels& fixed : {earlier->in, earlier->out, in, out}) pin(fixed);
+  } else {
+    nodes_.push_back({name, kind, in, out});
+  }
+  return out;
+}
+
+ChannelGraph::Channels ChannelGraph::join(const Channels& a, const Channels& b) {
+  TORCH_CHECK_VALUE(a.size() == b.size(), "channel graph: cannot join ", a.size(), " channels with ", b.size());
+  for (size_t i = 0; i < a.size(); ++i) unite(a[i], b[i]);
+  return a;
+}
+
+ChannelGraph::Channels ChannelGraph::flatten(const Channels& channels, int64_t features) {
+  TORCH_CHECK_VALUE(features > 0, "channel graph: ", features, " features for each channel, expected at least 1");
+  Channels flat;
+  flat.reserve(channels.size() * features);
+  for (const int64_t channel : channels) flat.insert(flat.end(), features, channel);
+  return flat;
+}
+
+ChannelGraph::Channels ChannelGraph::concat(const std::vector<Channels>& parts) {
+  Channels whole;
+  for (const Channels& part : parts) whole.insert(whole.end(), part.begin(), part.end());
+  return whole;
+}
+
+void ChannelGraph::pin(const Channels& channels) {
+  for (const int64_t channel : channels) pinned_[root(channel)] = 1;
+}
+
+void ChannelGraph::resolve(CompressionPlan& plan) const {
+  plan.validate();
+  std::unordered_map<std::string_view, LayerPlan*> planned;
+  for (LayerPlan& layer : plan.layers) planned.emplace(layer.name, &layer);
+
+  std::vector<char> live = pinned_;
+  for (const Node& node : nodes_) {
+    if (passes_channels_on(node.kind)) continue;
+    const auto found = planned.find(node.name);
+    if (found == planned.end()) {
+      for (const int64_t channel : node.in) live[root(channel)] = 1;
+      continue;
+    }
+    TORCH_CHECK_VALUE(found->second->in_channels == static_cast<int64_t>(node.in.size()) &&
+                          found->second->out_channels == static_cast<int64_t>(node.out.size()),
+                      "plan: layer '", node.name, "' is ", found->second->in_channels, " -> ",
+                      found->second->out_channels, " channels, but in the model it is ", node.in.size(), " -> ",
+                      node.out.size());
+    for (const int64_t kept : found->second->kept_in) live[root(node.in[kept])] = 1;
+  }
+
+  const auto survivors = [&](const Channels& channels) {
+    std::vector<int64_t> indices;
+    for (size_t i = 0; i < channels.size(); ++i) {
+      if (live[root(channels[i])]) indices.push_back(static_cast<int64_t>(i));
+    }
+    // Nobody reads the layer at all: keep one channel, a layer without any cannot be built.
+    if (indices.empty()) indices.push_back(0);
+    return indices;
+  };
+
+  std::vector<LayerPlan> added;
+  for (const Node& node : nodes_) {
+    const auto found = planned.find(node.name);
+    LayerPlan layer = found != planned.end()
+                          ? *found->second
+                          : LayerPlan::unchanged(node.name, node.kind, static_cast<int64_t>(node.in.size()),
+                                                 static_cast<int64_t>(node.out.size()));
+    const std::vector<int64_t> arriving = survivors(node.in);
+    layer.kept_out = survivors(node.out);
+    layer.gather.clear();
+    if (passes_channels_on(node.kind)) {
+      layer.kept_in = arriving;
+    } else if (layer.kept_in != arriving) {
+      for (const int64_t kept : layer.kept_in) {
+        layer.gather.push_back(std::lower_bound(arriving.begin(), arriving.end(), kept) - arriving.begin());
+      }
+    }
+    if (found != planned.end()) {
+      *found->second = std::move(layer);
+    } else if (!layer.is_unchanged()) {
+      added.push_back(std::move(layer));
+    }
+  }
+  plan.layers.insert(plan.layers.end(), std::make_move_iterator(added.begin()), std::make_move_iterator(added.end()));
+}
+
+}  // namespace cctorch

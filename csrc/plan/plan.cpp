@@ -1,0 +1,181 @@
+#include <c10/util/Exception.h>
+#include <cctorch/plan.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <numeric>
+#include <ostream>
+#include <set>
+
+namespace cctorch {
+
+namespace {
+
+int64_t size(const std::vector<int64_t>& indices) { return static_cast<int64_t>(indices.size()); }
+
+std::vector<int64_t> all(int64_t count) {
+  std::vector<int64_t> indices(count);
+  std::iota(indices.begin(), indices.end(), 0);
+  return indices;
+}
+
+void check_indices(const LayerPlan& layer, const char* field, const std::vector<int64_t>& indices, int64_t channels) {
+  TORCH_CHECK_VALUE(!indices.empty(), "plan: layer '", layer.name, "': ", field, " is empty, at least one must be kept");
+  for (size_t i = 0; i < indices.size(); ++i) {
+    TORCH_CHECK_INDEX(indices[i] >= 0 && indices[i] < channels, "plan: layer '", layer.name, "': ", field, "[", i, "] = ",
+                      indices[i], ", expected 0 to ", channels - 1);
+    TORCH_CHECK_VALUE(i == 0 || indices[i - 1] < indices[i], "plan: layer '", layer.name, "': ", field,
+                      " must be sorted without repeats, but ", indices[i], " follows ", i == 0 ? -1 : indices[i - 1]);
+  }
+}
+
+void check_layer(const LayerPlan& layer) {
+  TORCH_CHECK_VALUE(layer.in_channels > 0 && layer.out_channels > 0, "plan: layer '", layer.name, "': ", layer.in_channels,
+                    " -> ", layer.out_channels, " channels, expected at least 1 -> 1");
+  check_indices(layer, "kept_in", layer.kept_in, layer.in_channels);
+  check_indices(layer, "kept_out", layer.kept_out, layer.out_channels);
+  if (!layer.gather.empty()) {
+    TORCH_CHECK_VALUE(layer.gather.size() == layer.kept_in.size(), "plan: layer '", layer.name, "': gather has ",
+                      layer.gather.size(), " entries, expected one for each of the ", layer.kept_in.size(), " kept_in");
+    check_indices(layer, "gather", layer.gather, layer.in_channels);
+  }
+  const bool passes_channels_on = layer.kind == LayerKind::batch_norm2d || layer.kind == LayerKind::depthwise_conv2d;
+  if (passes_channels_on) {
+    TORCH_CHECK_VALUE(layer.kept_in == layer.kept_out, "plan: layer '", layer.name, "': a ", to_string(layer.kind),
+                      " keeps the same channels at its input and output, but kept_in and kept_out differ");
+    TORCH_CHECK_VALUE(!layer.rank && layer.gather.empty(), "plan: layer '", layer.name, "': a ", to_string(layer.kind),
+                      " takes neither rank nor gather");
+  }
+  if (layer.rank) {
+    TORCH_CHECK_VALUE(*layer.rank >= 1 && *layer.rank <= layer.out_channels, "plan: layer '", layer.name,
+                      "': rank = ", *layer.rank, ", expected 1 to ", layer.out_channels, " (its output channels)");
+  }
+  if (layer.bits) {
+    TORCH_CHECK_VALUE(*layer.bits >= 2 && *layer.bits <= 16, "plan: layer '", layer.name, "': bits = ", *layer.bits,
+                      ", expected 2 to 16");
+  }
+  if (layer.mask) {
+    const MaskPlan& mask = *layer.mask;
+    TORCH_CHECK_VALUE(mask.sparsity >= 0 && mask.sparsity < 1, "plan: layer '", layer.name,
+                      "': mask sparsity = ", mask.sparsity, ", expected at least 0 and below 1");
+    TORCH_CHECK_VALUE(mask.n >= 1 && mask.n <= mask.m, "plan: layer '", layer.name, "': mask keeps ", mask.n, " of ",
+                      mask.m, ", expected 1 <= n <= m");
+  }
+}
+
+std::string summary(const LayerPlan& layer) {
+  std::string text = fmt::format("  {:<32} {:>5} -> {:<5} in {:>5}  out {:>5}", layer.name, layer.in_channels,
+                                 layer.out_channels, layer.kept_in.size(), layer.kept_out.size());
+  if (layer.rank) text += fmt::format("  rank {}", *layer.rank);
+  if (!layer.gather.empty()) text += "  gather";
+  if (layer.mask) text += fmt::format("  mask {}", to_string(layer.mask->kind));
+  if (layer.bits) text += fmt::format("  {} bits", *layer.bits);
+  return text;
+}
+
+}  // namespace
+
+std::string_view to_string(LayerKind kind) {
+  switch (kind) {
+    case LayerKind::conv2d:
+      return "conv2d";
+    case LayerKind::depthwise_conv2d:
+      return "depthwise_conv2d";
+    case LayerKind::linear:
+      return "linear";
+    case LayerKind::batch_norm2d:
+      return "batch_norm2d";
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown LayerKind");
+}
+
+std::string_view to_string(MaskPlan::Kind kind) {
+  switch (kind) {
+    case MaskPlan::Kind::magnitude:
+      return "magnitude";
+    case MaskPlan::Kind::nm:
+      return "nm";
+    case MaskPlan::Kind::channel:
+      return "channel";
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown MaskPlan::Kind");
+}
+
+int64_t LayerSpec::macs() const { return parameters() * positions; }
+
+int64_t LayerSpec::parameters() const {
+  if (kind == LayerKind::batch_norm2d) return 0;
+  return out_channels * (in_channels / groups) * kernel_size();
+}
+
+LayerPlan LayerPlan::unchanged(std::string name, LayerKind kind, int64_t in_channels, int64_t out_channels) {
+  LayerPlan plan;
+  plan.name = std::move(name);
+  plan.kind = kind;
+  plan.in_channels = in_channels;
+  plan.out_channels = out_channels;
+  plan.kept_in = all(in_channels);
+  plan.kept_out = all(out_channels);
+  return plan;
+}
+
+bool LayerPlan::is_unchanged() const {
+  return size(kept_in) == in_channels && size(kept_out) == out_channels && gather.empty() && !rank && !mask && !bits;
+}
+
+const LayerPlan* CompressionPlan::find(std::string_view name) const {
+  const auto found = std::find_if(layers.begin(), layers.end(), [&](const LayerPlan& l) { return l.name == name; });
+  return found == layers.end() ? nullptr : &*found;
+}
+
+LayerPlan* CompressionPlan::find(std::string_view name) {
+  return const_cast<LayerPlan*>(std::as_const(*this).find(name));
+}
+
+void CompressionPlan::validate() const {
+  std::set<std::string> names;
+  for (const LayerPlan& layer : layers) {
+    TORCH_CHECK_VALUE(names.insert(layer.name).second, "plan: layer '", layer.name, "' occurs twice");
+    check_layer(layer);
+  }
+}
+
+std::ostream& operator<<(std::ostream& out, const CompressionPlan& plan) {
+  out << fmt::format("CompressionPlan(method={}, target={:g}, {} layers)", plan.method, plan.target, plan.layers.size());
+  for (const LayerPlan& layer : plan.layers) {
+    if (!layer.is_unchanged()) out << '\n' << summary(layer);
+  }
+  return out;
+}
+
+int64_t layer_macs(const LayerSpec& spec, const LayerPlan* plan, bool narrowed) {
+  if (!plan || spec.kind == LayerKind::batch_norm2d) return spec.macs();
+  const int64_t in = size(plan->kept_in);
+  const int64_t out = narrowed ? size(plan->kept_out) : spec.out_channels;
+  if (spec.kind == LayerKind::depthwise_conv2d) return out * spec.kernel_size() * spec.positions;
+  if (spec.groups > 1) return spec.macs();
+  if (plan->rank) return (in * spec.kernel_size() * *plan->rank + *plan->rank * out) * spec.positions;
+  return out * in * spec.kernel_size() * spec.positions;
+}
+
+namespace {
+
+int64_t model_macs(const std::vector<LayerSpec>& model, const CompressionPlan* plan, bool narrowed) {
+  return std::accumulate(model.begin(), model.end(), int64_t{0}, [&](int64_t sum, const LayerSpec& spec) {
+    return sum + layer_macs(spec, plan ? plan->find(spec.name) : nullptr, narrowed);
+  });
+}
+
+}  // namespace
+
+int64_t nominal_macs(const std::vector<LayerSpec>& model, const CompressionPlan& plan) {
+  return model_macs(model, &plan, false);
+}
+
+int64_t final_macs(const std::vector<LayerSpec>& model, const CompressionPlan& plan) {
+  return model_macs(model, &plan, true);
+}
+
+int64_t dense_macs(const std::vector<LayerSpec>& model) { return model_macs(model, nullptr, false); }
+
+}  // namespace cctorch

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace cctorch::python {
+
+void bind_plan(pybind11::module_& module);
+void bind_collaborative(pybind11::module_& module);
+
+}  // namespace cctorch::python

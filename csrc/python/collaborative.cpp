@@ -1,0 +1,96 @@
+#include <cctorch/collaborative.h>
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "names.h"
+
+namespace py = pybind11;
+
+namespace cctorch::python {
+
+namespace {
+
+using collaborative::Basis;
+using collaborative::Options;
+using collaborative::Units;
+
+constexpr Names<Units, 3> units_names{
+    {{"both", Units::both}, {"channels", Units::channels}, {"singular_values", Units::singular_values}}};
+constexpr Names<Basis, 2> basis_names{{{"exact", Basis::exact}, {"fixed", Basis::fixed}}};
+
+using PythonProgress = std::function<void(const std::string&, int64_t, int64_t)>;
+
+collaborative::Solution solve(const std::vector<collaborative::Layer>& layers, int64_t model_macs,
+                              const Options& options, const std::optional<PythonProgress>& progress) {
+  collaborative::Progress forward;
+  if (progress) {
+    // pybind11's function wrapper takes the GIL; an exception it throws (Ctrl-C among them) stops the search.
+    forward = [&](std::string_view stage, int64_t done, int64_t total) { (*progress)(std::string(stage), done, total); };
+  }
+  const py::gil_scoped_release release;
+  return collaborative::solve(layers, model_macs, options, forward);
+}
+
+void bind_options(py::module_& module) {
+  py::class_<Options>(module, "SolverOptions")
+      .def(py::init([](double target, double gamma, double step_fraction, double max_rate, const std::string& units,
+                       const std::string& basis) {
+             return Options{target, gamma, step_fraction, max_rate, parse(units_names, "units", units),
+                            parse(basis_names, "basis", basis)};
+           }),
+           py::arg("target") = 0.5, py::arg("gamma") = 0.9, py::arg("step_fraction") = 0.01,
+           py::arg("max_rate") = 0.95, py::arg("units") = "both", py::arg("basis") = "fixed")
+      .def_readwrite("target", &Options::target)
+      .def_readwrite("gamma", &Options::gamma)
+      .def_readwrite("step_fraction", &Options::step_fraction)
+      .def_readwrite("max_rate", &Options::max_rate)
+      .def_property(
+          "units", [](const Options& self) { return name_of(units_names, self.units); },
+          [](Options& self, const std::string& text) { self.units = parse(units_names, "units", text); })
+      .def_property(
+          "basis", [](const Options& self) { return name_of(basis_names, self.basis); },
+          [](Options& self, const std::string& text) { self.basis = parse(basis_names, "basis", text); });
+}
+
+}  // namespace
+
+void bind_collaborative(py::module_& module) {
+  bind_options(module);
+  py::class_<collaborative::Layer>(module, "SolverLayer")
+      .def(py::init([](LayerSpec spec, at::Tensor weight, at::Tensor gradient) {
+             return collaborative::Layer{std::move(spec), std::move(weight), std::move(gradient)};
+           }),
+           py::arg("spec"), py::arg("weight"), py::arg("gradient"))
+      .def_readwrite("spec", &collaborative::Layer::spec)
+      .def_readwrite("weight", &collaborative::Layer::weight)
+      .def_readwrite("gradient", &collaborative::Layer::gradient);
+  py::class_<collaborative::RateCurve>(module, "RateCurve")
+      .def_readonly("name", &collaborative::RateCurve::name)
+      .def_readonly("rate", &collaborative::RateCurve::rate)
+      .def_readonly("loss", &collaborative::RateCurve::loss)
+      .def_readonly("a", &collaborative::RateCurve::a)
+      .def_readonly("b", &collaborative::RateCurve::b)
+      .def_readonly("allocated", &collaborative::RateCurve::allocated);
+  py::class_<collaborative::Solution>(module, "Solution")
+      .def_readonly("plan", &collaborative::Solution::plan)
+      .def_readonly("curves", &collaborative::Solution::curves)
+      .def_readonly("multiplier", &collaborative::Solution::lambda)
+      .def_readonly("curve_seconds", &collaborative::Solution::curve_seconds)
+      .def_readonly("heuristic_seconds", &collaborative::Solution::heuristic_seconds)
+      .def_readonly("warnings", &collaborative::Solution::warnings);
+  module.def("solve", &solve, py::arg("layers"), py::arg("model_macs"), py::arg("options"),
+             py::arg("progress") = py::none());
+  module.def("unit_scores", &collaborative::unit_scores, py::arg("weight"), py::arg("gradient"), py::arg("running"),
+             py::arg("rank"), py::arg("options"), py::call_guard<py::gil_scoped_release>());
+  module.def("factorize", &collaborative::factorize, py::arg("weight"), py::arg("kept_in"), py::arg("rank"),
+             py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace cctorch::python

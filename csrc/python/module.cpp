@@ -1,0 +1,18 @@
+#include <cctorch/memory.h>
+#include <torch/headeronly/version.h>
+
+#include "bindings.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The C++ library's plan, channel graph and solver; python/cctorch/_C.pyi has the types.";
+  module.attr("TORCH_VERSION") = TORCH_VERSION;
+#ifdef CCTORCH_CUDA_BUILT
+  module.attr("CUDA_BUILT") = true;
+#else
+  module.attr("CUDA_BUILT") = false;
+#endif
+  module.def("keep_freed_memory", &cctorch::keep_freed_memory,
+             "Tell glibc to keep freed memory for the process. On CPU a training step then spends no time on page faults.");
+  cctorch::python::bind_plan(module);
+  cctorch::python::bind_collaborative(module);
+}

@@ -1,0 +1,106 @@
+#include <c10/util/Exception.h>
+#include <cctorch/channel_graph.h>
+#include <gtest/gtest.h>
+
+namespace cctorch {
+namespace {
+
+using Indices = std::vector<int64_t>;
+
+LayerPlan reading(const std::string& name, int64_t in, int64_t out, Indices kept_in) {
+  LayerPlan layer = LayerPlan::unchanged(name, LayerKind::conv2d, in, out);
+  layer.kept_in = std::move(kept_in);
+  return layer;
+}
+
+TEST(ChannelGraph, RemovesFiltersThatNobodyReads) {
+  ChannelGraph graph;
+  auto x = graph.layer("a", LayerKind::conv2d, graph.input(3), 4);
+  x = graph.layer("bn", LayerKind::batch_norm2d, x, 4);
+  graph.pin(graph.layer("b", LayerKind::conv2d, x, 2));
+  CompressionPlan plan{"test", 0, {reading("b", 4, 2, {1, 3})}};
+  graph.resolve(plan);
+  EXPECT_EQ(plan.find("a")->kept_out, (Indices{1, 3}));
+  EXPECT_EQ(plan.find("bn")->kept_in, (Indices{1, 3}));
+  EXPECT_TRUE(plan.find("b")->gather.empty());
+  EXPECT_EQ(plan.find("b")->kept_out, (Indices{0, 1}));
+}
+
+TEST(ChannelGraph, TwoReadersKeepTheUnionAndGather) {
+  ChannelGraph graph;
+  const auto x = graph.layer("a", LayerKind::conv2d, graph.input(3), 4);
+  graph.pin(graph.layer("b", LayerKind::conv2d, x, 2));
+  graph.pin(graph.layer("c", LayerKind::conv2d, x, 2));
+  CompressionPlan plan{"test", 0, {reading("b", 4, 2, {1}), reading("c", 4, 2, {1, 3})}};
+  graph.resolve(plan);
+  EXPECT_EQ(plan.find("a")->kept_out, (Indices{1, 3}));
+  EXPECT_EQ(plan.find("b")->gather, (Indices{0}));
+  EXPECT_TRUE(plan.find("c")->gather.empty());
+}
+
+TEST(ChannelGraph, ASumTiesItsTermsTogether) {
+  ChannelGraph graph;
+  const auto image = graph.input(3);
+  const auto a = graph.layer("a", LayerKind::conv2d, image, 3);
+  const auto b = graph.layer("b", LayerKind::conv2d, image, 3);
+  const auto sum = graph.join(a, b);
+  graph.pin(graph.layer("c", LayerKind::conv2d, sum, 1));
+  graph.pin(graph.layer("d", LayerKind::conv2d, b, 1));
+  CompressionPlan plan{"test", 0, {reading("c", 3, 1, {0}), reading("d", 3, 1, {2})}};
+  graph.resolve(plan);
+  EXPECT_EQ(plan.find("a")->kept_out, (Indices{0, 2}));
+  EXPECT_EQ(plan.find("b")->kept_out, (Indices{0, 2}));
+  EXPECT_EQ(plan.find("d")->gather, (Indices{1}));
+}
+
+TEST(ChannelGraph, PinnedChannelsStay) {
+  ChannelGraph graph;
+  const auto x = graph.layer("a", LayerKind::conv2d, graph.input(3), 4);
+  graph.pin(x);
+  graph.pin(graph.layer("b", LayerKind::conv2d, x, 2));
+  CompressionPlan plan{"test", 0, {reading("b", 4, 2, {1, 3})}};
+  graph.resolve(plan);
+  EXPECT_EQ(plan.find("a"), nullptr);
+  EXPECT_EQ(plan.find("b")->gather, (Indices{1, 3}));
+}
+
+TEST(ChannelGraph, ConcatAndFlattenFollowPositions) {
+  ChannelGraph graph;
+  const auto image = graph.input(3);
+  const auto a = graph.layer("a", LayerKind::conv2d, image, 2);
+  const auto b = graph.layer("b", LayerKind::conv2d, image, 2);
+  const auto flat = ChannelGraph::flatten(ChannelGraph::concat({a, b}), 2);
+  graph.pin(graph.layer("head", LayerKind::linear, flat, 5));
+  LayerPlan head = LayerPlan::unchanged("head", LayerKind::linear, 8, 5);
+  head.kept_in = {1, 4, 5};  // one feature of a's channel 0, both of b's channel 0
+  CompressionPlan plan{"test", 0, {head}};
+  graph.resolve(plan);
+  EXPECT_EQ(plan.find("a")->kept_out, (Indices{0}));
+  EXPECT_EQ(plan.find("b")->kept_out, (Indices{0}));
+  EXPECT_EQ(plan.find("head")->gather, (Indices{1, 2, 3}));
+}
+
+TEST(ChannelGraph, ASharedLayerIsFixed) {
+  ChannelGraph graph;
+  const auto image = graph.input(2);
+  const auto a = graph.layer("a", LayerKind::conv2d, image, 2);
+  const auto once = graph.layer("shared", LayerKind::conv2d, a, 2);
+  const auto twice = graph.layer("shared", LayerKind::conv2d, once, 2);
+  graph.pin(graph.layer("b", LayerKind::conv2d, twice, 2));
+  CompressionPlan plan{"test", 0, {reading("b", 2, 2, {1})}};
+  graph.resolve(plan);
+  EXPECT_EQ(plan.find("a"), nullptr);
+  EXPECT_EQ(plan.find("shared"), nullptr);
+  EXPECT_EQ(plan.find("b")->gather, (Indices{1}));
+}
+
+TEST(ChannelGraph, RefusesAPlanOfAnotherModel) {
+  ChannelGraph graph;
+  graph.pin(graph.layer("b", LayerKind::conv2d, graph.input(4), 2));
+  CompressionPlan plan{"test", 0, {reading("b", 5, 2, {1})}};
+  EXPECT_THROW(graph.resolve(plan), c10::Error);
+  EXPECT_THROW(graph.join(graph.input(2), graph.input(3)), c10::Error);
+}
+
+}  // namespace
+}  // namespace cctorch

@@ -1,0 +1,96 @@
+#include <c10/util/Exception.h>
+#include <cctorch/plan.h>
+#include <gtest/gtest.h>
+
+#include <sstream>
+
+namespace cctorch {
+namespace {
+
+CompressionPlan example() {
+  CompressionPlan plan;
+  plan.method = "by hand";
+  plan.target = 0.25;
+  LayerPlan conv = LayerPlan::unchanged("conv", LayerKind::conv2d, 4, 6);
+  conv.kept_in = {0, 2, 3};
+  conv.kept_out = {1, 2, 5};
+  conv.gather = {0, 1, 3};
+  conv.rank = 2;
+  conv.mask = MaskPlan{MaskPlan::Kind::nm, 0.0, 1, 4};
+  conv.bits = 4;
+  LayerPlan linear = LayerPlan::unchanged("head", LayerKind::linear, 8, 3);
+  linear.mask = MaskPlan{MaskPlan::Kind::channel, 0.1, 2, 4};
+  plan.layers = {conv, linear};
+  return plan;
+}
+
+std::string message_of(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const c10::Error& error) {
+    return error.what_without_backtrace();
+  }
+  return "";
+}
+
+TEST(Plan, JsonRoundTrip) {
+  const CompressionPlan plan = example();
+  EXPECT_EQ(CompressionPlan::from_json(plan.to_json()), plan);
+}
+
+TEST(Plan, EveryTruncationOfTheJsonIsRefused) {
+  const std::string text = example().to_json();
+  for (size_t length = 0; length + 2 < text.size(); ++length) {
+    EXPECT_THROW(CompressionPlan::from_json(std::string_view(text).substr(0, length)), c10::Error) << length;
+  }
+}
+
+TEST(Plan, ErrorsNameLayerAndField) {
+  CompressionPlan plan = example();
+  plan.layers[0].kept_in = {0, 4, 5};
+  const std::string message = message_of([&] { plan.validate(); });
+  EXPECT_NE(message.find("'conv'"), std::string::npos) << message;
+  EXPECT_NE(message.find("kept_in[1] = 4"), std::string::npos) << message;
+}
+
+TEST(Plan, RefusesUnsortedRepeatedEmptyAndDuplicateNames) {
+  const auto refused = [](const auto& change) {
+    CompressionPlan plan = example();
+    change(plan);
+    return !message_of([&] { plan.validate(); }).empty();
+  };
+  EXPECT_FALSE(refused([](CompressionPlan&) {}));
+  EXPECT_TRUE(refused([](CompressionPlan& p) { p.layers[0].kept_in = {2, 0, 3}; }));
+  EXPECT_TRUE(refused([](CompressionPlan& p) { p.layers[0].kept_out = {1, 1, 5}; }));
+  EXPECT_TRUE(refused([](CompressionPlan& p) { p.layers[0].kept_out = {}; }));
+  EXPECT_TRUE(refused([](CompressionPlan& p) { p.layers[0].rank = 7; }));
+  EXPECT_TRUE(refused([](CompressionPlan& p) { p.layers[0].rank = 0; }));
+  EXPECT_TRUE(refused([](CompressionPlan& p) { p.layers[0].bits = 1; }));
+  EXPECT_TRUE(refused([](CompressionPlan& p) { p.layers[0].gather = {0, 1}; }));
+  EXPECT_TRUE(refused([](CompressionPlan& p) { p.layers[1].name = "conv"; }));
+  EXPECT_TRUE(refused([](CompressionPlan& p) { p.layers[1].mask->sparsity = 1.0; }));
+}
+
+TEST(Plan, CountsMultiplyAccumulatesByHand) {
+  const std::vector<LayerSpec> model = {{"conv", LayerKind::conv2d, 4, 6, 3, 3, 100, 1},
+                                        {"head", LayerKind::linear, 8, 3, 1, 1, 1, 1},
+                                        {"bn", LayerKind::batch_norm2d, 6, 6, 1, 1, 100, 1}};
+  CompressionPlan plan = example();
+  EXPECT_EQ(dense_macs(model), 6 * 4 * 9 * 100 + 8 * 3);
+  EXPECT_EQ(nominal_macs(model, plan), (3 * 9 * 2 + 2 * 6) * 100 + 8 * 3);
+  EXPECT_EQ(final_macs(model, plan), (3 * 9 * 2 + 2 * 3) * 100 + 8 * 3);
+  plan.layers[0].rank.reset();
+  EXPECT_EQ(final_macs(model, plan), 3 * 3 * 9 * 100 + 8 * 3);
+}
+
+TEST(Plan, PrintsOnlyWhatChanges) {
+  CompressionPlan plan = example();
+  plan.layers[1].mask.reset();
+  std::ostringstream text;
+  text << plan;
+  EXPECT_NE(text.str().find("conv"), std::string::npos);
+  EXPECT_EQ(text.str().find("head"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace cctorch
