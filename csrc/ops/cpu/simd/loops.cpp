@@ -1,0 +1,150 @@
+#include "csrc/ops/cpu/simd/loops.h"
+
+#include <type_traits>
+
+#include "csrc/ops/cpu/simd/half.h"
+
+namespace cctorch::simd::CCTORCH_ISA {
+namespace {
+
+constexpr int64_t kTile = 512;
+
+// A tile of values in the type of the arithmetic: the storage itself where the types agree, else a converted copy.
+template <typename S, typename T>
+struct Reader {
+  T buffer[kTile];
+  const T* operator()(const void* from, int64_t begin, int64_t n) {
+    to_float(static_cast<const S*>(from) + begin, buffer, n);
+    return buffer;
+  }
+};
+
+template <typename T>
+struct Reader<T, T> {
+  const T* operator()(const void* from, int64_t begin, int64_t) { return static_cast<const T*>(from) + begin; }
+};
+
+template <typename S, typename T>
+struct Writer {
+  T buffer[kTile];
+  T* tile(void*, int64_t) { return buffer; }
+  void flush(void* to, int64_t begin, int64_t n) { from_float(buffer, static_cast<S*>(to) + begin, n); }
+};
+
+template <typename T>
+struct Writer<T, T> {
+  T* tile(void* to, int64_t begin) { return static_cast<T*>(to) + begin; }
+  void flush(void*, int64_t, int64_t) {}
+};
+
+inline int64_t tile_size(int64_t begin, int64_t n) { return n - begin < kTile ? n - begin : kTile; }
+
+template <typename S, typename Formula, typename T = typename Formula::value_type>
+void forward(const Formula& shared_formula, void* y, const void* x, int64_t n, T parameter) {
+  const Formula formula = shared_formula;
+  Reader<S, T> read_x;
+  Writer<S, T> write_y;
+  for (int64_t begin = 0; begin < n; begin += kTile) {
+    const int64_t size = tile_size(begin, n);
+    const T* xs = read_x(x, begin, size);
+    T* ys = write_y.tile(y, begin);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) ys[i] = formula.forward(xs[i], parameter);
+    write_y.flush(y, begin, size);
+  }
+}
+
+template <typename S, typename Formula, typename T = typename Formula::value_type>
+double backward(const Formula& shared_formula, void* grad_x, const void* grad, const void* x, int64_t n, T parameter) {
+  const Formula formula = shared_formula;
+  Reader<S, T> read_x;
+  Reader<S, T> read_grad;
+  Writer<S, T> write;
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kTile) {
+    const int64_t size = tile_size(begin, n);
+    const T* xs = read_x(x, begin, size);
+    const T* gs = read_grad(grad, begin, size);
+    T* out = write.tile(grad_x, begin);
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; ++i) {
+      const auto gradients = formula.backward(gs[i], xs[i], parameter);
+      out[i] = gradients.x;
+      sum += gradients.parameter;
+    }
+    write.flush(grad_x, begin, size);
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
+template <typename S, typename Formula, typename T = typename Formula::value_type>
+void forward_each(const Formula& shared_formula, void* y, const void* x, int64_t n, const T* parameters) {
+  const Formula formula = shared_formula;
+  Reader<S, T> read_x;
+  Writer<S, T> write_y;
+  for (int64_t begin = 0; begin < n; begin += kTile) {
+    const int64_t size = tile_size(begin, n);
+    const T* xs = read_x(x, begin, size);
+    const T* ps = parameters + begin;
+    T* ys = write_y.tile(y, begin);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) ys[i] = formula.forward(xs[i], ps[i]);
+    write_y.flush(y, begin, size);
+  }
+}
+
+template <typename S, typename Formula, typename T = typename Formula::value_type>
+void backward_each(const Formula& shared_formula, void* grad_x, const void* grad, const void* x, int64_t n,
+                   const T* parameters, T* grad_parameters) {
+  const Formula formula = shared_formula;
+  Reader<S, T> read_x;
+  Reader<S, T> read_grad;
+  Writer<S, T> write;
+  for (int64_t begin = 0; begin < n; begin += kTile) {
+    const int64_t size = tile_size(begin, n);
+    const T* xs = read_x(x, begin, size);
+    const T* gs = read_grad(grad, begin, size);
+    const T* ps = parameters + begin;
+    T* sums = grad_parameters + begin;
+    T* out = write.tile(grad_x, begin);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      const auto gradients = formula.backward(gs[i], xs[i], ps[i]);
+      out[i] = gradients.x;
+      sums[i] += gradients.parameter;
+    }
+    write.flush(grad_x, begin, size);
+  }
+}
+
+template <typename S, typename Formula>
+Loops<Formula> of() {
+  return {&forward<S, Formula>, &backward<S, Formula>, &forward_each<S, Formula>, &backward_each<S, Formula>};
+}
+
+}  // namespace
+
+template <typename Formula>
+Loops<Formula> loops(Storage storage) {
+  if constexpr (std::is_same_v<typename Formula::value_type, double>) {
+    return of<double, Formula>();
+  } else {
+    switch (storage) {
+      case Storage::kHalf:
+        return of<Half, Formula>();
+      case Storage::kBFloat16:
+        return of<BFloat16, Formula>();
+      default:
+        return of<float, Formula>();
+    }
+  }
+}
+
+template Loops<formula::FakeQuant<float>> loops(Storage);
+template Loops<formula::FakeQuant<double>> loops(Storage);
+template Loops<formula::ChannelGate<float>> loops(Storage);
+template Loops<formula::ChannelGate<double>> loops(Storage);
+
+}  // namespace cctorch::simd::CCTORCH_ISA

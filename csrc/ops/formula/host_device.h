@@ -1,0 +1,19 @@
+#pragma once
+
+// Always inlined on the host: the same function is compiled for several instruction sets, and an out-of-line copy from
+// one of them must not serve another.
+#if defined(__CUDACC__)
+#define CCTORCH_HOST_DEVICE __host__ __device__ inline
+#else
+#define CCTORCH_HOST_DEVICE __attribute__((always_inline)) inline
+#endif
+
+namespace cctorch::formula {
+
+template <typename T>
+struct Gradients {
+  T x;
+  T parameter;
+};
+
+}  // namespace cctorch::formula
