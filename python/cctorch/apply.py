@@ -1,0 +1,222 @@
+"""Carries out a compression plan: rebuilds the layers smaller."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cctorch import _C
+from cctorch._C import CompressionPlan, LayerPlan
+from cctorch.graph.model_graph import owners, runs_its_own_forward
+from cctorch.nn import GatherChannels, LowRankConv2d, LowRankLinear
+
+_KINDS: dict[str, type[nn.Conv2d] | type[nn.Linear] | type[nn.BatchNorm2d]] = {
+    "conv2d": nn.Conv2d,
+    "depthwise_conv2d": nn.Conv2d,
+    "linear": nn.Linear,
+    "batch_norm2d": nn.BatchNorm2d,
+}
+
+
+def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Rebuilds the layers of ``model`` that ``plan`` names, in place, and returns it.
+
+    A layer keeps the rows ``kept_out`` and the columns ``kept_in`` of its weight; one with a ``rank`` becomes a
+    :class:`~cctorch.nn.LowRankConv2d` or :class:`~cctorch.nn.LowRankLinear` of the truncated SVD; one with a ``gather``
+    is wrapped in :class:`~cctorch.nn.GatherChannels`. Masks and bits are left to :func:`cctorch.prepare`. What the
+    modules are depends on the plan alone, so a compressed checkpoint loads into ``apply(dense_model, plan)``.
+
+    Args:
+        model: the dense model that the plan was made for.
+        plan: e.g. from :func:`cctorch.collaborative.compress`.
+        optimizer: its parameter groups are pointed to the new parameters in the same order. State of a parameter's
+            shape (momentum, Adam's moments) is kept for the kept indices; factors of a decomposed layer start without.
+
+    Raises:
+        ValueError: the plan does not fit the model, naming the layer, what was found and what was expected. The model
+            and the optimizer are unchanged.
+    """
+    plan.validate()
+    paths = owners(model)
+    edits = [_edit(model, layer, paths) for layer in plan.layers if _changes_shape(layer)]
+    successors: dict[Tensor, _Successor] = {}
+    replaced: dict[nn.Module, nn.Module] = {}
+    for edit in edits:
+        successors.update(edit.successors)
+        edit.commit()
+        if edit.replacement is not edit.module:
+            replaced[edit.module] = edit.replacement
+    # A gather holds the module it replaces, which must not be looked into.
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[name] = replaced[child]
+    if optimizer is not None:
+        _carry_over(optimizer, successors)
+    return replaced.get(model, model)
+
+
+def _changes_shape(layer: LayerPlan) -> bool:
+    narrowed = len(layer.kept_in) < layer.in_channels or len(layer.kept_out) < layer.out_channels
+    return narrowed or bool(layer.gather) or layer.rank is not None
+
+
+@dataclass(frozen=True)
+class _Successor:
+    """What takes a parameter's place, and where its state is found in the old one's: indices for each dimension."""
+
+    parameters: Sequence[nn.Parameter]
+    kept: Sequence[Sequence[int]] | None = None
+
+
+@dataclass
+class _Edit:
+    module: nn.Module
+    replacement: nn.Module
+    tensors: dict[str, nn.Parameter | Tensor]
+    attributes: dict[str, int]
+    successors: dict[Tensor, _Successor]
+
+    def commit(self) -> None:
+        for name, tensor in self.tensors.items():
+            setattr(self.module, name, tensor)
+        for name, value in self.attributes.items():
+            setattr(self.module, name, value)
+
+
+def _edit(model: nn.Module, layer: LayerPlan, paths: dict[int, list[str]]) -> _Edit:
+    module = _checked_module(model, layer, paths)
+    if layer.rank is not None:
+        return _decompose(module, layer, layer.rank)
+    kept: dict[str, Sequence[Sequence[int]]] = {"bias": [layer.kept_out]}
+    if layer.kind == "batch_norm2d":
+        kept.update({name: [layer.kept_out] for name in ("weight", "running_mean", "running_var")})
+        attributes = {"num_features": len(layer.kept_out)}
+    elif layer.kind == "depthwise_conv2d":
+        kept["weight"] = [layer.kept_out]
+        attributes = dict.fromkeys(("in_channels", "out_channels", "groups"), len(layer.kept_out))
+    else:
+        kept["weight"] = [layer.kept_out, layer.kept_in]
+        unit = "features" if layer.kind == "linear" else "channels"
+        attributes = {f"in_{unit}": len(layer.kept_in), f"out_{unit}": len(layer.kept_out)}
+    tensors: dict[str, nn.Parameter | Tensor] = {}
+    successors: dict[Tensor, _Successor] = {}
+    for name, indices in kept.items():
+        old = getattr(module, name)
+        if old is None:
+            continue
+        tensors[name] = _parameter(_pick(old, indices), old) if isinstance(old, nn.Parameter) else _pick(old, indices)
+        if isinstance(old, nn.Parameter):
+            successors[old] = _Successor([tensors[name]], indices)  # type: ignore[list-item]
+    replacement = GatherChannels(layer.gather, module) if layer.gather else module
+    return _Edit(module, replacement, tensors, attributes, successors)
+
+
+def _decompose(module: nn.Module, layer: LayerPlan, rank: int) -> _Edit:
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    first, second = _C.factorize(module.weight.detach(), layer.kept_in, rank)
+    second = _pick(second, [layer.kept_out])
+    inputs, outputs, bias = len(layer.kept_in), len(layer.kept_out), module.bias is not None
+    factored: LowRankConv2d | LowRankLinear
+    if isinstance(module, nn.Linear):
+        factored = LowRankLinear(inputs, outputs, rank, bias, device="meta")
+    else:
+        padding = module.padding if isinstance(module.padding, str) else (module.padding[0], module.padding[1])
+        factored = LowRankConv2d(
+            inputs,
+            outputs,
+            rank,
+            kernel_size=(module.kernel_size[0], module.kernel_size[1]),
+            stride=(module.stride[0], module.stride[1]),
+            padding=padding,
+            dilation=(module.dilation[0], module.dilation[1]),
+            bias=bias,
+            padding_mode=module.padding_mode,
+            device="meta",
+        )
+    factored.train(module.training)
+    factored.first = _parameter(first.to(module.weight.dtype), module.weight)
+    factored.second = _parameter(second.to(module.weight.dtype), module.weight)
+    successors = {module.weight: _Successor([factored.first, factored.second])}
+    if module.bias is not None:
+        factored.bias = _parameter(_pick(module.bias, [layer.kept_out]), module.bias)
+        successors[module.bias] = _Successor([factored.bias], [layer.kept_out])
+    replacement = GatherChannels(layer.gather, factored) if layer.gather else factored
+    return _Edit(module, replacement, {}, {}, successors)
+
+
+def _pick(tensor: Tensor, kept: Sequence[Sequence[int]]) -> Tensor:
+    picked = tensor.detach()
+    for dim, indices in enumerate(kept):
+        picked = picked.index_select(dim, torch.as_tensor(indices, dtype=torch.int64, device=tensor.device))
+    return _like(picked, tensor)
+
+
+def _like(tensor: Tensor, old: Tensor) -> Tensor:
+    channels_last = old.dim() == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last)
+    format = torch.channels_last if channels_last and tensor.dim() == 4 else torch.contiguous_format
+    return tensor.contiguous(memory_format=format)
+
+
+def _parameter(tensor: Tensor, old: Tensor) -> nn.Parameter:
+    return nn.Parameter(_like(tensor, old), requires_grad=old.requires_grad)
+
+
+def _checked_module(model: nn.Module, layer: LayerPlan, paths: dict[int, list[str]]) -> nn.Module:
+    expected = f"the plan expects a {_describe_plan(layer)}"
+    advice = "apply a plan once, to the dense model that it was made for"
+    try:
+        module = model.get_submodule(layer.name)
+    except AttributeError:
+        raise ValueError(f"plan: {type(model).__name__} has no layer '{layer.name}'; {expected}; {advice}") from None
+    found = f"plan: layer '{layer.name}' of {type(model).__name__} is a {_describe(module)}; {expected}; {advice}"
+    if not isinstance(module, _KINDS[layer.kind]) or _describe(module) != _describe_plan(layer):
+        raise ValueError(found)
+    if hasattr(module, "parametrizations"):
+        raise ValueError(f"plan: layer '{layer.name}' has parametrizations; run cctorch.convert(model) first")
+    if layer.kind != "batch_norm2d" and not runs_its_own_forward(module):
+        raise ValueError(f"plan: layer '{layer.name}' ({type(module).__name__}) has a forward of its own; leave it out")
+    for parameter in module.parameters(recurse=False):
+        if len(paths[id(parameter)]) > 1:
+            shared = ", ".join(paths[id(parameter)])
+            raise ValueError(f"plan: layer '{layer.name}' shares a parameter ({shared}); leave it out of the plan")
+    return module
+
+
+def _describe_plan(layer: LayerPlan) -> str:
+    return f"{layer.kind} of {layer.in_channels} -> {layer.out_channels} channels"
+
+
+def _describe(module: nn.Module) -> str:
+    if isinstance(module, nn.Conv2d):
+        sizes = f"{module.in_channels} -> {module.out_channels} channels"
+        if module.groups == 1:
+            return f"conv2d of {sizes}"
+        depthwise = module.groups == module.in_channels == module.out_channels
+        return f"depthwise_conv2d of {sizes}" if depthwise else f"conv2d of {sizes} in {module.groups} groups"
+    if isinstance(module, nn.Linear):
+        return f"linear of {module.in_features} -> {module.out_features} channels"
+    if isinstance(module, nn.BatchNorm2d):
+        return f"batch_norm2d of {module.num_features} -> {module.num_features} channels"
+    return type(module).__name__
+
+
+def _carry_over(optimizer: torch.optim.Optimizer, successors: dict[Tensor, _Successor]) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [
+            new for old in group["params"] for new in (successors[old].parameters if old in successors else [old])
+        ]
+    for old, successor in successors.items():
+        state = optimizer.state.pop(old, None)
+        if state is None or successor.kept is None:
+            continue
+        [new] = successor.parameters
+        carried = {name: _carried(value, old, successor.kept) for name, value in state.items()}
+        # State of another shape (a whole-model vector, factored moments) has no meaning for the kept entries.
+        if all(not isinstance(v, Tensor) or v.numel() == 1 or v.shape == new.shape for v in carried.values()):
+            optimizer.state[new] = carried
+
+
+def _carried(value: object, old: Tensor, kept: Sequence[Sequence[int]]) -> object:
+    return _pick(value, kept) if isinstance(value, Tensor) and value.shape == old.shape else value

@@ -1,0 +1,50 @@
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cctorch.modes import modes_restored
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Replaces the running statistics of all batch normalizations by their average over ``batches``.
+
+    Compressed layers feed other distributions to the normalizations than those they were trained on. Every batch counts
+    the same. Only normalizations run in training mode; the mode of every module is put back, as is the momentum.
+
+    Args:
+        model: may have no batch normalization; then nothing happens.
+        batches: (inputs, targets), on any device; the targets are not used.
+
+    Raises:
+        ValueError: ``batches`` is empty; the statistics are unchanged.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return
+    device = next(model.parameters()).device
+    momentum = {norm: norm.momentum for norm in norms}
+    try:
+        with modes_restored(model):
+            model.eval()
+            seen = 0
+            for inputs, _ in batches:
+                if seen == 0:
+                    _start(norms)
+                model(inputs.to(device))
+                seen += 1
+    finally:
+        for norm, value in momentum.items():
+            norm.momentum = value
+    if seen == 0:
+        raise ValueError("reestimate: batches is empty, expected at least one (inputs, targets)")
+
+
+def _start(norms: list[_BatchNorm]) -> None:
+    for norm in norms:
+        norm.reset_running_stats()
+        # None: a cumulative average.
+        norm.momentum = None
+        norm.train()

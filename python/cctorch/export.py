@@ -1,0 +1,123 @@
+"""A trained model as a program that needs neither its source code nor cctorch."""
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from cctorch import atomic
+from cctorch.modes import evaluating
+
+
+def save_program(model: nn.Module, example: Tensor, path: str | Path) -> ExportedProgram:
+    """Exports ``model`` in evaluation mode, writes it to ``path`` and returns it.
+
+    The batch size is free where the model allows it; else it is that of ``example``, and a warning says so. The program
+    consists of PyTorch's own operators. What was written is loaded and compared with the model before it takes the
+    place of an older file. Load it with ``torch.export.load(path).module()``.
+
+    Args:
+        model: takes one tensor, batch first; stays as it is.
+        example: an input, on the model's device.
+        path: conventionally ends in ``.pt2``.
+
+    Raises:
+        ValueError: an operator is left that is not PyTorch's, or the reloaded program computes something else.
+    """
+    with evaluating(model):
+        program = _exported(model, example).run_decompositions(_decompositions())
+        foreign = _foreign(program)
+        if foreign:
+            raise ValueError(f"save_program: the program needs {', '.join(foreign)}, which is not part of PyTorch")
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        data = buffer.getvalue()
+        _check_reloaded(data, example, model(example))
+    atomic.write(Path(path), data)
+    return program
+
+
+def _exported(model: nn.Module, example: Tensor) -> ExportedProgram:
+    # Export takes a batch of 1 for a constant.
+    batch = torch.cat([example, example]) if example.shape[0] == 1 else example
+    try:
+        return torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        warnings.warn(
+            f"{type(model).__name__} is exported for batches of {example.shape[0]} only: {reason}", stacklevel=3
+        )
+        return torch.export.export(model, (example,), strict=False)
+
+
+def _decompositions() -> dict[Any, Callable[..., Tensor]]:
+    library = torch.ops.cctorch
+    return {
+        library.fake_quant.default: _fake_quant,
+        library.apply_mask.default: _apply_mask,
+        library.channel_gate.default: _channel_gate,
+        library.low_rank_linear.default: _low_rank_linear,
+        library.low_rank_conv2d.default: _low_rank_conv2d,
+    }
+
+
+def _fake_quant(
+    x: Tensor, log_scale: Tensor, qmin: int, qmax: int, axis: int | None = None, grad_scale: float = 1.0
+) -> Tensor:
+    scale = log_scale.exp()
+    if axis is not None:
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        scale = scale.view(shape)
+    return ((x / scale).round().clamp(qmin, qmax) * scale).to(x.dtype)
+
+
+def _apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, weight, torch.zeros_like(weight))
+
+
+def _channel_gate(x: Tensor, gate: Tensor) -> Tensor:
+    return x * gate.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _low_rank_linear(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(F.linear(x, first), second, bias)
+
+
+def _low_rank_conv2d(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
+    return F.conv2d(F.conv2d(x, first, None, stride, padding, dilation), second, bias)
+
+
+def _foreign(program: ExportedProgram) -> list[str]:
+    names = set()
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                if isinstance(node.target, torch._ops.OpOverload):
+                    names.add(node.target._schema.name)
+    return sorted(name for name in names if not name.startswith(("aten::", "prim::", "higher_order")))
+
+
+def _check_reloaded(data: bytes, example: Tensor, expected: Tensor) -> None:
+    reloaded = torch.export.load(io.BytesIO(data)).module()(example)
+    tolerance = 1e-9 if expected.dtype == torch.float64 else 1e-4 if expected.dtype == torch.float32 else 2e-2
+    error = (reloaded - expected).abs().max().item()
+    allowed = tolerance * max(1.0, expected.abs().max().item())
+    if not error <= allowed:
+        raise ValueError(
+            f"save_program: the reloaded program differs from the model by {error:.3g}, expected {allowed:.3g}"
+        )

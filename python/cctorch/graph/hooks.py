@@ -1,0 +1,60 @@
+"""Layers by their shapes alone, for a model that cannot be exported."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from cctorch._C import ChannelGraph, LayerSpec
+from cctorch.graph.model_graph import ModelGraph, owners, runs_its_own_forward
+
+if TYPE_CHECKING:
+    from cctorch._C import LayerKind
+
+
+def from_hooks(model: nn.Module, example: Tensor, reason: str) -> ModelGraph:
+    """Layers by their shapes alone. Every channel is fixed, so that only what a layer reads and its rank can change."""
+    sizes: dict[str, list[int]] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+
+            def record(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
+                sizes.setdefault(name, []).append(output.numel() // example.shape[0])
+
+            hooks.append(module.register_forward_hook(record))
+    try:
+        model(example)
+    except Exception as error:
+        raise ValueError(
+            f"trace: {type(model).__name__} does not run on the example of shape {tuple(example.shape)}: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    warning = f"{type(model).__name__} is not followed: {reason}; its layers keep all their filters"
+    graph = ModelGraph([], ChannelGraph(), [warning])
+    shared = owners(model)
+    for name, seen in sizes.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        spec = _hooked_spec(name, layer, sum(seen))
+        graph.specs.append(spec)
+        tied = any(len(shared[id(parameter)]) > 1 for parameter in layer.parameters())
+        if spec.groups > 1 or len(seen) > 1 or tied or not runs_its_own_forward(layer):
+            graph.left_alone.add(name)
+        else:
+            inputs = graph.channels.input(spec.in_channels)
+            graph.channels.pin(graph.channels.layer(name, spec.kind, inputs, spec.out_channels))
+    return graph
+
+
+def _hooked_spec(name: str, layer: nn.Conv2d | nn.Linear, outputs: int) -> LayerSpec:
+    if isinstance(layer, nn.Linear):
+        rows = outputs // layer.out_features
+        return LayerSpec(name, "linear", layer.in_features, layer.out_features, positions=rows)
+    high, wide = layer.kernel_size
+    depthwise = layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
+    kind: LayerKind = "depthwise_conv2d" if depthwise else "conv2d"
+    positions = outputs // layer.out_channels
+    return LayerSpec(name, kind, layer.in_channels, layer.out_channels, high, wide, positions, layer.groups)

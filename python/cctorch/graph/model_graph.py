@@ -1,0 +1,52 @@
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from cctorch import _C
+from cctorch._C import LayerSpec
+
+
+@dataclass
+class ModelGraph:
+    """What :func:`cctorch.graph.trace` found.
+
+    Attributes:
+        specs: convolutions and linear layers in order of execution; all of the model's multiply-accumulates.
+        channels: which filters are read by nobody once a plan has chosen the input channels of every layer.
+        warnings: one for each thing that was not followed, naming it.
+        left_alone: names of the specs that a plan must not change: shared, grouped, with a computed weight...
+    """
+
+    specs: list[LayerSpec]
+    channels: _C.ChannelGraph
+    warnings: list[str] = field(default_factory=list)
+    left_alone: set[str] = field(default_factory=set)
+
+    @property
+    def first(self) -> str | None:
+        """Name of the first convolution."""
+        return next((spec.name for spec in self.specs if spec.kind != "linear"), None)
+
+    @property
+    def classifier(self) -> str | None:
+        """Name of the last linear layer."""
+        return next((spec.name for spec in reversed(self.specs) if spec.kind == "linear"), None)
+
+
+def runs_its_own_forward(module: nn.Module) -> bool:
+    """Whether a layer computes what PyTorch's class of that kind does, with a weight that is a plain parameter."""
+    if "weight" not in module._parameters:
+        return False
+    if isinstance(module, nn.Conv2d):
+        own = type(module)
+        return own.forward is nn.Conv2d.forward and own._conv_forward is nn.Conv2d._conv_forward
+    kinds: tuple[type[nn.Linear] | type[nn.BatchNorm2d], ...] = (nn.Linear, nn.BatchNorm2d)
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+
+
+def owners(model: nn.Module) -> dict[int, list[str]]:
+    """Paths of each parameter, by its id: more than one where it is shared."""
+    paths: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(name)
+    return paths

@@ -1,0 +1,141 @@
+"""Walks an exported graph and carries the channels of each tensor along."""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from cctorch import _C
+from cctorch._C import LayerSpec
+from cctorch.graph.model_graph import ModelGraph, owners, runs_its_own_forward
+
+
+@dataclass(frozen=True)
+class Activation:
+    channels: list[int]
+    dim: int
+
+
+def value_of(node: Node) -> Tensor:
+    value: Tensor = node.meta["val"]
+    return value
+
+
+def path_of(node: Node) -> str:
+    """The innermost module that ran the node. A second call of a module is marked @1."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path: str = list(stack.values())[-1][0] if stack else ""
+    return path.split("@")[0]
+
+
+def op_of(node: Node) -> str:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__name__", str(target))
+    name: str = target._schema.name
+    return name.removeprefix("aten::").rstrip("_")
+
+
+class Walker:
+    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, batch: int) -> None:
+        self.program = program
+        self.batch = batch
+        self.graph = _C.ChannelGraph()
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.owners = owners(model)
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.weight_paths = program.graph_signature.inputs_to_parameters
+        self.values: dict[Node, Activation] = {}
+        self.specs: dict[str, LayerSpec] = {}
+        self.left_alone: dict[str, str] = {}
+        self.not_followed: dict[str, list[str]] = {}
+
+    def run(self, rules: "Mapping[str, Rule]") -> None:
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                self.pin_inputs(node)
+            elif node.op == "call_function" and node.target is not operator.getitem:
+                self.follow(node, rules.get(op_of(node)))
+
+    def follow(self, node: Node, rule: "Rule | None") -> None:
+        activation = rule(self, node) if rule else None
+        if activation is not None and value_of(node).shape[activation.dim] == len(activation.channels):
+            self.values[node] = activation
+        elif self.pin_inputs(node) and op_of(node) not in ("conv2d", "linear"):
+            place = path_of(node) or type(self.modules[""]).__name__
+            self.not_followed.setdefault(op_of(node), []).append(place)
+
+    def unseen(self) -> str | None:
+        """A layer that the graph does not contain, so that nothing is known of its place."""
+        used = {node.name for node in self.program.graph.nodes if node.op == "placeholder" and node.users}
+        ran = {id(self.parameters[path]) for name, path in self.weight_paths.items() if name in used}
+        for path, module in self.modules.items():
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+                weight = module._parameters.get("weight")
+                if weight is not None and id(weight) not in ran:
+                    return path
+        return None
+
+    def finish(self) -> ModelGraph:
+        warnings = [f"layer '{name}' is left alone: {reason}" for name, reason in self.left_alone.items()]
+        for op, paths in self.not_followed.items():
+            places = ", ".join(f"'{path}'" for path in dict.fromkeys(paths))
+            warnings.append(f"{op} in {places} is not followed: all channels that it reads stay")
+        return ModelGraph(list(self.specs.values()), self.graph, warnings, set(self.left_alone))
+
+    def pin(self, node: Node) -> bool:
+        activation = self.values.get(node)
+        if activation is not None:
+            self.graph.pin(activation.channels)
+        return activation is not None
+
+    def pin_inputs(self, node: Node) -> bool:
+        return sum(self.pin(source) for source in node.all_input_nodes) > 0
+
+    def read(self, node: Node, dim: int) -> list[int]:
+        """The channels along one dimension of a tensor; fixed ones where they were not followed."""
+        activation = self.values.get(node)
+        if activation is not None and activation.dim == dim:
+            return activation.channels
+        self.pin(node)
+        return self.graph.input(value_of(node).shape[dim])
+
+    def record(self, spec: LayerSpec) -> None:
+        earlier = self.specs.get(spec.name)
+        self.specs[spec.name] = spec if earlier is None else _with_positions(spec, earlier.positions + spec.positions)
+
+    def why_not_followed(self, node: Node, weight: Node, path: str) -> str | None:
+        """The reason why the layer cannot be rebuilt as the module at ``path``, if there is one."""
+        module = self.modules.get(path)
+        if weight.name not in self.weight_paths:
+            return "its weight is not a parameter"
+        if not isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) or not runs_its_own_forward(module):
+            return f"{type(module).__name__} computes something of its own"
+        if self.parameters[self.weight_paths[weight.name]] is not module.weight:
+            return "its weight belongs to another module"
+        for parameter in module._parameters.values():
+            if parameter is not None and len(self.owners[id(parameter)]) > 1:
+                return f"it shares a parameter: {', '.join(self.owners[id(parameter)])}"
+        arguments = [weight, *(a for a in node.all_input_nodes if a.name in self.weight_paths)]
+        if any(len(argument.users) > 1 for argument in arguments):
+            return "it is used more than once"
+        return None
+
+
+def _with_positions(spec: LayerSpec, positions: int) -> LayerSpec:
+    return LayerSpec(
+        spec.name,
+        spec.kind,
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_height,
+        spec.kernel_width,
+        positions,
+        spec.groups,
+    )
+
+
+Rule = Callable[[Walker, Node], Activation | None]

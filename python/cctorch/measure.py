@@ -1,0 +1,142 @@
+"""What a model costs and how good it is: accuracy, latency, time of each layer, parameters, bytes."""
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from cctorch.modes import evaluating
+from cctorch.nn import GatherChannels
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Top-1 accuracy in percent over (inputs, targets), in evaluation mode.
+
+    Raises:
+        ValueError: ``batches`` holds no example.
+    """
+    total = 0
+    with evaluating(model) as device:
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        for inputs, targets in batches:
+            predicted = model(inputs.to(device, non_blocking=True)).argmax(1)
+            correct += (predicted == targets.to(device, non_blocking=True)).sum()
+            total += targets.numel()
+    if total == 0:
+        raise ValueError("accuracy: batches is empty, expected at least one (inputs, targets)")
+    return 100.0 * correct.item() / total
+
+
+def latency(model: nn.Module, example: Tensor, repeats: int = 50, warmup: int = 10) -> float:
+    """Median seconds of one forward pass in evaluation mode, at the batch size of ``example``."""
+    _check_repeats("latency", repeats)
+    with evaluating(model) as device:
+        example = example.to(device)
+        for _ in range(warmup):
+            model(example)
+        return statistics.median(_seconds(lambda: model(example), device) for _ in range(repeats))
+
+
+def layer_times(model: nn.Module, example: Tensor, repeats: int = 20, warmup: int = 5) -> dict[str, float]:
+    """Median seconds that each layer takes in one forward pass in evaluation mode.
+
+    Keys are paths of the dense model: what :func:`cctorch.apply` put in a layer's place counts as that layer.
+    """
+    _check_repeats("layer_times", repeats)
+    layers = dict(_layers(model))
+    seconds: dict[str, list[float]] = {}
+    with evaluating(model) as device, _timed(layers, device) as reads:
+        example = example.to(device)
+        for step in range(warmup + repeats):
+            model(example)
+            _wait(device)
+            for name, spans in reads.items():
+                if step >= warmup:
+                    seconds.setdefault(name, []).append(sum(read() for read in spans))
+            reads.clear()
+    return {name: statistics.median(seconds[name]) for name in layers if name in seconds}
+
+
+@contextmanager
+def _timed(layers: dict[str, nn.Module], device: torch.device) -> Iterator[dict[str, list[Callable[[], float]]]]:
+    running: dict[str, Callable[[], Callable[[], float]]] = {}
+    reads: dict[str, list[Callable[[], float]]] = {}
+    hooks = []
+    for path, layer in layers.items():
+
+        def before(*_: object, path: str = path) -> None:
+            running[path] = _timer(device)
+
+        def after(*_: object, path: str = path) -> None:
+            reads.setdefault(path, []).append(running.pop(path)())
+
+        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    try:
+        yield reads
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters; a shared one counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def size_on_disk(model: nn.Module) -> int:
+    """Bytes of the state dictionary as ``torch.save`` writes it."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.getbuffer().nbytes
+
+
+def _check_repeats(name: str, repeats: int) -> None:
+    if repeats < 1:
+        raise ValueError(f"{name}: repeats = {repeats}, expected at least 1")
+
+
+def _timer(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Starts now. Calling the result stops; what that returns gives the seconds, after the device was waited for."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = time.perf_counter() - begin
+            return lambda: seconds
+
+        return stop
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+
+    def stop_event() -> Callable[[], float]:
+        end.record()
+        return lambda: float(start.elapsed_time(end)) / 1000
+
+    return stop_event
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    stop = _timer(device)
+    run()
+    read = stop()
+    _wait(device)
+    return read()
+
+
+def _layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    children = list(module.named_children())
+    if isinstance(module, GatherChannels) or parametrize.is_parametrized(module) or not children:
+        yield path, module
+        return
+    for name, child in children:
+        yield from _layers(child, f"{path}.{name}" if path else name)

@@ -1,0 +1,25 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Puts the training mode of every module back at the end."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; gives the device of the model."""
+    first = next(model.parameters(), None)
+    with modes_restored(model), torch.no_grad():
+        model.eval()
+        yield torch.device("cpu") if first is None else first.device

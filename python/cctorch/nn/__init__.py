@@ -1,0 +1,17 @@
+"""Modules over :mod:`cctorch.ops`: they hold the parameters, the ops do the work."""
+
+from cctorch.nn.channel_gate import ChannelGate
+from cctorch.nn.fake_quant import FakeQuant
+from cctorch.nn.gather import GatherChannels
+from cctorch.nn.low_rank import LowRankConv2d, LowRankLinear, LowRankWeight
+from cctorch.nn.mask import Mask
+
+__all__ = [
+    "ChannelGate",
+    "FakeQuant",
+    "GatherChannels",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "LowRankWeight",
+    "Mask",
+]

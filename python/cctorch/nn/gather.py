@@ -1,0 +1,33 @@
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cctorch.nn.low_rank import LowRankLinear
+
+
+class GatherChannels(nn.Module):
+    """Picks the input channels that a layer reads, then runs the layer.
+
+    Args:
+        index: positions of the channels in the tensor that arrives.
+        layer: reads ``len(index)`` channels, in dimension 1 for a convolution and the last one for a linear layer.
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Sequence[int] | Tensor, layer: nn.Module) -> None:
+        super().__init__()
+        first = next(layer.parameters(), None)
+        device = None if first is None else first.device
+        self.register_buffer("index", torch.as_tensor(index, dtype=torch.int64, device=device))
+        self.layer = layer
+        self.dim = -1 if isinstance(layer, nn.Linear | LowRankLinear) else 1
+        self.training = layer.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x.index_select(self.dim, self.index))
+        return y
+
+    def extra_repr(self) -> str:
+        return f"channels={self.index.numel()}"

@@ -1,0 +1,27 @@
+"""The compression plan and its file."""
+
+from pathlib import Path
+
+from cctorch import atomic
+from cctorch._C import CompressionPlan, LayerPlan, LayerSpec, MaskPlan
+
+__all__ = ["CompressionPlan", "LayerPlan", "LayerSpec", "MaskPlan", "load_plan", "save_plan"]
+
+
+def save_plan(plan: CompressionPlan, path: str | Path) -> None:
+    """Writes the plan as JSON. A reader sees the old file or the whole new one."""
+    plan.validate()
+    atomic.write(Path(path), plan.to_json().encode())
+
+
+def load_plan(path: str | Path) -> CompressionPlan:
+    """Reads a plan that :func:`save_plan` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, is not a plan, or its indices or ranks are impossible; names the file.
+    """
+    try:
+        return CompressionPlan.from_json(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error

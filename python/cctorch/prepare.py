@@ -1,0 +1,111 @@
+"""Training-time constraints as parametrizations: attached by :func:`prepare`, baked in by :func:`convert`."""
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from cctorch import ops
+from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
+from cctorch.nn import FakeQuant, GatherChannels, LowRankConv2d, LowRankLinear, LowRankWeight, Mask
+
+_Weight = tuple[nn.Module, str]
+_OURS = (Mask, FakeQuant, LowRankWeight)
+
+
+def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
+    """Attaches the masks and the fake-quantization of ``plan`` to the weights of ``model``, in place, and returns it.
+
+    The mask comes first, then the quantization; a :class:`~cctorch.nn.LowRankWeight` that the user registered before
+    comes ahead of both. Magnitude masks of equal sparsity are one global selection over all of them. Weights are
+    quantized with one scale for each output channel. In a model that :func:`cctorch.apply` rebuilt, the two factors of a
+    decomposed layer take the place of its weight.
+
+    Optimizers made before keep working: the parameters stay the same objects. The scales are new ones.
+
+    Raises:
+        ValueError: the plan names a layer that the model lacks or that has no weight, or one that is already prepared.
+    """
+    plan.validate()
+    targets = {
+        layer.name: _weights(model, layer) for layer in plan.layers if layer.mask is not None or layer.bits is not None
+    }
+    masks = _masks(plan, targets)
+    for layer in plan.layers:
+        for module, name in targets.get(layer.name, []):
+            mask = masks.get((module, name))
+            if mask is not None:
+                parametrize.register_parametrization(module, name, Mask(mask))
+            if layer.bits is not None:
+                _quantize(module, name, layer.bits, mask)
+    return model
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Replaces every weight that :func:`prepare` constrained by its value, and returns ``model``.
+
+    Parametrizations of other origin stay, and so does a weight that has one of them.
+    """
+    for module in list(model.modules()):
+        for name, steps in _steps(module).items():
+            if all(isinstance(step, _OURS) for step in steps):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return model
+
+
+def _steps(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """The parametrizations of each parametrized tensor of a module."""
+    if not parametrize.is_parametrized(module):
+        return {}
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    return {name: list(steps.children()) for name, steps in parametrizations.items()}
+
+
+def _weights(model: nn.Module, layer: LayerPlan) -> list[_Weight]:
+    try:
+        module = model.get_submodule(layer.name)
+    except AttributeError:
+        raise ValueError(f"plan: {type(model).__name__} has no layer '{layer.name}' to mask or quantize") from None
+    if isinstance(module, GatherChannels):
+        module = module.layer
+    names = ("first", "second") if isinstance(module, LowRankConv2d | LowRankLinear) else ("weight",)
+    for name in names:
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor) or weight.dim() < 2:
+            kind = type(module).__name__
+            raise ValueError(
+                f"plan: layer '{layer.name}' is a {kind}; only convolutions and linear layers take masks and bits"
+            )
+        if any(isinstance(step, Mask | FakeQuant) for step in _steps(module).get(name, [])):
+            raise ValueError(f"plan: layer '{layer.name}' is prepared already; run cctorch.convert(model) first")
+    return [(module, name) for name in names]
+
+
+def _masks(plan: CompressionPlan, targets: dict[str, list[_Weight]]) -> dict[_Weight, Tensor]:
+    masks: dict[_Weight, Tensor] = {}
+    together: dict[float, list[_Weight]] = {}
+    for layer in plan.layers:
+        if layer.mask is None:
+            continue
+        if layer.mask.kind == "magnitude":
+            together.setdefault(layer.mask.sparsity, []).extend(targets[layer.name])
+            continue
+        for module, name in targets[layer.name]:
+            masks[module, name] = _own_mask(getattr(module, name).detach(), layer.mask)
+    for sparsity, members in together.items():
+        weights = [getattr(module, name).detach() for module, name in members]
+        masks.update(zip(members, ops.magnitude_masks(weights, sparsity), strict=True))
+    return masks
+
+
+def _own_mask(weight: Tensor, mask: MaskPlan) -> Tensor:
+    if mask.kind == "nm":
+        return ops.nm_mask(weight, mask.n, mask.m, axis=1)
+    return ops.channel_mask(weight, mask.sparsity, axis=0)
+
+
+def _quantize(module: nn.Module, name: str, bits: int, mask: Tensor | None) -> None:
+    weight = getattr(module, name).detach()
+    quant = FakeQuant(bits, axis=0, channels=weight.shape[0], device=weight.device, dtype=weight.dtype)
+    quant.initialize(weight, mask)
+    quant.train(module.training)
+    parametrize.register_parametrization(module, name, quant)
