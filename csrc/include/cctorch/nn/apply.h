@@ -1,0 +1,21 @@
+#pragma once
+
+#include <cctorch/plan.h>
+#include <torch/nn/module.h>
+#include <torch/optim/optimizer.h>
+
+namespace cctorch {
+
+// Carries out `plan` on the layers of `model` that it names, in place. Layers are the cctorch::nn modules, found by
+// their path.
+//
+// With an optimizer (SGD, Adam or AdamW), the new parameters take the place of the old ones in its groups, and momentum
+// and moments are carried over by kept index; the factors of a decomposed weight start without state. Without one, an
+// optimizer that exists still holds the old parameters.
+//
+// Throws c10::Error naming the layer, what was found and what was expected: a name that the model does not have,
+// another kind or other channels (another architecture), a layer that is compressed already, a mask or bits (apply()
+// only rebuilds layers), state of another optimizer. The model and the optimizer are then as before.
+void apply(torch::nn::Module& model, const CompressionPlan& plan, torch::optim::Optimizer* optimizer = nullptr);
+
+}  // namespace cctorch

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <cctorch/plan.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace cctorch::nn {
+
+// A dense layer that can carry out a LayerPlan in place.
+class Compressible {
+ public:
+  virtual ~Compressible() = default;
+
+  // The dense layer under `name`, also once it is compressed. `positions` is 0 until observe() has seen a forward pass.
+  virtual LayerSpec spec(const std::string& name) const = 0;
+
+  // Throws c10::Error naming the layer, what was found and what was expected, if compress() could not carry out `plan`.
+  void check(const LayerPlan& plan) const;
+
+  // Replaces the parameters by narrowed or factored ones of the same dtype, device, memory format and requires_grad.
+  // Throws as check() does, and then leaves the layer as it was.
+  void compress(const LayerPlan& plan);
+
+  // What compress() carried out.
+  const std::optional<LayerPlan>& plan() const { return plan_; }
+
+  // While on, forward passes record the number of output positions for spec(). Switching on forgets the last record.
+  void observe(bool on);
+
+ protected:
+  virtual void check_structure(const LayerPlan& plan) const = 0;
+  virtual void carry_out(const LayerPlan& plan) = 0;
+
+  bool observing_ = false;
+  int64_t positions_ = 0;
+  std::optional<LayerPlan> plan_;
+};
+
+// The entries of a layer's parameter, or of anything shaped like it, that survive `plan`: kept_out along dimension 0
+// and, for the weight of a convolution or a linear layer, kept_in along dimension 1.
+at::Tensor narrow(const at::Tensor& tensor, const LayerPlan& plan);
+
+}  // namespace cctorch::nn

@@ -1,0 +1,35 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <cctorch/collaborative.h>
+#include <cctorch/plan.h>
+#include <torch/nn/module.h>
+
+#include <functional>
+#include <vector>
+
+namespace cctorch {
+
+// The cctorch::nn layers of `model` in order of registration, with the output positions that `forward` (one pass over
+// any example, run in eval mode without gradients) makes each compute. Layers that `forward` does not reach are left
+// out; a torch::nn convolution or linear layer cannot be counted and causes a warning that names it.
+std::vector<LayerSpec> layer_specs(torch::nn::Module& model, const std::function<void()>& forward);
+
+namespace collaborative {
+
+// Those that take part in the search: convolutions and linear layers, without the first convolution, the last linear
+// layer, and depthwise or grouped convolutions.
+std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs);
+
+// The loss of the next batch (one element, with a graph); an undefined tensor after the last one.
+using NextLoss = std::function<at::Tensor()>;
+
+// What solve() reads of each layer in `specs`: its weight, and the gradient of the mean of the batches' losses, summed
+// in float64. The losses are computed in eval mode; `.grad` and the training mode of every module are left as they are.
+// Throws c10::Error naming the layer if it does not exist, is compressed already or does not reach the loss, or if
+// there is no batch.
+std::vector<Layer> mean_gradients(torch::nn::Module& model, const std::vector<LayerSpec>& specs,
+                                  const NextLoss& next_loss);
+
+}  // namespace collaborative
+}  // namespace cctorch

@@ -1,0 +1,148 @@
+#include <cctorch/nn/apply.h>
+#include <cctorch/nn/compressible.h>
+#include <torch/optim/adam.h>
+#include <torch/optim/adamw.h>
+#include <torch/optim/sgd.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace cctorch {
+
+namespace {
+
+using Parameters = torch::OrderedDict<std::string, at::Tensor>;
+
+struct PlannedLayer {
+  const LayerPlan* plan;
+  nn::Compressible* layer;
+  std::shared_ptr<torch::nn::Module> module;
+};
+
+std::string first_names(const torch::OrderedDict<std::string, std::shared_ptr<torch::nn::Module>>& modules) {
+  std::string names;
+  size_t listed = 0;
+  for (const auto& module : modules) {
+    if (dynamic_cast<const nn::Compressible*>(module.value().get()) == nullptr) continue;
+    if (++listed > 5) return names + ", ...";
+    names += (names.empty() ? "" : ", ") + module.key();
+  }
+  return names.empty() ? "no compressible layer" : names;
+}
+
+std::vector<PlannedLayer> find_layers(torch::nn::Module& model, const CompressionPlan& plan) {
+  const auto modules = model.named_modules("", /*include_self=*/false);
+  std::vector<PlannedLayer> found;
+  std::unordered_map<const nn::Compressible*, const LayerPlan*> seen;
+  for (const LayerPlan& layer_plan : plan.layers) {
+    const auto* const module = modules.find(layer_plan.name);
+    TORCH_CHECK_VALUE(module != nullptr, "plan: the model has no layer '", layer_plan.name, "', it has ",
+                      first_names(modules), ": the plan was made for another architecture");
+    auto* const layer = dynamic_cast<nn::Compressible*>(module->get());
+    TORCH_CHECK_VALUE(
+        layer != nullptr, "layer '", layer_plan.name, "' is a ", (*module)->name(),
+        ", which apply() cannot rebuild: build the model with cctorch::nn::Conv2d, Linear and BatchNorm2d");
+    const auto [earlier, is_new] = seen.emplace(layer, &layer_plan);
+    TORCH_CHECK_VALUE(is_new, "layers '", earlier->second->name, "' and '", layer_plan.name,
+                      "' are one module under two names, expected at most one of them in the plan");
+    layer->check(layer_plan);
+    if (!layer_plan.is_unchanged()) found.push_back({&layer_plan, layer, *module});
+  }
+  return found;
+}
+
+bool carries_over(const torch::optim::OptimizerParamState& state) {
+  return dynamic_cast<const torch::optim::SGDParamState*>(&state) != nullptr ||
+         dynamic_cast<const torch::optim::AdamParamState*>(&state) != nullptr ||
+         dynamic_cast<const torch::optim::AdamWParamState*>(&state) != nullptr;
+}
+
+template <typename State>
+bool narrow_moments(torch::optim::OptimizerParamState& state, const LayerPlan& plan) {
+  auto* const moments = dynamic_cast<State*>(&state);
+  if (moments == nullptr) return false;
+  for (at::Tensor* moment : {&moments->exp_avg(), &moments->exp_avg_sq(), &moments->max_exp_avg_sq()}) {
+    if (moment->defined()) *moment = nn::narrow(*moment, plan);
+  }
+  return true;
+}
+
+void narrow_state(torch::optim::OptimizerParamState& state, const LayerPlan& plan) {
+  if (narrow_moments<torch::optim::AdamParamState>(state, plan)) return;
+  if (narrow_moments<torch::optim::AdamWParamState>(state, plan)) return;
+  at::Tensor& momentum = dynamic_cast<torch::optim::SGDParamState&>(state).momentum_buffer();
+  if (momentum.defined()) momentum = nn::narrow(momentum, plan);
+}
+
+void check_optimizer(torch::optim::Optimizer& optimizer, const std::vector<PlannedLayer>& layers) {
+  for (const PlannedLayer& planned : layers) {
+    for (const auto& parameter : planned.module->named_parameters(/*recurse=*/false)) {
+      const auto state = optimizer.state().find(parameter.value().unsafeGetTensorImpl());
+      TORCH_CHECK_VALUE(state == optimizer.state().end() || carries_over(*state->second), "optimizer: the state of '",
+                        planned.plan->name, ".", parameter.key(),
+                        "' is not that of SGD, Adam or AdamW and cannot be carried over: call apply() without the "
+                        "optimizer and make a new one from the compressed model");
+    }
+  }
+}
+
+// What takes the place of each old parameter.
+using Replacements = std::map<const void*, std::vector<at::Tensor>>;
+
+void replace_state(torch::optim::Optimizer& optimizer, const LayerPlan& plan, const Parameters& before,
+                   const Parameters& after, Replacements& replacements) {
+  for (const auto& parameter : before) {
+    void* const key = parameter.value().unsafeGetTensorImpl();
+    const at::Tensor* const successor = after.find(parameter.key());
+    replacements[key] = successor != nullptr ? std::vector<at::Tensor>{*successor}
+                                             : std::vector<at::Tensor>{after["first"], after["second"]};
+    const auto state = optimizer.state().find(key);
+    if (state == optimizer.state().end()) continue;
+    auto carried = std::move(state->second);
+    optimizer.state().erase(key);
+    if (successor == nullptr) continue;
+    narrow_state(*carried, plan);
+    optimizer.state()[successor->unsafeGetTensorImpl()] = std::move(carried);
+  }
+}
+
+void replace_parameters(torch::optim::Optimizer& optimizer, const Replacements& replacements) {
+  for (torch::optim::OptimizerParamGroup& group : optimizer.param_groups()) {
+    std::vector<at::Tensor> parameters;
+    for (const at::Tensor& parameter : group.params()) {
+      const auto replacement = replacements.find(parameter.unsafeGetTensorImpl());
+      if (replacement == replacements.end()) {
+        parameters.push_back(parameter);
+      } else {
+        parameters.insert(parameters.end(), replacement->second.begin(), replacement->second.end());
+      }
+    }
+    group.params() = std::move(parameters);
+  }
+}
+
+}  // namespace
+
+void apply(torch::nn::Module& model, const CompressionPlan& plan, torch::optim::Optimizer* optimizer) {
+  plan.validate();
+  const std::vector<PlannedLayer> layers = find_layers(model, plan);
+  if (optimizer != nullptr) check_optimizer(*optimizer, layers);
+
+  Replacements replacements;
+  // The old parameters live until the optimizer has let go of them: their addresses are its keys.
+  std::vector<Parameters> replaced;
+  for (const PlannedLayer& planned : layers) {
+    replaced.push_back(planned.module->named_parameters(/*recurse=*/false));
+    planned.layer->compress(*planned.plan);
+    if (optimizer == nullptr) continue;
+    const Parameters after = planned.module->named_parameters(/*recurse=*/false);
+    replace_state(*optimizer, *planned.plan, replaced.back(), after, replacements);
+  }
+  if (optimizer != nullptr) replace_parameters(*optimizer, replacements);
+}
+
+}  // namespace cctorch

@@ -1,0 +1,81 @@
+#include <ATen/ops/conv2d.h>
+#include <cctorch/low_rank.h>
+#include <cctorch/nn/layers.h>
+
+#include <ostream>
+
+#include "csrc/nn/layer_parts.h"
+
+namespace cctorch::nn {
+
+Conv2dImpl::Conv2dImpl(int64_t in_channels, int64_t out_channels, torch::ExpandingArray<2> kernel_size)
+    : Conv2dImpl(torch::nn::Conv2dOptions(in_channels, out_channels, kernel_size)) {}
+
+Conv2dImpl::Conv2dImpl(torch::nn::Conv2dOptions options_) : options(std::move(options_)) {
+  TORCH_CHECK_VALUE(options.groups() > 0 && options.in_channels() % options.groups() == 0 &&
+                        options.out_channels() % options.groups() == 0,
+                    "groups = ", options.groups(), ", expected a divisor of in_channels = ", options.in_channels(),
+                    " and of out_channels = ", options.out_channels());
+  numeric_padding(options);
+  Conv2dImpl::reset();
+}
+
+bool Conv2dImpl::depthwise() const {
+  return options.groups() > 1 && options.groups() == options.in_channels() &&
+         options.in_channels() == options.out_channels();
+}
+
+void Conv2dImpl::reset() {
+  const int64_t out = plan_ ? static_cast<int64_t>(plan_->kept_out.size()) : options.out_channels();
+  const int64_t in = depthwise() ? 1
+                     : plan_     ? static_cast<int64_t>(plan_->kept_in.size()) / options.groups()
+                                 : options.in_channels() / options.groups();
+  const auto& kernel = *options.kernel_size();
+  register_parameters(out, in, kernel, options.bias());
+  reset_parameters();
+}
+
+void Conv2dImpl::pretty_print(std::ostream& stream) const {
+  stream << "cctorch::nn::Conv2d(" << options.in_channels() << ", " << options.out_channels()
+         << ", kernel_size=" << options.kernel_size() << ", stride=" << options.stride()
+         << ", padding=" << numeric_padding(options) << ", dilation=" << options.dilation()
+         << ", groups=" << options.groups() << ", bias=" << std::boolalpha << options.bias() << ")";
+  print_plan(stream);
+}
+
+LayerSpec Conv2dImpl::spec(const std::string& name) const {
+  const auto& kernel = *options.kernel_size();
+  return {.name = name,
+          .kind = depthwise() ? LayerKind::depthwise_conv2d : LayerKind::conv2d,
+          .in_channels = options.in_channels(),
+          .out_channels = options.out_channels(),
+          .kernel_height = kernel[0],
+          .kernel_width = kernel[1],
+          .positions = positions_,
+          .groups = options.groups()};
+}
+
+at::Tensor Conv2dImpl::forward(const at::Tensor& x) {
+  const at::Tensor input = gathered(x, 1);
+  const torch::ExpandingArray<2> padding = numeric_padding(options);
+  at::Tensor y;
+  if (weight.defined()) {
+    const int64_t groups = depthwise() ? weight.size(0) : options.groups();
+    y = at::conv2d(input, weight, bias, options.stride(), padding, options.dilation(), groups);
+  } else {
+    y = low_rank_conv2d(input, first, second, bias.defined() ? std::optional(bias) : std::nullopt, options.stride(),
+                        padding, options.dilation());
+  }
+  if (observing_) positions_ = y.size(-2) * y.size(-1);
+  return y;
+}
+
+void Conv2dImpl::check_structure(const LayerPlan& plan) const {
+  const auto& kernel = *options.kernel_size();
+  check_rank(plan, kernel[0] * kernel[1]);
+  TORCH_CHECK_VALUE(options.groups() == 1 || depthwise() || plan.is_unchanged(), "layer '", plan.name,
+                    "' is a convolution with groups = ", options.groups(),
+                    ", which stays as it is, but the plan removes channels or factors it: leave it out of the plan");
+}
+
+}  // namespace cctorch::nn

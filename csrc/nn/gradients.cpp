@@ -1,0 +1,132 @@
+#include <ATen/ops/zeros_like.h>
+#include <cctorch/nn/compressible.h>
+#include <cctorch/nn/gradients.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/nn/modules/conv.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/types.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+
+namespace cctorch {
+
+namespace {
+
+// Eval mode, until the end of the scope.
+class EvalMode {
+ public:
+  explicit EvalMode(torch::nn::Module& model) : model_(model), was_training_(model.is_training()) {
+    for (const auto& module : model.modules(/*include_self=*/false)) {
+      modules_.emplace_back(module, module->is_training());
+    }
+    model.eval();
+  }
+  ~EvalMode() {
+    // Parents come first: train() reaches the children as well.
+    model_.train(was_training_);
+    for (const auto& [module, training] : modules_) module->train(training);
+  }
+  EvalMode(const EvalMode&) = delete;
+  EvalMode& operator=(const EvalMode&) = delete;
+
+ private:
+  torch::nn::Module& model_;
+  bool was_training_;
+  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> modules_;
+};
+
+bool is_dense_torch_layer(const torch::nn::Module& module) {
+  return dynamic_cast<const torch::nn::Conv2dImpl*>(&module) != nullptr ||
+         dynamic_cast<const torch::nn::LinearImpl*>(&module) != nullptr;
+}
+
+}  // namespace
+
+std::vector<LayerSpec> layer_specs(torch::nn::Module& model, const std::function<void()>& forward) {
+  const auto modules = model.named_modules("", /*include_self=*/false);
+  const auto observe = [&](bool on) {
+    for (const auto& module : modules) {
+      if (auto* const layer = dynamic_cast<nn::Compressible*>(module.value().get())) layer->observe(on);
+    }
+  };
+  {
+    const EvalMode eval(model);
+    const torch::NoGradGuard no_grad;
+    observe(true);
+    forward();
+    observe(false);
+  }
+  std::vector<LayerSpec> specs;
+  for (const auto& module : modules) {
+    if (const auto* const layer = dynamic_cast<const nn::Compressible*>(module.value().get())) {
+      LayerSpec spec = layer->spec(module.key());
+      if (spec.positions > 0) specs.push_back(std::move(spec));
+    } else if (is_dense_torch_layer(*module.value())) {
+      TORCH_WARN("layer '", module.key(), "' is a ", module.value()->name(),
+                 ", whose work is not counted and which is left alone: use the layer of cctorch::nn in its place");
+    }
+  }
+  return specs;
+}
+
+namespace collaborative {
+
+std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs) {
+  const auto first = std::find_if(specs.begin(), specs.end(), [](const LayerSpec& spec) {
+    return spec.kind == LayerKind::conv2d || spec.kind == LayerKind::depthwise_conv2d;
+  });
+  const auto last =
+      std::find_if(specs.rbegin(), specs.rend(), [](const LayerSpec& spec) { return spec.kind == LayerKind::linear; });
+  std::vector<LayerSpec> chosen;
+  for (const LayerSpec& spec : specs) {
+    const bool weighted = (spec.kind == LayerKind::conv2d && spec.groups == 1) || spec.kind == LayerKind::linear;
+    const bool is_first = first != specs.end() && &spec == &*first;
+    const bool is_last = last != specs.rend() && &spec == &*last;
+    if (weighted && !is_first && !is_last) chosen.push_back(spec);
+  }
+  return chosen;
+}
+
+std::vector<Layer> mean_gradients(torch::nn::Module& model, const std::vector<LayerSpec>& specs,
+                                  const NextLoss& next_loss) {
+  TORCH_CHECK_VALUE(!specs.empty(), "specs: empty, expected at least one layer");
+  const auto modules = model.named_modules("", /*include_self=*/false);
+  std::vector<at::Tensor> weights, sums;
+  for (const LayerSpec& spec : specs) {
+    const auto* const module = modules.find(spec.name);
+    TORCH_CHECK_VALUE(module != nullptr, "specs: the model has no layer '", spec.name, "'");
+    const auto parameters = (*module)->named_parameters(/*recurse=*/false);
+    const at::Tensor* const weight = parameters.find("weight");
+    const auto* const layer = dynamic_cast<const nn::Compressible*>(module->get());
+    TORCH_CHECK_VALUE(weight != nullptr && layer != nullptr && !layer->plan(), "layer '", spec.name,
+                      "' is compressed already or not a layer of cctorch::nn, expected a dense Conv2d or Linear");
+    TORCH_CHECK_VALUE(weight->requires_grad(), "layer '", spec.name,
+                      "': its weight is frozen, expected requires_grad: unfreeze it, or leave it out of the search");
+    weights.push_back(*weight);
+    sums.push_back(at::zeros_like(*weight, at::TensorOptions().dtype(at::kDouble)));
+  }
+
+  const EvalMode eval(model);
+  const torch::AutoGradMode grad_mode(true);
+  int64_t batches = 0;
+  for (at::Tensor loss = next_loss(); loss.defined(); loss = next_loss()) {
+    const auto gradients = torch::autograd::grad({loss}, weights, {}, /*retain_graph=*/false,
+                                                 /*create_graph=*/false, /*allow_unused=*/true);
+    for (size_t i = 0; i < weights.size(); ++i) {
+      TORCH_CHECK_VALUE(gradients[i].defined(), "layer '", specs[i].name, "' does not contribute to the loss");
+      sums[i] += gradients[i];
+    }
+    ++batches;
+  }
+  TORCH_CHECK_VALUE(batches > 0, "next_loss: no batch, expected at least one");
+
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < specs.size(); ++i) layers.push_back({specs[i], weights[i].detach(), sums[i] / batches});
+  return layers;
+}
+
+}  // namespace collaborative
+}  // namespace cctorch

@@ -1,0 +1,35 @@
+#pragma once
+
+#include <cctorch/plan.h>
+#include <torch/nn/init.h>
+#include <torch/nn/module.h>
+#include <torch/nn/options/conv.h>
+#include <torch/types.h>
+
+#include <cmath>
+#include <variant>
+
+// What the layers and the low-rank modules share.
+namespace cctorch::nn {
+
+inline torch::ExpandingArray<2> numeric_padding(const torch::nn::Conv2dOptions& options) {
+  const auto* padding = std::get_if<torch::ExpandingArray<2>>(&options.padding());
+  TORCH_CHECK_VALUE(padding != nullptr && std::holds_alternative<torch::enumtype::kZeros>(options.padding_mode()),
+                    "padding: expected zero padding given in numbers; compute those of \"same\" from the kernel size");
+  return *padding;
+}
+
+// PyTorch's default initialization: uniform within 1 / sqrt(fan_in), for `weight` and for the `bias` added to its
+// result.
+inline void initialize_uniform(at::Tensor& weight, at::Tensor* bias) {
+  torch::NoGradGuard no_grad;
+  torch::nn::init::kaiming_uniform_(weight, std::sqrt(5.0));
+  if (bias == nullptr || !bias->defined()) return;
+  const double bound = 1.0 / std::sqrt(static_cast<double>(weight.numel() / weight.size(0)));
+  torch::nn::init::uniform_(*bias, -bound, bound);
+}
+
+// The matrix that `plan` would factor has rows out_channels and kept_in x kernel_size columns.
+void check_rank(const LayerPlan& plan, int64_t kernel_size);
+
+}  // namespace cctorch::nn

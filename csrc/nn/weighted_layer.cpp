@@ -1,0 +1,96 @@
+#include <cctorch/collaborative.h>
+#include <cctorch/nn/layers.h>
+
+#include <algorithm>
+#include <ostream>
+#include <vector>
+
+#include "csrc/nn/layer_parts.h"
+
+namespace cctorch::nn {
+
+void check_rank(const LayerPlan& plan, int64_t kernel_size) {
+  if (!plan.rank) return;
+  const int64_t columns = static_cast<int64_t>(plan.kept_in.size()) * kernel_size;
+  const int64_t most = std::min(plan.out_channels, columns);
+  TORCH_CHECK_VALUE(*plan.rank <= most, "layer '", plan.name, "': rank = ", *plan.rank, ", expected at most ", most,
+                    ": its weight restricted to the kept inputs is a matrix of ", plan.out_channels, " x ", columns);
+}
+
+template <typename Derived>
+void WeightedLayer<Derived>::register_parameters(int64_t out, int64_t in, at::IntArrayRef kernel, bool with_bias) {
+  const auto shape = [&](int64_t rows, int64_t columns, bool pointwise) {
+    std::vector<int64_t> sizes = {rows, columns};
+    for (const int64_t size : kernel) sizes.push_back(pointwise ? 1 : size);
+    return sizes;
+  };
+  weight = first = second = bias = {};
+  if (plan_ && plan_->rank) {
+    first = this->register_parameter("first", torch::empty(shape(*plan_->rank, in, false)));
+    second = this->register_parameter("second", torch::empty(shape(out, *plan_->rank, true)));
+  } else {
+    weight = this->register_parameter("weight", torch::empty(shape(out, in, false)));
+  }
+  if (with_bias) bias = this->register_parameter("bias", torch::empty({out}));
+}
+
+template <typename Derived>
+void WeightedLayer<Derived>::reset_parameters() {
+  if (weight.defined()) {
+    initialize_uniform(weight, &bias);
+  } else {
+    initialize_uniform(first, nullptr);
+    initialize_uniform(second, &bias);
+  }
+}
+
+template <typename Derived>
+void WeightedLayer<Derived>::carry_out(const LayerPlan& plan) {
+  torch::NoGradGuard no_grad;
+  const bool requires_grad = weight.requires_grad();
+  const at::Tensor dense = weight.detach();
+  const at::MemoryFormat format = dense.suggest_memory_format();
+  at::Tensor narrowed, outer, inner;
+  if (plan.rank) {
+    std::tie(inner, outer) = collaborative::factorize(dense, plan.kept_in, *plan.rank);
+    const at::Tensor kept_out = torch::tensor(plan.kept_out, torch::dtype(torch::kLong)).to(outer.device());
+    inner = inner.to(dense.options()).contiguous(format);
+    outer = outer.index_select(0, kept_out).to(dense.options()).contiguous(format);
+  } else {
+    narrowed = narrow(dense, plan);
+  }
+  const at::Tensor narrowed_bias = bias.defined() ? narrow(bias, plan) : at::Tensor();
+
+  plan_ = plan;
+  gather_ = plan.gather.empty() ? at::Tensor() : torch::tensor(plan.gather, torch::dtype(torch::kLong));
+  this->parameters_.clear();
+  weight = {};
+  if (plan.rank) {
+    first = this->register_parameter("first", inner, requires_grad);
+    second = this->register_parameter("second", outer, requires_grad);
+  } else {
+    weight = this->register_parameter("weight", narrowed, requires_grad);
+  }
+  if (bias.defined()) bias = this->register_parameter("bias", narrowed_bias, bias.requires_grad());
+}
+
+template <typename Derived>
+at::Tensor WeightedLayer<Derived>::gathered(const at::Tensor& x, int64_t dimension) {
+  if (!gather_.defined()) return x;
+  // Not a buffer, which Module::to(device) would move: Module::to(dtype) would also turn it into floating point.
+  if (gather_.device() != x.device()) gather_ = gather_.to(x.device());
+  return x.index_select(dimension, gather_);
+}
+
+template <typename Derived>
+void WeightedLayer<Derived>::print_plan(std::ostream& stream) const {
+  if (!plan_) return;
+  stream << " compressed to " << plan_->kept_in.size() << " -> " << plan_->kept_out.size();
+  if (plan_->rank) stream << ", rank " << *plan_->rank;
+  if (gather_.defined()) stream << ", gathering its input";
+}
+
+template class WeightedLayer<Conv2dImpl>;
+template class WeightedLayer<LinearImpl>;
+
+}  // namespace cctorch::nn
