@@ -38,17 +38,17 @@ def learning_rate(settings: Training, step: int, total: int) -> float:
     """
     if not 0 <= step < total:
         raise ValueError(f"step = {step}: expected 0 <= step < {total}")
-    position, warmup = step / max(total - 1, 1), settings.warmup
-    rising = position < warmup
-    fraction = position / warmup if rising else (position - warmup) / (1 - warmup)
+    peak = max(settings.warmup * total - 1, 0.0)
+    rising = step < peak
+    fraction = step / peak if rising else (step - peak) / max(total - 1 - peak, 1.0)
     if settings.schedule == "one_cycle":
         low, high = (settings.lr / 25, settings.lr) if rising else (settings.lr / 25e4, settings.lr)
         return low + (high - low) * (1 + math.cos(math.pi * (1 - fraction if rising else fraction))) / 2
     if rising:
-        return settings.lr * (step + 1) / (warmup * max(total - 1, 1) + 1)
+        return settings.lr * (step + 1) / (peak + 1)
     if settings.schedule == "cosine":
         return settings.lr * (1 + math.cos(math.pi * fraction)) / 2
-    return settings.lr * (0.1 if position >= 0.5 else 1.0) * (0.1 if position >= 0.75 else 1.0)
+    return settings.lr * (1.0 if 2 * step < total else 0.1 if 4 * step < 3 * total else 0.01)
 
 
 def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.SGD:

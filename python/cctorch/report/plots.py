@@ -127,17 +127,16 @@ def costs(layers: list[dict[str, Any]]) -> str:
     figure = Figure(figsize=(8, 1.2 + 0.24 * len(shown)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key, scale, title in (
-        (left, "macs", 1e-6, "MACs, millions per image"),
-        (right, "seconds", 1e3, "time, ms per batch"),
+        (left, "macs", 1e-6, "MACs, millions per image (grey: before)"),
+        (right, "seconds", 1e3, "time, ms per batch (blue: after)"),
     ):
         for offset, moment, color in ((-0.19, "before", GREY), (0.19, "after", BLUE)):
             values = [layer[f"{key}_{moment}"] * scale for layer in shown]
-            axes.barh(places + offset, values, color=color, height=0.38, label=moment)
+            axes.barh(places + offset, values, color=color, height=0.38)
         axes.set_title(title, loc="left", fontsize=10)
         _clean(axes, "x")
     left.set_yticks(places, [layer["name"] for layer in shown], fontsize=8)
     left.set_ylim(len(shown) - 0.4, -0.6)
-    right.legend(frameon=False, fontsize=9, loc="lower right")
     return _svg(figure)
 
 

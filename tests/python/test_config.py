@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_run import tree, write_dataset
+
+from cctorch.config import Config, ConfigError, load_config, parse_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree(write_dataset(tmp_path / "data"), tmp_path / "runs")))
+    return file
+
+
+REFUSED = [
+    ("compress.target=1.0", "compress.target = 1.0: expected a value less than 1"),
+    ("compress.target=0", "compress.target = 0: expected a value greater than 0"),
+    ("compress.target=half", "compress.target = 'half': expected a number"),
+    ("compress.target=.nan", "compress.target = nan: expected a finite number"),
+    ("compress.tagret=0.5", "compress.tagret = 0.5: unknown key; did you mean target? expected one of target, units"),
+    ("compres.target=0.5", "compres = {'target': 0.5}: unknown key; did you mean compress?"),
+    ("compress.units=channel", "compress.units = 'channel': expected one of both, channels, singular_values"),
+    ("train.epochs=-1", "train.epochs = -1: expected a value greater than or equal to 0"),
+    ("train.epochs=1.5", "train.epochs = 1.5: expected a whole number"),
+    ("train.epochs=true", "train.epochs = True: expected a whole number"),
+    ("train.epochs=0", "train.epochs = 0 with model.weights = null: expected weights to load or epochs to train"),
+    ("train.augment=1", "train.augment = 1: expected true or false"),
+    ("train=3", "train = 3: expected a section with keys of its own"),
+    ("finetune.clip_grad_norm=0", "finetune.clip_grad_norm = 0: expected a value greater than 0"),
+    ("model.name=resnet50", "model.name = 'resnet50': expected one of resnet8, resnet20"),
+    ("model.weights=nowhere.th", "model.weights = 'nowhere.th': expected a checkpoint file"),
+    ("model.weights=${UNSET_FOLDER}/x.th", "expected the environment variable UNSET_FOLDER to be set"),
+    ("data.root=/no/such/folder", "data.root = '/no/such/folder': expected an existing file or folder"),
+    ("data.limit_train=0", "data.limit_train = 0: expected a value greater than or equal to 1"),
+    ("data.validation=1.5", "data.validation = 1.5: expected a fraction in [0, 1) or a number of images"),
+    ("data.validation=some", "data.validation = 'some': expected a whole number or a number"),
+    ("measure.batch_sizes=[]", "measure.batch_sizes = []: expected different batch sizes of at least 1"),
+    ("measure.batch_sizes=[a]", "measure.batch_sizes = 'a': expected a list of whole numbers"),
+    ("name=../elsewhere", "name = '../elsewhere': "),
+    ("name", "the override 'name' has no value: expected key=value"),
+    ("name.x=3", "name.x = 3: name is a value, not a section"),
+    ("compress={target: 0.5, target: 0.6}", "the key 'target' occurs twice"),
+    ("seed=[1", "seed=[1 is not YAML"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED)
+def test_refuses(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(file, [override])
+
+
+def test_names_every_problem_at_once(file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["seed=x", "compress.gamma=-1"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_missing_section_is_named(file: Path) -> None:
+    content = yaml.safe_load(file.read_text())
+    del content["finetune"]
+    with pytest.raises(ConfigError, match="finetune is missing: expected a section"):
+        parse_config(content)
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n", "expected a mapping"), ("a: [", "is not YAML"), ("", "mapping")])
+def test_refuses_what_is_no_mapping(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml can't be read"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_overrides_are_yaml(file: Path) -> None:
+    overrides = ["train.weight_decay=1e-3", "measure.batch_sizes=[2, 8]", "data.limit_train=null", "export=true", "seed=7"]
+    config = load_config(file, overrides)
+    assert (config.train.weight_decay, config.measure.batch_sizes, config.export, config.seed) == (1e-3, [2, 8], True, 7)
+    assert config.data.limit_train is None
+
+
+def test_the_resolved_configuration_reads_back(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, ["finetune.weight_decay=3e-5"])
+    again = tmp_path / "again.yaml"
+    again.write_text(config.to_yaml())
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    monkeypatch.setenv("CCTORCH_WEIGHTS", str(tmp_path))
+    if weights := content["model"].get("weights"):
+        (tmp_path / Path(weights).name).touch()
+    config = load_config(path)
+    assert isinstance(config, Config)
+    assert config.name == path.stem

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from tiny_run import images_and_labels, write_dataset, write_idx
+
+from cctorch import data
+from cctorch.config import Data
+from cctorch.data import Batches, DataError, ImageSet
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CCTORCH_DATA", raising=False)
+    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(data, "_download", lambda dataset: False)
+
+
+def _fashion(root: Path | None, **settings: object) -> Data:
+    return Data.model_validate({"kind": "fashion_mnist", "root": str(root) if root else None, **settings})
+
+
+def _folder(root: Path, per_class: int = 3, size: int = 8) -> Path:
+    generator = numpy.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in ("zebra", "ant"):
+            for number in range(per_class):
+                file = root / part / label / f"{number:04}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=numpy.uint8)).save(file)
+    return root
+
+
+def _image_folder(root: Path) -> Data:
+    return Data(kind="image_folder", root=str(root), validation=0)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_reads_idx_files(tmp_path: Path, compressed: bool) -> None:
+    expected, labels = images_and_labels(10, 0)
+    for part in ("train", "t10k"):
+        suffix = ".gz" if compressed else ""
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte{suffix}", expected)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte{suffix}", labels)
+    dataset = data.load(_fashion(tmp_path, validation=0), 0)
+    assert torch.equal(dataset.test.images[:, 0].long(), expected)
+    assert torch.equal(dataset.test.labels, labels)
+    assert (dataset.shape, dataset.classes) == ((1, 12, 12), 4)
+
+
+def test_parts_are_disjoint_and_follow_from_the_seed(tmp_path: Path) -> None:
+    count = 60
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", torch.arange(count).view(-1, 1, 1).expand(-1, 2, 2))
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", torch.arange(count) % 3)
+
+    def members(part: ImageSet) -> list[int]:
+        return part.images[:, 0, 0, 0].tolist()
+
+    whole = data.load(_fashion(tmp_path, validation=0.25), 3)
+    assert len(whole.validation) == 15
+    assert sorted(members(whole.train) + members(whole.validation)) == list(range(count))
+    again = data.load(_fashion(tmp_path, validation=15), 3)
+    assert members(again.train) == members(whole.train)
+    assert members(data.load(_fashion(tmp_path, validation=15), 4).validation) != members(whole.validation)
+    limited = data.load(_fashion(tmp_path, validation=15, limit_train=20, limit_test=7), 3)
+    assert members(limited.validation) == members(whole.validation)
+    assert members(limited.train) == members(whole.train)[:20]
+    assert len(set(members(limited.test))) == 7
+
+
+def test_finds_the_data_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(tmp_path / "fashion-mnist")
+    monkeypatch.setenv("CCTORCH_DATA", str(tmp_path))
+    assert data.load(_fashion(None), 0).source == str(tmp_path / "fashion-mnist")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_says_both_ways_out_where_there_is_no_fashion_mnist(tmp_path: Path, named: bool) -> None:
+    with pytest.raises(DataError, match="apt install dataset-fashion-mnist") as caught:
+        data.load(_fashion(tmp_path if named else None), 0)
+    assert "network" in str(caught.value)
+    assert str(caught.value).count(". ") == 0
+
+
+def test_says_where_cifar_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"CIFAR-10 was not found: set data\.root or .* CCTORCH_DATA"):
+        data.load(Data(kind="cifar10"), 0)
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"])
+def test_damaged_idx_files_are_named(tmp_path: Path, name: str) -> None:
+    file = write_dataset(tmp_path) / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=f"{name} is damaged"):
+        data.load(_fashion(tmp_path), 0)
+    write_idx(file, torch.zeros(4, 4))
+    with pytest.raises(DataError, match=f"{name} is not an idx file"):
+        data.load(_fashion(tmp_path), 0)
+    if "labels" in name:
+        file.unlink()
+        with pytest.raises(DataError, match="t10k-labels-idx1-ubyte.gz is missing"):
+            data.load(_fashion(tmp_path), 0)
+
+
+def test_empty_and_too_small_data_is_refused(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "small", train=8)
+    with pytest.raises(DataError, match=r"data\.validation = 8: expected less than the 8 training images"):
+        data.load(_fashion(tmp_path / "small", validation=8), 0)
+    write_dataset(tmp_path / "empty", train=0)
+    with pytest.raises(DataError, match="holds 0 training and 40 test images"):
+        data.load(_fashion(tmp_path / "empty"), 0)
+    write_dataset(tmp_path / "odd")
+    write_idx(tmp_path / "odd" / "train-labels-idx1-ubyte.gz", torch.zeros(5))
+    with pytest.raises(DataError, match="96 images but 5 labels in train"):
+        data.load(_fashion(tmp_path / "odd"), 0)
+
+
+def test_a_folder_and_its_zip_hold_the_same_images(tmp_path: Path) -> None:
+    root = _folder(tmp_path / "cifar10")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for file in root.rglob("*.png"):
+            archive.write(file, file.relative_to(tmp_path))
+    folder = data.load(Data(kind="cifar10", root=str(tmp_path), validation=0), 0)
+    archived = data.load(Data(kind="cifar10", root=str(tmp_path / "x.zip"), validation=0), 0)
+    assert torch.equal(folder.train.images, archived.train.images)
+    assert folder.test.labels.tolist() == archived.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    pixels = numpy.asarray(Image.open(root / "test" / "ant" / "0001.png"))
+    assert torch.equal(folder.test.images[1].permute(1, 2, 0), torch.tensor(pixels))
+
+
+def test_the_cache_is_used_renewed_and_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = _folder(tmp_path / "images")
+    reads = []
+    decode = data._decode
+    monkeypatch.setattr(data, "_decode", lambda *arguments: reads.append(1) or decode(*arguments))
+    first = data.load(_image_folder(root), 0)
+    second = data.load(_image_folder(root), 0)
+    assert len(reads) == 1
+    assert torch.equal(first.train.images, second.train.images)
+    [cache] = (tmp_path / "cache" / "cctorch").iterdir()
+    cache.write_bytes(cache.read_bytes()[:100])
+    assert torch.equal(data.load(_image_folder(root), 0).train.images, first.train.images)
+    assert len(reads) == 2
+    (root / "train" / "ant" / "0000.png").unlink()
+    assert len(data.load(_image_folder(root), 0).train) == 5
+
+
+def test_folders_that_can_not_be_used_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.root = .*expected a folder"):
+        data.load(_image_folder(tmp_path), 0)
+    root = _folder(tmp_path / "images")
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(buffer, "png")
+    (root / "train" / "zebra" / "0001.png").write_bytes(buffer.getvalue())
+    with pytest.raises(DataError, match=r"train/zebra/0001\.png has shape \(9, 9, 3\), the others \(8, 8, 3\)"):
+        data.load(_image_folder(root), 0)
+    (root / "train" / "zebra" / "0001.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"train/zebra/0001\.png is no readable image"):
+        data.load(_image_folder(root), 0)
+    (tmp_path / "x.zip").write_bytes(b"no archive")
+    with pytest.raises(DataError, match=r"x\.zip is damaged"):
+        data.load(_image_folder(tmp_path / "x.zip"), 0)
+
+
+def _numbered(count: int) -> ImageSet:
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    return ImageSet(images.contiguous(), torch.arange(count))
+
+
+def test_an_epoch_holds_every_image_once_in_an_order_of_its_own() -> None:
+    batches = Batches(_numbered(50), 16, (0.0,) * 3, (1 / 255,) * 3)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        content = list(batches.epoch(seed, epoch, augment=False))
+        for images, labels in content:
+            torch.testing.assert_close(images[:, 1, 3, 3], labels.float())
+        return [label for _, labels in content for label in labels.tolist()]
+
+    assert len(batches) == 4
+    assert sorted(order(0, 0)) == list(range(50))
+    assert order(0, 0) == order(0, 0) != order(0, 1) != order(1, 0)
+
+
+def test_augmentation_follows_from_seed_and_epoch() -> None:
+    images = ImageSet(torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8), torch.arange(20))
+    batches = Batches(images, 20, (0.5,) * 3, (0.25,) * 3)
+    first, again, other = (next(batches.epoch(0, epoch, augment=True))[0] for epoch in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first.sort(0).values, other.sort(0).values)
+
+
+def test_crops_and_flips_like_one_image_at_a_time() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 8, 10), dtype=torch.uint8, generator=generator)
+    top, left = torch.randint(0, 9, (2, 40), generator=generator)
+    flip = torch.randint(0, 2, (40,), dtype=torch.bool, generator=generator)
+    result = data.crop_and_flip(images, top, left, flip)
+    for index in range(40):
+        padded = numpy.pad(images[index].numpy(), ((0, 0), (4, 4), (4, 4)))
+        window = padded[:, top[index] : top[index] + 8, left[index] : left[index] + 10]
+        assert numpy.array_equal(result[index].numpy(), window[:, :, ::-1] if flip[index] else window)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_normalizes_as_torchvision_does(channels_last: bool) -> None:
+    from torchvision.transforms import v2
+
+    images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    [(batch, _)] = Batches(ImageSet(images, torch.zeros(7)), 10, mean, std, channels_last)
+    expected = v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), list(mean), list(std))
+    torch.testing.assert_close(batch, expected)
+    assert batch.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_head_takes_that_many_different_images() -> None:
+    batches = Batches(_numbered(50), 16, (0.0,) * 3, (1.0,) * 3)
+    labels = [label for _, labels in batches.head(20, 0) for label in labels.tolist()]
+    assert len(set(labels)) == 20
+    assert labels != list(range(20))
+    assert len(batches.head(80, 0).images) == 50
