@@ -1,0 +1,121 @@
+#include "options.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <stdexcept>
+
+namespace {
+
+[[noreturn]] void refuse(const std::string& name, const std::string& value, const std::string& expected) {
+  throw std::invalid_argument(fmt::format("{} {}: expected {} (see --help)", name, value, expected));
+}
+
+template <typename Number>
+Number parse(const std::string& name, const std::string& value, Number least, Number most) {
+  Number number{};
+  const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);
+  const bool whole = error == std::errc() && end == value.data() + value.size();
+  if (!whole || !(number >= least && number <= most)) {
+    const bool bounded = most < std::numeric_limits<Number>::max();
+    refuse(
+        name, value,
+        bounded ? fmt::format("a number from {} to {}", least, most) : fmt::format("a number of at least {}", least));
+  }
+  return number;
+}
+
+using Setter = std::function<void(Options&, const std::string& name, const std::string& value)>;
+
+struct Flag {
+  std::string name, placeholder, help;  // a switch has no placeholder
+  Setter set;
+};
+
+Setter text(std::string Options::* member) {
+  return [=](Options& options, const std::string&, const std::string& value) { options.*member = value; };
+}
+
+Setter count(int64_t Options::* member, int64_t least) {
+  return [=](Options& options, const std::string& name, const std::string& value) {
+    options.*member = parse<int64_t>(name, value, least, std::numeric_limits<int64_t>::max());
+  };
+}
+
+Setter number(double Options::* member, double least, double most) {
+  return [=](Options& options, const std::string& name, const std::string& value) {
+    options.*member = parse<double>(name, value, least, most);
+  };
+}
+
+Setter turn_on(bool Options::* member) {
+  return [=](Options& options, const std::string&, const std::string&) { options.*member = true; };
+}
+
+void set_device(Options& options, const std::string& name, const std::string& value) {
+  if (value != "auto" && value != "cpu" && value != "cuda") refuse(name, value, "auto, cpu or cuda");
+  options.device = value;
+}
+
+const std::vector<Flag>& flags() {
+  static const std::vector<Flag> all = {
+      {"--data", "DIR", "folder of the four Fashion-MNIST idx files, .gz or unpacked", text(&Options::data)},
+      {"--out", "DIR", "where plan.json, dense.pt, compressed.pt and summary.json go", text(&Options::out)},
+      {"--epochs", "N", "epochs of the dense network", count(&Options::epochs, 1)},
+      {"--finetune-epochs", "N", "epochs of the compressed network", count(&Options::finetune_epochs, 0)},
+      {"--target", "C", "fraction of the multiply-accumulates to remove", number(&Options::target, 0.01, 0.95)},
+      {"--blocks", "N", "blocks in each of the three stages: 3 makes a ResNet-20", count(&Options::blocks, 1)},
+      {"--batch", "N", "images in a batch", count(&Options::batch, 2)},
+      {"--lr", "X", "peak learning rate of the one-cycle schedule", number(&Options::lr, 1e-6, 10.0)},
+      {"--limit", "N", "use only the first N images of each set; 0 for all", count(&Options::limit, 0)},
+      {"--seed", "N", "seed of initialization, order and augmentation", count(&Options::seed, 0)},
+      {"--device", "NAME", "auto, cpu or cuda", set_device},
+      {"--synthetic", "", "make a small data set in DIR of --out and use it", turn_on(&Options::synthetic)},
+      {"--help", "", "print this", turn_on(&Options::help)},
+  };
+  return all;
+}
+
+}  // namespace
+
+Options parse_options(const std::vector<std::string>& arguments) {
+  Options options;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const size_t equals = arguments[i].find('=');
+    const std::string name = arguments[i].substr(0, equals);
+    const auto flag = std::find_if(flags().begin(), flags().end(), [&](const Flag& f) { return f.name == name; });
+    if (flag == flags().end()) throw std::invalid_argument(fmt::format("{}: no such option (see --help)", name));
+    std::string value;
+    if (!flag->placeholder.empty()) {
+      const bool attached = equals != std::string::npos;
+      if (!attached && i + 1 == arguments.size()) refuse(name, "", "a value: " + flag->help);
+      value = attached ? arguments[i].substr(equals + 1) : arguments[++i];
+    } else if (equals != std::string::npos) {
+      refuse(name, arguments[i].substr(equals + 1), "no value");
+    }
+    flag->set(options, name, value);
+  }
+  return options;
+}
+
+std::string help_text() {
+  std::string text =
+      "Trains a ResNet on Fashion-MNIST, compresses it by Collaborative Compression, fine-tunes it, and compares.\n\n"
+      "  train_resnet                                    ResNet-20, half of the multiply-accumulates removed\n"
+      "  train_resnet --target 0.7 --finetune-epochs 5   remove more, and give it longer to recover\n"
+      "  train_resnet --synthetic --blocks 1             a try of a few seconds, without any data\n\n"
+      "Options:\n";
+  for (const Flag& flag : flags()) {
+    text += fmt::format("  {:<22} {}\n", flag.name + " " + flag.placeholder, flag.help);
+  }
+  const Options defaults;
+  text +=
+      fmt::format("\nDefaults: --epochs {} --finetune-epochs {} --target {} --blocks {} --batch {} --lr {} --out {}.\n",
+                  defaults.epochs, defaults.finetune_epochs, defaults.target, defaults.blocks, defaults.batch,
+                  defaults.lr, defaults.out);
+  return text;
+}

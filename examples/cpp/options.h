@@ -1,0 +1,26 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+struct Options {
+  std::string data;  // empty: where Debian's dataset-fashion-mnist puts it
+  std::string out = "runs/cpp";
+  std::string device = "auto";
+  int64_t epochs = 3;
+  int64_t finetune_epochs = 2;
+  int64_t blocks = 3;
+  int64_t batch = 128;
+  int64_t limit = 0;  // training and test images, 0 for all
+  int64_t seed = 0;
+  double target = 0.5;
+  double lr = 0.1;
+  bool synthetic = false;
+  bool help = false;
+};
+
+// Throws std::invalid_argument naming the option, its value and what was expected.
+Options parse_options(const std::vector<std::string>& arguments);
+
+std::string help_text();
