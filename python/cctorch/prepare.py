@@ -16,8 +16,8 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
 
     The mask comes first, then the quantization; a :class:`~cctorch.nn.LowRankWeight` that the user registered before
     comes ahead of both. Magnitude masks of equal sparsity are one global selection over all of them. Weights are
-    quantized with one scale for each output channel. In a model that :func:`cctorch.apply` rebuilt, the two factors of a
-    decomposed layer take the place of its weight.
+    quantized with one scale for each output channel. In a model that :func:`cctorch.apply` rebuilt, the two factors of
+    a decomposed layer take the place of its weight.
 
     Optimizers made before keep working: the parameters stay the same objects. The scales are new ones.
 

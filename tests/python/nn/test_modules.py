@@ -1,0 +1,159 @@
+import copy
+import io
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cctorch.nn import ChannelGate, FakeQuant, GatherChannels, LowRankConv2d, LowRankLinear, LowRankWeight, Mask
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def reloaded(module: nn.Module, fresh: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    return fresh
+
+
+def test_mask_keeps_the_gradient_of_pruned_weights() -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    dense = layer.weight.detach().clone()
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    parametrize.register_parametrization(layer, "weight", Mask(mask))
+    assert torch.equal(layer.weight, dense * mask)
+    layer(torch.ones(1, 3)).sum().backward()
+    assert torch.equal(layer.parametrizations.weight.original.grad, torch.ones(2, 3))
+
+
+def test_channel_gate_starts_as_the_identity_and_its_gradient_is_the_taylor_importance() -> None:
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    gate = ChannelGate(3, dtype=torch.float64)
+    y = gate(x)
+    assert torch.equal(y, x)
+    (y**2).sum().backward()
+    torch.testing.assert_close(gate.gate.grad, (2 * x * x).sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(2, True), (4, True), (8, True), (8, False), (16, True)])
+@pytest.mark.parametrize("axis", [None, 0, -1])
+def test_scale_starts_after_lsq(bits: int, signed: bool, axis: int | None) -> None:
+    x = torch.randn(3, 4, 3, dtype=torch.float64)
+    quant = FakeQuant(bits, signed, axis, None if axis is None else 3, dtype=torch.float64)
+    quant.initialize(x)
+    qmax = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    groups = [x] if axis is None else x.unbind(axis)
+    expected = torch.tensor([2 * group.abs().mean() / math.sqrt(qmax) for group in groups], dtype=torch.float64)
+    torch.testing.assert_close(quant.log_scale.detach().exp(), expected)
+
+
+def test_first_call_initializes_and_a_checkpoint_remembers() -> None:
+    x = torch.randn(5, 7)
+    quant = FakeQuant(4)
+    y = quant(x)
+    scale = quant.log_scale.detach().exp()
+    torch.testing.assert_close(y, scale * (x / scale).round().clamp(-8, 7))
+    other = reloaded(quant, FakeQuant(4))
+    assert torch.equal(other(x * 100), quant(x * 100))
+
+
+def test_scale_gradient_is_scaled_by_the_values_that_share_it() -> None:
+    x = torch.randn(4, 6, dtype=torch.float64)
+    quant = FakeQuant(3, axis=0, channels=4, dtype=torch.float64)
+    quant(x).sum().backward()
+    trained = quant.log_scale.grad.clone()
+    quant.log_scale.grad = None
+    quant.eval()(x).sum().backward()
+    torch.testing.assert_close(trained, quant.log_scale.grad / math.sqrt(6 * 3))
+
+
+def test_zeros_and_masked_values_give_finite_scales() -> None:
+    quant = FakeQuant(4, axis=0, channels=2)
+    quant.initialize(torch.tensor([[0.0, 0.0, 0.0], [4.0, 0.0, 0.0]]), torch.tensor([[True] * 3, [True, False, False]]))
+    torch.testing.assert_close(quant.log_scale.exp(), torch.tensor([1.0, 8 / math.sqrt(7)]))
+    assert torch.equal(quant(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: FakeQuant(1), "bits = 1, expected 2 to 16"),
+        (lambda: FakeQuant(4, axis=0), "axis = 0 with channels = None, expected both or neither"),
+        (lambda: ChannelGate(0), "channels = 0, expected at least 1"),
+        (lambda: LowRankLinear(3, 4, 0), "rank = 0, expected at least 1"),
+        (lambda: LowRankConv2d(3, 4, 2, 3, padding="half"), "padding = 'half', expected numbers, 'same' or 'valid'"),
+        (lambda: LowRankConv2d(3, 4, 2, 3, 2, "same"), "needs stride 1"),
+        (lambda: LowRankConv2d(3, 4, 2, 3, padding_mode="mirror"), "padding_mode = 'mirror'"),
+    ],
+)
+def test_bad_arguments_are_named(build: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"padding": "same", "dilation": (1, 3)},
+        {"padding": 2, "padding_mode": "reflect"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kernel", [3, (2, 3)])
+def test_low_rank_convolution_is_the_convolution_with_the_product(
+    arguments: dict[str, object], kernel: int | tuple[int, int]
+) -> None:
+    low = LowRankConv2d(5, 6, 2, kernel, **arguments).double()  # type: ignore[arg-type]
+    full = nn.Conv2d(5, 6, kernel, **arguments).double()  # type: ignore[arg-type]
+    full.weight.data = torch.einsum("or,rihw->oihw", low.second[:, :, 0, 0], low.first).detach()
+    full.bias.data = low.bias.detach()
+    x = torch.randn(2, 5, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(low(x), full(x))
+    low(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in low.parameters())
+
+
+def test_low_rank_layers_start_like_dense_ones() -> None:
+    torch.manual_seed(0)
+    low = LowRankLinear(64, 512, 64)
+    dense = nn.Linear(64, 512)
+    product = low.second @ low.first
+    assert abs(product.std().item() / dense.weight.std().item() - 1) < 0.1
+    torch.testing.assert_close(low(torch.eye(64)), (product + low.bias[:, None]).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4, 4), (3, 5)], ids=["conv2d", "linear"])
+def test_gather_reads_the_chosen_channels(shape: tuple[int, ...]) -> None:
+    layer = nn.Conv2d(2, 4, 3) if len(shape) == 4 else LowRankLinear(2, 4, 1)
+    x = torch.randn(shape)
+    assert torch.equal(GatherChannels([4, 1], layer)(x), layer(x[:, [4, 1]]))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Linear(8, 6)], ids=["conv2d", "linear"])
+def test_low_rank_weight_is_the_best_approximation_and_stays_low_rank(layer: nn.Module) -> None:
+    layer = copy.deepcopy(layer).double()
+    dense = layer.weight.detach().flatten(1)
+    parametrize.register_parametrization(layer, "weight", LowRankWeight(3))
+    u, s, v = torch.linalg.svd(dense, full_matrices=False)
+    torch.testing.assert_close(layer.weight.detach().flatten(1), (u[:, :3] * s[:3]) @ v[:3])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    (layer.weight**2).sum().backward()
+    optimizer.step()
+    assert torch.linalg.matrix_rank(layer.weight.flatten(1)) == 3
+    with pytest.raises(ValueError, match="rank = 7, expected at most 6"):
+        parametrize.register_parametrization(nn.Linear(8, 6), "weight", LowRankWeight(7))
+
+
+def test_quantized_weights_compile_to_one_graph() -> None:
+    layer = nn.Linear(4, 3)
+    quant = FakeQuant(4, axis=0, channels=3)
+    quant.initialize(layer.weight)
+    parametrize.register_parametrization(layer, "weight", quant)
+    x = torch.randn(2, 4)
+    compiled = torch.compile(lambda x: F.relu(layer(x)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), F.relu(layer(x)))

@@ -1,0 +1,119 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
+from cctorch.apply import apply
+from cctorch.export import save_program
+from cctorch.graph import trace
+from cctorch.nn import ChannelGate, FakeQuant, LowRankLinear
+from cctorch.prepare import prepare
+from networks import PaddedResNet, Vgg, random_plan, randomized
+from torch import Tensor, nn
+
+RUN = """
+import sys, torch
+program = torch.export.load(sys.argv[1])
+x = torch.load(sys.argv[2], weights_only=True)
+assert "cctorch" not in sys.modules
+torch.save(program.module()(x), sys.argv[3])
+"""
+
+
+def run_elsewhere(program: Path, x: Tensor) -> Tensor:
+    """The program's output in a process that cannot know cctorch."""
+    given, result = program.with_name("x.pt"), program.with_name("y.pt")
+    torch.save(x, given)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", RUN, str(program), str(given), str(result)]
+    subprocess.run(command, check=True, cwd=program.parent, env=environment, timeout=300)
+    return torch.load(result, weights_only=True)
+
+
+class EveryModule(nn.Module):
+    """Everything that runs on an op of cctorch, unconverted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = randomized(Vgg())
+        self.gate = ChannelGate(3)
+        self.activations = FakeQuant(8, signed=False)
+        self.head = LowRankLinear(5, 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.activations(torch.relu(self.features(self.gate(x)))))
+
+
+def test_compressed_and_prepared_model_runs_without_cctorch_at_any_batch_size(tmp_path: Path) -> None:
+    model = EveryModule().double().train()
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    graph = trace(model, x)
+    plan = random_plan(graph, 1)
+    apply(model, plan)
+    model(x)
+    prepare(
+        model,
+        CompressionPlan(
+            layers=[
+                LayerPlan(s.name, s.kind, s.in_channels, s.out_channels, mask=MaskPlan("channel", 0.3), bits=8)
+                for s in graph.specs
+                if s.name.startswith("features")
+            ]
+        ),
+    )
+    assert model.training
+    path = tmp_path / "model.pt2"
+    save_program(model, x[:1], path)
+    assert model.training
+    torch.testing.assert_close(run_elsewhere(path, x), model.eval()(x), rtol=1e-9, atol=1e-9)
+    assert sorted(os.listdir(tmp_path)) == ["model.pt2", "x.pt", "y.pt"]
+
+
+def test_program_holds_pytorchs_operators_only(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model = randomized(PaddedResNet())
+    apply(model, random_plan(trace(model, x), 0))
+    program = save_program(model, x, tmp_path / "model.pt2")
+    namespaces = {node.target.namespace for node in program.graph.nodes if node.op == "call_function"}
+    assert namespaces == {"aten"}
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(4, 3)
+
+
+def test_fixed_batch_size_is_exported_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="FixedBatch is exported for batches of 4 only"):
+        save_program(FixedBatch(), torch.zeros(4, 3), tmp_path / "model.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(torch.ones(4, 3)), torch.ones(4, 3))
+
+
+class Random(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+def test_program_that_computes_something_else_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"older")
+    with pytest.raises(ValueError, match="the reloaded program is off by"):
+        save_program(Random(), torch.zeros(4, 3), path)
+    assert path.read_bytes() == b"older"
+
+
+def test_operator_of_another_library_is_named(tmp_path: Path) -> None:
+    with torch.library._scoped_library("cctorch_test", "DEF") as library:
+        library.define("double(Tensor x) -> Tensor")
+        library.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
+        library.impl("double", lambda x: torch.empty_like(x), "Meta")
+
+        class Foreign(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.ops.cctorch_test.double(x)
+
+        with pytest.raises(ValueError, match="needs cctorch_test::double, which is not part of PyTorch"):
+            save_program(Foreign(), torch.zeros(2, 3), tmp_path / "model.pt2")

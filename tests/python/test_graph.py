@@ -1,0 +1,280 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cctorch import _C
+from cctorch._C import CompressionPlan, LayerPlan
+from cctorch.graph import ModelGraph, trace
+from networks import Dense, PaddedResNet, SqueezeExcite, Vgg, counted_macs, random_plan
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+EXAMPLE = torch.zeros(1, 3, 16, 16)
+
+
+def pruned(graph: ModelGraph, name: str, kept: list[int]) -> CompressionPlan:
+    spec = next(spec for spec in graph.specs if spec.name == name)
+    plan = CompressionPlan(layers=[LayerPlan(name, spec.kind, spec.in_channels, spec.out_channels, kept_in=kept)])
+    graph.channels.resolve(plan)
+    return plan
+
+
+def kept_out(plan: CompressionPlan, name: str) -> list[int] | None:
+    layer = plan.find(name)
+    return None if layer is None else layer.kept_out
+
+
+@pytest.mark.parametrize("network", [PaddedResNet, Vgg, Dense, SqueezeExcite])
+def test_specs_count_all_of_the_models_work(network: type[nn.Module]) -> None:
+    model = network()
+    graph = trace(model, EXAMPLE)
+    assert _C.dense_macs(graph.specs) == counted_macs(model, EXAMPLE)
+    assert not graph.left_alone
+
+
+def test_first_convolution_and_classifier() -> None:
+    graph = trace(PaddedResNet(), EXAMPLE)
+    assert (graph.first, graph.classifier) == ("conv1", "linear")
+    assert [spec.name for spec in graph.specs][:2] == ["conv1", "layer1.0.conv1"]
+    spec = graph.specs[-2]
+    assert (spec.name, spec.kind, spec.in_channels, spec.positions) == ("layer2.1.conv2", "conv2d", 16, 64)
+
+
+def test_model_and_modes_are_unchanged() -> None:
+    model = PaddedResNet().train()
+    model.bn1.eval()
+    before = copy.deepcopy(model.state_dict())
+    trace(model, EXAMPLE)
+    assert model.training
+    assert model.layer1[0].bn1.training
+    assert not model.bn1.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_padded_shortcut_keeps_the_sum_but_not_the_inner_filters() -> None:
+    graph = trace(PaddedResNet(), EXAMPLE)
+    inner = pruned(graph, "layer2.0.conv2", [0, 5, 9])
+    assert kept_out(inner, "layer2.0.conv1") == [0, 5, 9]
+    assert kept_out(inner, "layer2.0.bn1") == [0, 5, 9]
+    assert inner.find("layer2.0.conv2").gather == []
+    summed = pruned(graph, "layer2.1.conv1", [0, 1])
+    assert kept_out(summed, "layer2.0.conv2") is None
+    assert summed.find("layer2.1.conv1").gather == [0, 1]
+    assert ["pad in" in warning for warning in graph.warnings] == [True]
+
+
+def test_flatten_keeps_a_filter_while_one_position_is_read() -> None:
+    graph = trace(Vgg(), EXAMPLE)
+    plan = pruned(graph, "hidden", [0, 27, 28, 29])
+    assert kept_out(plan, "features.6") == [0, 1]
+
+
+def test_concatenated_filter_dies_when_no_reader_is_left() -> None:
+    graph = trace(Dense(), EXAMPLE)
+    readers = {"convs.0": [0, 1], "convs.1": [1, 2, 7], "convs.2": [0, 13], "last": [0, 13, 17]}
+    specs = {spec.name: spec for spec in graph.specs}
+    plan = CompressionPlan(
+        layers=[
+            LayerPlan(name, "conv2d", specs[name].in_channels, specs[name].out_channels, kept_in=kept)
+            for name, kept in readers.items()
+        ]
+    )
+    graph.channels.resolve(plan)
+    assert kept_out(plan, "stem") == [0, 1, 2]
+    assert kept_out(plan, "convs.0") == [1]
+    assert kept_out(plan, "convs.1") == [3]
+    assert kept_out(plan, "convs.2") == [3]
+    assert kept_out(plan, "norms.2") == [0, 1, 2, 7, 13]
+
+
+def test_gate_dies_with_the_channel_it_scales() -> None:
+    graph = trace(SqueezeExcite(), EXAMPLE)
+    specs = {spec.name: spec for spec in graph.specs}
+    plan = CompressionPlan(
+        layers=[
+            LayerPlan(name, "conv2d", specs[name].in_channels, specs[name].out_channels, kept_in=kept)
+            for name, kept in {"squeeze": [2], "project": [2, 7]}.items()
+        ]
+    )
+    graph.channels.resolve(plan)
+    for name in ("expand", "depthwise", "excite"):
+        assert kept_out(plan, name) == [2, 7], name
+
+
+class Awkward(nn.Module):
+    """One layer of each sort that must be left alone, between two that can change."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.middle = middle
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(F.relu(self.first(x)))).mean((2, 3))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.relu(self.conv(x)))
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Borrowed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.conv.weight)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(8, 8, 1)
+        self.b = nn.Conv2d(8, 8, 1)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
+def parametrized() -> nn.Module:
+    conv = nn.Conv2d(8, 8, 1)
+    parametrize.register_parametrization(conv, "weight", nn.Tanh())
+    return conv
+
+
+@pytest.mark.parametrize(
+    ("middle", "names"),
+    [
+        (Twice, ["middle.conv"]),
+        (lambda: Standardized(8, 8, 1), ["middle"]),
+        (Borrowed, ["middle.conv2d_1"]),
+        (Tied, ["middle.a", "middle.b"]),
+        (parametrized, ["middle"]),
+        (lambda: nn.Conv2d(8, 8, 3, groups=2), ["middle"]),
+    ],
+    ids=["shared", "computed", "functional", "tied", "parametrized", "grouped"],
+)
+def test_layers_left_alone_are_named_counted_and_fixed(middle: type[nn.Module], names: list[str]) -> None:
+    model = Awkward(middle())
+    graph = trace(model, EXAMPLE)
+    assert graph.left_alone == set(names)
+    assert [sum(f"'{name}'" in warning for warning in graph.warnings) for name in names] == [1] * len(names)
+    assert len(graph.warnings) == len(names)
+    assert _C.dense_macs(graph.specs) == counted_macs(model, EXAMPLE)
+    assert kept_out(pruned(graph, "last", [0, 1]), "first") is None
+
+
+class Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
+class HardCoded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(2, 8, 16, 16)
+
+
+class Chunked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        return torch.cat([b, a], 1)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+@pytest.mark.parametrize(
+    ("middle", "op"),
+    [
+        (Unknown(), "cumsum"),
+        (HardCoded(), "view"),
+        (Chunked(), "chunk"),
+        (Scaled(), "mul"),
+        (nn.GroupNorm(2, 8), "group"),
+    ],
+)
+def test_operation_that_is_not_followed_keeps_its_channels_with_one_warning(middle: nn.Module, op: str) -> None:
+    graph = trace(Awkward(middle), EXAMPLE)
+    assert len(graph.warnings) == 1
+    assert op in graph.warnings[0]
+    assert "'middle'" in graph.warnings[0]
+    assert kept_out(pruned(graph, "last", [0, 1]), "first") is None
+
+
+class Permuted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x[:, :, 1:, ::2], (1, 1)).permute(0, 2, 3, 1).contiguous()
+        return torch.relu(x.unsqueeze(1).squeeze(1) * 2 + 1).transpose(2, 3).transpose(1, 2)
+
+
+def test_channels_are_followed_through_changes_of_layout() -> None:
+    graph = trace(Awkward(Permuted()), EXAMPLE)
+    assert graph.warnings == []
+    assert kept_out(pruned(graph, "last", [1, 6]), "first") == [1, 6]
+
+
+class DataDependent(Awkward):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 1e9 else super().forward(-x)
+
+
+class Auxiliary(Awkward):
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU())
+        self.auxiliary = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x))
+        out = self.last(y).mean((2, 3))
+        return out + self.auxiliary(y).sum() if self.training else out
+
+
+@pytest.mark.parametrize(("model", "named"), [(DataDependent(nn.ReLU()), "DataDependent"), (Auxiliary(), "auxiliary")])
+def test_model_that_cannot_be_followed_keeps_its_filters_with_one_warning(model: nn.Module, named: str) -> None:
+    graph = trace(model, EXAMPLE)
+    assert len(graph.warnings) == 1
+    assert named in graph.warnings[0]
+    assert type(model).__name__ in graph.warnings[0]
+    model.eval()
+    assert _C.dense_macs(graph.specs) == counted_macs(model, EXAMPLE)
+    plan = pruned(graph, "last", [0, 1])
+    assert [layer.name for layer in plan.layers] == ["last"]
+    assert plan.layers[0].gather == [0, 1]
+
+
+def test_example_that_the_model_cannot_take_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"PaddedResNet does not run on the example of shape \(2, 4, 16, 16\)"):
+        trace(PaddedResNet(), torch.zeros(1, 4, 16, 16))
+    with pytest.raises(ValueError, match="expected a batch"):
+        trace(PaddedResNet(), torch.zeros(3))
+
+
+def test_torchvision_networks_are_followed_to_the_end() -> None:
+    models = pytest.importorskip("torchvision").models
+    graph = trace(models.mobilenet_v2(), torch.zeros(1, 3, 32, 32))
+    assert graph.warnings == []
+    plan = random_plan(graph, ranks=False)
+    for block in range(2, 17):
+        expand, depthwise, project = (f"features.{block}.conv.{part}" for part in ("0.0", "1.0", "2"))
+        read = plan.find(project).kept_in
+        assert kept_out(plan, expand) == kept_out(plan, depthwise) == read, block

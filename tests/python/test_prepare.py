@@ -1,0 +1,133 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
+from cctorch.apply import apply
+from cctorch.graph import trace
+from cctorch.nn import LowRankWeight
+from cctorch.prepare import convert, prepare
+from networks import PaddedResNet, random_plan, randomized
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 6)).double()
+
+
+def plan_of(*, mask: MaskPlan | None = None, bits: int | None = None) -> CompressionPlan:
+    return CompressionPlan(
+        layers=[
+            LayerPlan("0", "conv2d", 4, 8, mask=mask, bits=bits),
+            LayerPlan("3", "linear", 8, 6, mask=mask, bits=bits),
+        ]
+    )
+
+
+def quantized(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    scale = scale.view(-1, *[1] * (weight.dim() - 1))
+    return scale * (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def test_magnitude_mask_is_one_selection_over_all_layers() -> None:
+    model = two_layers()
+    dense = [model[0].weight.detach().clone(), model[3].weight.detach().clone()]
+    prepare(model, plan_of(mask=MaskPlan("magnitude", sparsity=0.75)))
+    values = torch.cat([weight.flatten() for weight in dense])
+    kept = values.abs().argsort(descending=True)[: values.numel() // 4]
+    expected = torch.zeros_like(values)
+    expected[kept] = values[kept]
+    assert torch.equal(torch.cat([model[0].weight.flatten(), model[3].weight.flatten()]), expected)
+
+
+def test_other_masks_belong_to_their_layer() -> None:
+    model = prepare(two_layers(), plan_of(mask=MaskPlan("nm", n=1, m=4)))
+    assert ((model[3].weight != 0).view(6, 2, 4).sum(2) == 1).all()
+    model = prepare(two_layers(), plan_of(mask=MaskPlan("channel", sparsity=0.5)))
+    assert (model[0].weight.flatten(1).norm(dim=1) > 0).sum() == 4
+
+
+def test_mask_comes_before_quantization_and_convert_bakes_both_in() -> None:
+    model = two_layers()
+    dense = model[3].weight.detach().clone()
+    prepare(model, plan_of(mask=MaskPlan("channel", sparsity=0.5), bits=3))
+    steps = model[3].parametrizations.weight
+    scale = steps[1].log_scale.detach().exp()
+    masked = dense * steps[0].mask
+    assert torch.equal(model[3].weight, quantized(masked, scale, 3))
+    assert len(model[3].weight[steps[0].mask].unique()) <= 3 * 8
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    expected = model(x)
+    assert convert(model) is model
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    assert isinstance(model[3].weight, nn.Parameter)
+    assert torch.equal(model(x), expected)
+
+
+def test_training_keeps_the_mask_and_the_optimizers_parameters() -> None:
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [id(parameter) for parameter in model.parameters()]
+    prepare(model, plan_of(mask=MaskPlan("magnitude", sparsity=0.5), bits=4))
+    zeros = model[3].weight == 0
+    F.mse_loss(model(torch.randn(4, 4, 3, 3).double()), torch.ones(4, 6).double()).backward()
+    optimizer.step()
+    masks = model[3].parametrizations.weight[0].mask
+    assert (model[3].weight[~masks] == 0).all()
+    assert (zeros | masks).all()
+    convert(model)
+    assert [id(parameter) for parameter in model.parameters()] == before
+
+
+def test_low_rank_constraint_comes_first() -> None:
+    model = two_layers()
+    parametrize.register_parametrization(model[3], "weight", LowRankWeight(2))
+    low = model[3].weight.detach().clone()
+    prepare(model, plan_of(bits=5))
+    scale = model[3].parametrizations.weight[1].log_scale.detach().exp()
+    torch.testing.assert_close(model[3].weight, quantized(low, scale, 5))
+    expected = model[3].weight.detach().clone()
+    convert(model)
+    assert torch.equal(model[3].weight, expected)
+
+
+def test_compressed_model_is_prepared_through_its_factors() -> None:
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model = randomized(PaddedResNet())
+    plan = random_plan(trace(model, x), 1)
+    apply(model, plan)
+    ranked = [layer for layer in plan.layers if layer.rank is not None]
+    assert ranked
+    quantization = CompressionPlan(
+        layers=[LayerPlan(l.name, l.kind, l.in_channels, l.out_channels, bits=8) for l in ranked]  # noqa: E741
+    )
+    exact = model(x)
+    prepare(model, quantization)
+    error = (model(x) - exact).norm() / exact.norm()
+    assert 0 < error < 0.2
+    expected = model(x)
+    convert(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_parametrizations_of_others_stay() -> None:
+    model = two_layers()
+    parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+    assert parametrize.is_parametrized(convert(model)[0])
+
+
+def test_misfits_are_refused_before_anything_changes() -> None:
+    model = two_layers()
+    model.add_module("4", nn.BatchNorm1d(6))
+    good = LayerPlan("0", "conv2d", 4, 8, bits=4)
+    for bad, message in [
+        (LayerPlan("9", "linear", 8, 6, bits=4), "Sequential has no layer '9'"),
+        (LayerPlan("4", "batch_norm2d", 6, 6, bits=4), "layer '4' is a BatchNorm1d"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prepare(model, CompressionPlan(layers=[good, bad]))
+        assert not parametrize.is_parametrized(model[0])
+    prepare(model, plan_of(bits=4))
+    with pytest.raises(ValueError, match="layer '0' is prepared already; run cctorch.convert"):
+        prepare(model, plan_of(bits=4))
