@@ -258,5 +258,9 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"{key} = {value!r}: {message}" if key else message
     if kind.endswith(("_type", "_parsing")) or kind in ("literal_error", "int_from_float"):
         return f"{key} = {value!r}: expected {_type_name(annotation)}"
-    message = message.replace("Input should be a ", "expected a ").replace("Input should be", "expected a value").replace("String should", "expected to")
+    message = (
+        message.replace("Input should be a ", "expected a ")
+        .replace("Input should be", "expected a value")
+        .replace("String should", "expected to")
+    )
     return f"{key} = {value!r}: {message}"

@@ -79,6 +79,21 @@ class Log:
     def warning(self, text: str) -> None:
         self.line(f"warning: {text}", style="yellow")
 
+    def show_warning(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        """Takes the place of `warnings.showwarning`: what other libraries warn of goes to the file only."""
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            self.warning(str(message))
+        else:
+            self.line(f"warning: {filename}:{lineno}: {message}", on_console=False)
+
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
         """A progress bar with the time left, or a line every ten seconds where the output is no terminal."""

@@ -8,6 +8,7 @@ Everything lands in runs/<name>/. A run that was interrupted goes on from its la
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from cctorch.config import Config, ConfigError, Training, expand
 from cctorch.log import Log, duration
 from cctorch.store import Architecture, Events, Folder, State, build, load_model
 from cctorch.train import make_optimizer, momentum_by_name, restore_momentum, train_epoch
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -72,7 +74,8 @@ def run(config: Config, *, fresh: bool = False, console: Console | None = None) 
     if fresh:
         folder.clear()
     folder.begin(config)
-    with Log(folder.path / "run.log", console) as log:
+    with Log(folder.path / "run.log", console) as log, warnings.catch_warnings():
+        warnings.showwarning = log.show_warning
         finished = folder.path / "summary.json"
         if finished.exists():
             summary = Summary.from_json(finished.read_text())
@@ -138,8 +141,8 @@ class _Run:
         self.architecture = Architecture(
             config.model.name, self.data.classes, self.data.shape, self.data.mean, self.data.std
         )
-        state, warnings = folder.load_state()
-        for warning in warnings:
+        state, damaged = folder.load_state()
+        for warning in damaged:
             log.warning(warning)
         self.state = state or State()
         self.model = self._model()

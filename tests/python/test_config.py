@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_run import tree, write_dataset
-
 from cctorch.config import Config, ConfigError, load_config, parse_config
+from tiny_run import tree, write_dataset
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -71,7 +70,9 @@ def test_a_missing_section_is_named(file: Path) -> None:
         parse_config(content)
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a\n", "expected a mapping"), ("a: [", "is not YAML"), ("", "mapping")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a\n", "expected a mapping"), ("a: [", "is not YAML"), ("", "mapping")]
+)
 def test_refuses_what_is_no_mapping(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "x.yaml"
     file.write_text(text)
@@ -85,9 +86,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_overrides_are_yaml(file: Path) -> None:
-    overrides = ["train.weight_decay=1e-3", "measure.batch_sizes=[2, 8]", "data.limit_train=null", "export=true", "seed=7"]
+    overrides = [
+        "train.weight_decay=1e-3",
+        "measure.batch_sizes=[2, 8]",
+        "data.limit_train=null",
+        "export=true",
+        "seed=7",
+    ]
     config = load_config(file, overrides)
-    assert (config.train.weight_decay, config.measure.batch_sizes, config.export, config.seed) == (1e-3, [2, 8], True, 7)
+    assert (config.train.weight_decay, config.measure.batch_sizes, config.export, config.seed) == (
+        1e-3,
+        [2, 8],
+        True,
+        7,
+    )
     assert config.data.limit_train is None
 
 

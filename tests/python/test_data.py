@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from PIL import Image
-from tiny_run import images_and_labels, write_dataset, write_idx
-
 from cctorch import data
 from cctorch.config import Data
 from cctorch.data import Batches, DataError, ImageSet
+from PIL import Image
+from tiny_run import images_and_labels, write_dataset, write_idx
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +106,7 @@ def test_damaged_idx_files_are_named(tmp_path: Path, name: str) -> None:
         data.load(_fashion(tmp_path), 0)
     if "labels" in name:
         file.unlink()
-        with pytest.raises(DataError, match="t10k-labels-idx1-ubyte.gz is missing"):
+        with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte\.gz is missing"):
             data.load(_fashion(tmp_path), 0)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from cctorch import models
 from cctorch.models import CheckpointError
 
@@ -46,7 +45,9 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
     torch.save(models.create("resnet20").state_dict(), file)
     model = models.create("resnet8")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"resnet20\.th is .* another architecture: layer1\.1\.conv1\.weight is unkno"):
+    with pytest.raises(
+        CheckpointError, match=r"resnet20\.th is .* another architecture: layer1\.1\.conv1\.weight is unkno"
+    ):
         models.load_weights(model, file)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     torch.save(models.create("resnet8", classes=3).state_dict(), file)

@@ -4,22 +4,21 @@ import errno
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
-from tiny_run import config, tree, write_dataset
-
 from cctorch import _C, batch_norm, collaborative, export, measure, models, report, store
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
 from cctorch.models import CheckpointError
 from cctorch.run import Summary, run
 from cctorch.train import TrainingError
+from rich.console import Console
+from tiny_run import config, tree, write_dataset
 
 OUTPUTS = {
     "config.yaml",
@@ -41,11 +40,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Config, Summary, str]]:
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Summary, str]:
     """A run that nothing interrupted, and what it said."""
     settings = config(dataset, tmp_path_factory.mktemp("runs"), export=True)
     console = Console(file=io.StringIO(), width=120)
-    yield settings, run(settings, console=console), console.file.getvalue()  # type: ignore[attr-defined]
+    return settings, run(settings, console=console), console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def _weights(settings: Config) -> dict[str, torch.Tensor]:
@@ -226,7 +225,9 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(
     assert _same(settings, finished[0])
 
 
-def test_another_configuration_needs_another_name(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_configuration_needs_another_name(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _fail_at(monkeypatch, driver, "train_epoch", 1, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run(config(dataset, tmp_path), console=_quiet())

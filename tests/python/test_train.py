@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from cctorch.config import Training
 from cctorch.train import (
     TrainingError,
@@ -15,6 +13,7 @@ from cctorch.train import (
     restore_momentum,
     train_epoch,
 )
+from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
 
@@ -27,7 +26,8 @@ def _model() -> nn.Module:
 def _batches(count: int, seed: int = 0) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(6, 3, 4, generator=generator), torch.randint(0, 4, (6,), generator=generator)) for _ in range(count)
+        (torch.randn(6, 3, 4, generator=generator), torch.randint(0, 4, (6,), generator=generator))
+        for _ in range(count)
     ]
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from cctorch.config import Config, parse_config
+from torch import Tensor
 
 
 def write_idx(file: Path, values: Tensor) -> None:
