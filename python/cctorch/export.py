@@ -31,7 +31,7 @@ def save_program(model: nn.Module, example: Tensor, path: str | Path) -> Exporte
         ValueError: an operator is left that is not PyTorch's, or the reloaded program computes something else.
     """
     with evaluating(model):
-        program = _exported(model, example).run_decompositions(_decompositions())
+        program: ExportedProgram = _exported(model, example).run_decompositions(_decompositions())
         foreign = _foreign(program)
         if foreign:
             raise ValueError(f"save_program: the program needs {', '.join(foreign)}, which is not part of PyTorch")

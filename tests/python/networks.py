@@ -131,7 +131,7 @@ def random_plan(graph: ModelGraph, seed: int = 0, ranks: bool = True) -> Compres
         kept = sorted(draw.sample(range(spec.in_channels), max(1, spec.in_channels // 2)))
         columns = len(kept) * spec.kernel_height * spec.kernel_width
         # The reference takes an SVD of each weight, which is slow for wide ones.
-        ranked = ranks and columns * spec.out_channels < 2**15 and draw.random() < 0.6
+        ranked = ranks and columns * spec.out_channels < 2**13 and draw.random() < 0.6
         rank = draw.randint(1, min(spec.out_channels, columns)) if ranked else None
         layers.append(LayerPlan(spec.name, spec.kind, spec.in_channels, spec.out_channels, kept_in=kept, rank=rank))
     plan.layers = layers

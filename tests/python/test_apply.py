@@ -28,18 +28,18 @@ def resnet18() -> nn.Module:
 
 
 def mobilenet_v2() -> nn.Module:
-    return pytest.importorskip("torchvision").models.mobilenet_v2(num_classes=7, width_mult=0.5)
+    return pytest.importorskip("torchvision").models.mobilenet_v2(num_classes=7, width_mult=0.25)
 
 
-NETWORKS = [PaddedResNet, Vgg, Dense, SqueezeExcite, resnet18, mobilenet_v2]
+NETWORKS = [PaddedResNet, Vgg, Dense, SqueezeExcite]
+CASES = [*((network, seed) for network in NETWORKS for seed in (0, 1)), (resnet18, 0), (mobilenet_v2, 0)]
 
 
 def images(count: int = 2, channels: int = 3) -> torch.Tensor:
     return torch.randn(count, channels, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("network", "seed"), CASES)
 @torch.no_grad()
 def test_applied_model_computes_what_the_projected_dense_model_does(
     network: Callable[[], nn.Module], seed: int

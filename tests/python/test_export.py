@@ -69,7 +69,7 @@ def test_compressed_and_prepared_model_runs_without_cctorch_at_any_batch_size(tm
     save_program(model, x[:1], path)
     assert model.training
     torch.testing.assert_close(run_elsewhere(path, x), model.eval()(x), rtol=1e-9, atol=1e-9)
-    assert sorted(os.listdir(tmp_path)) == ["model.pt2", "x.pt", "y.pt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt2", "x.pt", "y.pt"]
 
 
 def test_program_holds_pytorchs_operators_only(tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ def test_file_holds_the_plan(tmp_path: Path) -> None:
     layer = plan.find("a")
     assert layer is not None
     assert (layer.kept_in, layer.kept_out, layer.gather, layer.rank) == ([0, 3], [1, 2, 5], [0, 1], 2)
-    assert os.listdir(tmp_path) == ["plan.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
 @pytest.mark.parametrize(

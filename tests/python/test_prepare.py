@@ -129,5 +129,5 @@ def test_misfits_are_refused_before_anything_changes() -> None:
             prepare(model, CompressionPlan(layers=[good, bad]))
         assert not parametrize.is_parametrized(model[0])
     prepare(model, plan_of(bits=4))
-    with pytest.raises(ValueError, match="layer '0' is prepared already; run cctorch.convert"):
+    with pytest.raises(ValueError, match=r"layer '0' is prepared already; run cctorch.convert"):
         prepare(model, plan_of(bits=4))
