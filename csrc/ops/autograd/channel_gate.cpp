@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "csrc/ops/autograd/needs_graph.h"
+
 namespace cctorch::autograd {
 namespace {
 
@@ -50,10 +52,20 @@ class ChannelGateBackward : public torch::autograd::Function<ChannelGateBackward
   }
 };
 
-at::Tensor differentiable(const at::Tensor& x, const at::Tensor& gate) { return ChannelGate::apply(x, gate); }
+at::Tensor differentiable(const at::Tensor& x, const at::Tensor& gate) {
+  if (!needs_graph(x, gate)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return channel_gate(x, gate);
+  }
+  return ChannelGate::apply(x, gate);
+}
 
 std::tuple<at::Tensor, at::Tensor> differentiable_backward(const at::Tensor& grad, const at::Tensor& x,
                                                            const at::Tensor& gate) {
+  if (!needs_graph(grad, x, gate)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return channel_gate_backward(grad, x, gate);
+  }
   auto results = ChannelGateBackward::apply(grad, x, gate);
   return {results[0], results[1]};
 }

@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "csrc/ops/autograd/needs_graph.h"
+
 namespace cctorch::autograd {
 namespace {
 
@@ -38,6 +40,10 @@ class FakeQuant : public torch::autograd::Function<FakeQuant> {
 
 at::Tensor differentiable(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
                           std::optional<int64_t> axis, double grad_scale) {
+  if (!needs_graph(x, log_scale)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return fake_quant(x, log_scale, qmin, qmax, axis, grad_scale);
+  }
   return FakeQuant::apply(x, log_scale, qmin, qmax, axis, grad_scale);
 }
 

@@ -4,6 +4,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "csrc/ops/autograd/needs_graph.h"
+
 namespace cctorch::autograd {
 namespace {
 
@@ -22,7 +24,13 @@ class ApplyMask : public torch::autograd::Function<ApplyMask> {
   static variable_list backward(AutogradContext*, const variable_list& grads) { return {grads[0], {}}; }
 };
 
-at::Tensor straight_through(const at::Tensor& weight, const at::Tensor& mask) { return ApplyMask::apply(weight, mask); }
+at::Tensor straight_through(const at::Tensor& weight, const at::Tensor& mask) {
+  if (!needs_graph(weight)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return apply_mask(weight, mask);
+  }
+  return ApplyMask::apply(weight, mask);
+}
 
 // Masks are constants: they are made below autograd, so that none records a graph.
 std::vector<at::Tensor> constant_magnitude_masks(at::TensorList weights, double sparsity) {
