@@ -4,19 +4,17 @@ from typing import Any
 import pytest
 import torch
 from cases import HALF_TYPES, LAYOUTS, TYPES, scale_type, with_threads
+from cctorch.ops import fake_quant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from cctorch.ops import fake_quant
 
 
 def reference(
     x: Tensor, log_scale: Tensor, qmin: int, qmax: int, axis: int | None = None, grad_scale: float = 1.0
 ) -> Tensor:
     """LSQ as a straight-through expression of torch operators."""
-    if axis is not None:
-        log_scale = log_scale.view([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])
+    log_scale = log_scale.view([-1 if axis is not None and d == axis % x.dim() else 1 for d in range(x.dim())])
     scale = log_scale.exp()
     scale = scale * grad_scale + (scale - scale * grad_scale).detach()
     clamped = (x / scale).clamp(qmin, qmax)
@@ -65,16 +63,16 @@ def test_float64_equals_the_straight_through_expression(
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES])
 def test_lower_precision_agrees_with_float64(shape: tuple[int, ...], axis: int | None, dtype: torch.dtype) -> None:
     x, _, grad = inputs(shape, axis, dtype)
-    # Scales that are powers of two times values of the type: no quotient lies within rounding of a half.
-    log_scale = torch.full((1 if axis is None else shape[axis],), math.log(0.25), dtype=torch.float32)
-    scale = log_scale.double().exp().float()
-    x = torch.where((x.float() / scale[0] % 1 - 0.5).abs() < 1e-3, torch.zeros_like(x), x)
+    # Kept away from the jumps of rounding and clamping, which float32 may see on the other side.
+    log_scale = torch.full((1 if axis is None else shape[axis],), math.log(0.3), dtype=torch.float32)
+    half_steps = x.double() / 0.15
+    x = torch.where((half_steps - half_steps.round()).abs() < 1e-3, torch.zeros_like(x), x)
     y, grad_x, grad_scale = gradients(fake_quant, x, log_scale, grad, -4, 3, axis)
     exact = gradients(reference, x.double(), log_scale.double(), grad.double(), -4, 3, axis)
     torch.testing.assert_close(y, exact[0].to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
     assert torch.equal(grad_x, exact[1].to(dtype))
     # Sums in float32 or better of up to numel terms
-    magnitude = (grad.double().abs() * 4 * 0.25).sum()
+    magnitude = (grad.double().abs() * 4 * 0.3).sum()
     assert (grad_scale.double() - exact[2]).abs().max() <= 1e-6 * magnitude
     assert grad_scale.dtype == torch.float32
 
