@@ -1,0 +1,16 @@
+#include <cctorch/memory.h>
+#include <gtest/gtest.h>
+
+namespace cctorch {
+namespace {
+
+TEST(Memory, SettingsAreTaken) {
+#if defined(__GLIBC__)
+  EXPECT_TRUE(keep_freed_memory());
+#else
+  EXPECT_FALSE(keep_freed_memory());
+#endif
+}
+
+}  // namespace
+}  // namespace cctorch
