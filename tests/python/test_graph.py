@@ -188,6 +188,16 @@ class HardCoded(nn.Module):
         return x.view(2, 8, 16, 16)
 
 
+class CountedView(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)).view(2, 8)[:, :, None, None]
+
+
+class Shifted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 1, -1))
+
+
 class Chunked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, 1)
@@ -208,6 +218,8 @@ class Scaled(nn.Module):
     [
         (Unknown(), "cumsum"),
         (HardCoded(), "view"),
+        (CountedView(), "view"),
+        (Shifted(), "pad"),
         (Chunked(), "chunk"),
         (Scaled(), "mul"),
         (nn.GroupNorm(2, 8), "group"),
@@ -223,6 +235,7 @@ def test_operation_that_is_not_followed_keeps_its_channels_with_one_warning(midd
 
 class Permuted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
+        x = x.unsqueeze(1).squeeze(1)
         x = F.pad(x[:, :, 1:, ::2], (1, 1)).permute(0, 2, 3, 1).contiguous()
         return torch.relu(x.unsqueeze(1).squeeze(1) * 2 + 1).transpose(2, 3).transpose(1, 2)
 
