@@ -24,7 +24,7 @@ void WeightedLayer<Derived>::register_parameters(int64_t out, int64_t in, at::In
     for (const int64_t size : kernel) sizes.push_back(pointwise ? 1 : size);
     return sizes;
   };
-  weight = first = second = bias = {};
+  for (at::Tensor* parameter : {&weight, &first, &second, &bias}) *parameter = at::Tensor();
   if (plan_ && plan_->rank) {
     first = this->register_parameter("first", torch::empty(shape(*plan_->rank, in, false)));
     second = this->register_parameter("second", torch::empty(shape(out, *plan_->rank, true)));
@@ -64,7 +64,7 @@ void WeightedLayer<Derived>::carry_out(const LayerPlan& plan) {
   plan_ = plan;
   gather_ = plan.gather.empty() ? at::Tensor() : torch::tensor(plan.gather, torch::dtype(torch::kLong));
   this->parameters_.clear();
-  weight = {};
+  weight = at::Tensor();
   if (plan.rank) {
     first = this->register_parameter("first", inner, requires_grad);
     second = this->register_parameter("second", outer, requires_grad);

@@ -68,7 +68,7 @@ def test_mask_comes_before_quantization_and_convert_bakes_both_in() -> None:
 def test_training_keeps_the_mask_and_the_optimizers_parameters() -> None:
     model = two_layers()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = [id(parameter) for parameter in model.parameters()]
+    before = {id(parameter) for parameter in model.parameters()}
     prepare(model, plan_of(mask=MaskPlan("magnitude", sparsity=0.5), bits=4))
     zeros = model[3].weight == 0
     F.mse_loss(model(torch.randn(4, 4, 3, 3).double()), torch.ones(4, 6).double()).backward()
@@ -77,7 +77,7 @@ def test_training_keeps_the_mask_and_the_optimizers_parameters() -> None:
     assert (model[3].weight[~masks] == 0).all()
     assert (zeros | masks).all()
     convert(model)
-    assert [id(parameter) for parameter in model.parameters()] == before
+    assert {id(parameter) for parameter in model.parameters()} == before
 
 
 def test_low_rank_constraint_comes_first() -> None:

@@ -1,0 +1,221 @@
+"""Collaborative Compression (Li et al., "Towards Compact CNNs via Collaborative Compression", CVPR 2021).
+
+Input channels and singular values of every layer compete in one ranking, on one budget of multiply-accumulates. The
+solver is in C++ (`csrc/collaborative`); this module feeds it a PyTorch model.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cctorch import _C
+from cctorch.graph import ModelGraph, trace
+from cctorch.plan import CompressionPlan, LayerSpec
+
+__all__ = ["Compression", "compress", "mean_gradients", "solve"]
+
+Progress = Callable[[str, int, int], None]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Compression:
+    """A plan, and how it came about."""
+
+    plan: CompressionPlan
+    curves: list[_C.RateCurve]
+    model_specs: list[LayerSpec]
+    dense_macs: int
+    nominal_macs: int
+    """Removed input channels and singular values counted: the method's own budget."""
+    final_macs: int
+    """Filters that nobody reads any more counted too."""
+    gradient_seconds: float
+    curve_seconds: float
+    heuristic_seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def nominal_reduction(self) -> float:
+        return 1.0 - self.nominal_macs / self.dense_macs
+
+    @property
+    def final_reduction(self) -> float:
+        return 1.0 - self.final_macs / self.dense_macs
+
+
+def mean_gradients(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    layers: Sequence[str],
+    *,
+    loss: LossFunction = F.cross_entropy,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss with respect to the weight of each layer in `layers`, the model in eval mode.
+
+    Args:
+        batches: pairs (inputs, labels) on the model's device, un-augmented; each batch counts by its number of examples.
+        layers: paths of modules with a `weight`.
+        loss: mean loss of a batch.
+
+    Returns:
+        For each layer, a tensor of its weight's shape. The model's own `.grad` fields are left as they were.
+
+    Raises:
+        ValueError: there is no batch, or the gradient of a layer is not finite (the layer is named).
+    """
+    weights = [_weight(model, name) for name in layers]
+    training = {module: module.training for module in model.modules()}
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    sums = [torch.zeros_like(weight) for weight in weights]
+    examples = 0
+    total = len(batches) if hasattr(batches, "__len__") else 0
+    try:
+        model.eval()
+        for parameter in requires_grad:
+            parameter.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        for done, (inputs, labels) in enumerate(batches, start=1):
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(loss(model(inputs), labels), weights, allow_unused=True)
+            used = [(s, g) for s, g in zip(sums, gradients, strict=True) if g is not None]
+            torch._foreach_add_([s for s, _ in used], [g for _, g in used], alpha=len(labels))
+            examples += len(labels)
+            if progress:
+                progress("gradients", done, max(total, done))
+    finally:
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
+        for module, mode in training.items():
+            module.training = mode
+    if examples == 0:
+        raise ValueError("compress: `batches` is empty, expected at least one batch of training images")
+    for name, gradient in zip(layers, sums, strict=True):
+        gradient /= examples
+        if not torch.isfinite(gradient).all():
+            raise ValueError(
+                f"compress: the gradient of layer '{name}' is NaN or infinite; check the model's weights and the images"
+            )
+    return dict(zip(layers, sums, strict=True))
+
+
+def solve(
+    model: nn.Module,
+    graph: ModelGraph,
+    gradients: dict[str, Tensor],
+    options: _C.SolverOptions,
+    *,
+    progress: Progress | None = None,
+    gradient_seconds: float = 0.0,
+) -> Compression:
+    """Turns the gradients of a traced model's layers into a plan: rates (eq. E2), units (eq. E3), dead filters.
+
+    Raises:
+        ValueError: a weight or gradient is not finite, no allocation reaches the target, or what was reached falls short
+            of the target by more than 1 % of the model's multiply-accumulates.
+    """
+    layers = [
+        _C.SolverLayer(spec, _weight(model, spec.name).detach(), gradients[spec.name])
+        for spec in graph.specs
+        if spec.name in gradients
+    ]
+    dense = _C.dense_macs(graph.specs)
+    solution = _C.solve(layers, dense, options, progress)
+    plan = solution.plan
+    nominal = _C.nominal_macs(graph.specs, plan)
+    if 1.0 - nominal / dense < options.target - 0.01:
+        raise ValueError(
+            f"compress: target = {options.target:g}, but the plan removes only {1.0 - nominal / dense:.4f} of the model's "
+            "multiply-accumulates; lower the target"
+        )
+    graph.channels.resolve(plan)
+    return Compression(
+        plan=plan,
+        curves=solution.curves,
+        model_specs=graph.specs,
+        dense_macs=dense,
+        nominal_macs=nominal,
+        final_macs=_C.final_macs(graph.specs, plan),
+        gradient_seconds=gradient_seconds,
+        curve_seconds=solution.curve_seconds,
+        heuristic_seconds=solution.heuristic_seconds,
+        warnings=[*graph.warnings, *solution.warnings],
+    )
+
+
+def compressible(graph: ModelGraph) -> list[str]:
+    """Layers that take part: convolutions without groups and linear layers, but not the first convolution or the classifier."""
+    return [
+        spec.name
+        for spec in graph.specs
+        if spec.kind in ("conv2d", "linear") and spec.groups == 1 and spec.name not in (graph.first, graph.classifier)
+    ]
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    example: Tensor,
+    *,
+    target: float = 0.5,
+    units: Literal["both", "channels", "singular_values"] = "both",
+    basis: Literal["exact", "fixed"] = "fixed",
+    gamma: float = 0.9,
+    step_fraction: float = 0.01,
+    max_rate: float = 0.95,
+    loss: LossFunction = F.cross_entropy,
+    progress: Progress | None = None,
+) -> Compression:
+    """Finds a plan that removes a fraction of the model's multiply-accumulates. The model is not changed: see `apply`.
+
+    The loss that a unit's removal causes is estimated to first order from the mean gradient g over the training set,
+
+        (E1)  I(W') = sum [ g * (W' - W) ]^2,
+
+    rates are allocated over layers from fitted curves loss = a exp(b rate) (E2), and units are removed one after another
+    by their loss plus `gamma` times the expected loss one step later (E3).
+
+    Args:
+        batches: (images, labels) of the un-augmented training set, on the model's device.
+        example: one batch of inputs, to trace the model with; N x C x H x W, N at least 2.
+        target: fraction of multiply-accumulates to remove, in (0, 1).
+        units: what may be removed: input channels, singular values, or both.
+        basis: `exact` decomposes the weight anew for every candidate channel, `fixed` keeps its singular vectors.
+        step_fraction: share of a layer's units removed between two rankings.
+        max_rate: no layer gives up more than this share.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ValueError: a bad argument, weights or gradients that are not finite, or a target that cannot be reached.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.ReLU())
+        >>> model = nn.Sequential(conv(3, 16), conv(16, 16), conv(16, 16), nn.Flatten(), nn.Linear(16 * 64, 10))
+        >>> batches = [(torch.randn(8, 3, 8, 8), torch.arange(8))]
+        >>> compression = cctorch.compress(model, batches, batches[0][0], target=0.4)
+        >>> compression.nominal_reduction > 0.39
+        True
+    """
+    options = _C.SolverOptions(target, gamma, step_fraction, max_rate, units, basis)
+    graph = trace(model, example)
+    start = time.perf_counter()
+    gradients = mean_gradients(model, batches, compressible(graph), loss=loss, progress=progress)
+    seconds = time.perf_counter() - start
+    return solve(model, graph, gradients, options, progress=progress, gradient_seconds=seconds)
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    weight = model.get_submodule(name).weight
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"compress: layer '{name}' has no weight tensor")
+    return weight
