@@ -55,6 +55,8 @@ def test_mask_comes_before_quantization_and_convert_bakes_both_in() -> None:
     steps = model[3].parametrizations.weight
     scale = steps[1].log_scale.detach().exp()
     masked = dense * steps[0].mask
+    kept = steps[0].mask.any(1)
+    torch.testing.assert_close(scale[kept], 2 * dense[kept].abs().mean(1) / 3**0.5)
     assert torch.equal(model[3].weight, quantized(masked, scale, 3))
     assert len(model[3].weight[steps[0].mask].unique()) <= 3 * 8
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)

@@ -127,11 +127,12 @@ def test_low_rank_layers_start_like_dense_ones() -> None:
     torch.testing.assert_close(low(torch.eye(64)), (product + low.bias[:, None]).T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 4, 4), (3, 5)], ids=["conv2d", "linear"])
-def test_gather_reads_the_chosen_channels(shape: tuple[int, ...]) -> None:
-    layer = nn.Conv2d(2, 4, 3) if len(shape) == 4 else LowRankLinear(2, 4, 1)
-    x = torch.randn(shape)
-    assert torch.equal(GatherChannels([4, 1], layer)(x), layer(x[:, [4, 1]]))
+def test_gather_reads_the_chosen_channels() -> None:
+    conv, x = nn.Conv2d(2, 4, 3), torch.randn(3, 5, 4, 4)
+    assert torch.equal(GatherChannels([4, 1], conv)(x), conv(x[:, [4, 1]]))
+    for linear in (nn.Linear(2, 4), LowRankLinear(2, 4, 1)):
+        x = torch.randn(3, 6, 5)
+        assert torch.equal(GatherChannels([4, 1], linear)(x), linear(x[..., [4, 1]]))
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Linear(8, 6)], ids=["conv2d", "linear"])
