@@ -312,7 +312,8 @@ class _Run:
             layer["seconds_after"] = _seconds_of(layer["name"], after_times)
         if self.config.export:
             self.log.line("exporting")
-            export.save_program(self.model, self._example(2), self.folder.path / "compressed.pt2")
+            # A program remembers its device; one on the CPU opens everywhere.
+            export.save_program(self.model.cpu(), self._example(2).cpu(), self.folder.path / "compressed.pt2")
         shared = {field: results[field] for field in Summary.__dataclass_fields__ if field in results}
         summary = Summary(
             name=self.config.name,

@@ -15,6 +15,7 @@ from cctorch import _C, batch_norm, collaborative, export, measure, models, repo
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
 from cctorch.models import CheckpointError
+from cctorch.report import page
 from cctorch.run import Summary, run
 from cctorch.train import TrainingError
 from rich.console import Console
@@ -45,6 +46,12 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[C
     settings = config(dataset, tmp_path_factory.mktemp("runs"), export=True)
     console = Console(file=io.StringIO(), width=120)
     return settings, run(settings, console=console), console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all the rest. The run of `finished`, set up before, draws."""
+    monkeypatch.setattr(page, "render", lambda record: record.config)
 
 
 def _weights(settings: Config) -> dict[str, torch.Tensor]:
