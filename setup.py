@@ -22,7 +22,8 @@ class CMakeBuild(build_ext):
 
         if not torch.__version__.startswith("2.11."):
             raise SystemExit(
-                f"cctorch is built against torch 2.11, but torch {torch.__version__} is installed: pip install torch==2.11.0"
+                f"cctorch is built against torch 2.11, but torch {torch.__version__} is installed: "
+                "pip install torch==2.11.0"
             )
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(os.environ.get("CCTORCH_BUILD_DIR", ROOT / "build"))

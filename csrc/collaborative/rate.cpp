@@ -106,9 +106,9 @@ double allocate(std::vector<RateCurve>& curves, const std::vector<LayerSpec>& sp
     reachable += static_cast<double>(specs[l].macs()) * highest[l];
   }
   const double budget = options.target * static_cast<double>(model_macs);
-  TORCH_CHECK_VALUE(budget <= reachable, "compress: target = ", options.target,
-                    " cannot be reached: with at most ", options.max_rate, " of each layer removed, the ", specs.size(),
-                    " compressible layers can give up ", reachable / static_cast<double>(model_macs),
+  TORCH_CHECK_VALUE(budget <= reachable, "compress: target = ", options.target, " cannot be reached: with at most ",
+                    options.max_rate, " of each layer removed, the ", specs.size(), " compressible layers can give up ",
+                    reachable / static_cast<double>(model_macs),
                     " of the model's multiply-accumulates; lower the target or leave fewer layers out");
 
   const auto allocation = [&](double log_lambda, size_t l) {

@@ -34,7 +34,8 @@ RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient)
       weighting_(unfold(gradient).square()),
       running_(original_.clone()) {}
 
-RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& running, int64_t rank)
+RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& running,
+                           int64_t rank)
     : RunningLayer(weight, gradient) {
   running_ = unfold(running).clone();
   const std::vector<double> magnitude = to_vector(per_channel(running_.abs()));
@@ -63,9 +64,7 @@ at::Tensor RunningLayer::per_channel(const at::Tensor& matrix) const {
   return matrix.sum(0).view({channels_, kernel_size_}).sum(1);
 }
 
-double RunningLayer::loss() const {
-  return (running_ - original_).square_().mul_(weighting_).sum().item<double>();
-}
+double RunningLayer::loss() const { return (running_ - original_).square_().mul_(weighting_).sum().item<double>(); }
 
 void RunningLayer::decompose() {
   if (decomposition_current_) return;
@@ -80,9 +79,9 @@ void RunningLayer::decompose() {
 
 // Sums over the weight that the closed forms are made of (docs/collaborative-compression.md).
 struct RunningLayer::UnitSums {
-  double loss, cross, square, next;                     // I0, A0, B0, T of X
+  double loss, cross, square, next;                                                     // I0, A0, B0, T of X
   at::Tensor channel_loss, channel_dense, channel_cross, channel_square, channel_next;  // i, w, a, b, T's share: C each
-  at::Tensor value_cross, value_square, value_next;     // s P, s R, s^2 Q: r each
+  at::Tensor value_cross, value_square, value_next;                                     // s P, s R, s^2 Q: r each
 };
 
 RunningLayer::UnitSums RunningLayer::unit_sums() {
@@ -156,8 +155,9 @@ at::Tensor RunningLayer::next_terms_exact() {
   for (size_t begin = 0; begin < channels.size(); begin += at_once) {
     const auto end = channels.begin() + std::min<int64_t>(begin + at_once, channels.size());
     const at::Tensor candidates = at::tensor(std::vector<int64_t>(channels.begin() + begin, end), at::kLong);
-    terms.index_copy_(0, candidates,
-                      outputs_ <= channels_ * kernel_size_ ? next_terms_left(candidates) : next_terms_right(candidates));
+    terms.index_copy_(
+        0, candidates,
+        outputs_ <= channels_ * kernel_size_ ? next_terms_left(candidates) : next_terms_right(candidates));
   }
   return terms;
 }
@@ -183,7 +183,7 @@ at::Tensor RunningLayer::next_terms_right(const at::Tensor& candidates) {
   keep.scatter_(1, candidates.view({count, 1, 1}).expand({count, 1, kernel_size_}), 0.0);
   keep = keep.view({count, width});
   const at::Tensor grams = at::mm(running_.t(), running_) * keep.unsqueeze(1) * keep.unsqueeze(2);
-  const at::Tensor basis = std::get<1>(at::linalg_eigh(grams));  // count x Ck x Ck
+  const at::Tensor basis = std::get<1>(at::linalg_eigh(grams));                            // count x Ck x Ck
   const at::Tensor projected = at::matmul(running_, keep.unsqueeze(2) * basis).square_();  // count x N x Ck
   return at::matmul(weighting_, basis.square()).mul_(projected).sum({1, 2});
 }

@@ -11,8 +11,8 @@ namespace cctorch::collaborative {
 // A layer on its way from dense to compressed: the running weight X, what has been removed from it, and the scores of
 // what remains. Everything is float64, on the CPU, unfolded to N x (C k).
 //
-// X = sum_i left_i right_i^T over its singular triplets, one of the two factors carrying the singular value. All formulas
-// need only such products, so nothing is ever divided by a singular value.
+// X = sum_i left_i right_i^T over its singular triplets, one of the two factors carrying the singular value. All
+// formulas need only such products, so nothing is ever divided by a singular value.
 class RunningLayer {
  public:
   RunningLayer(const at::Tensor& weight, const at::Tensor& gradient);
@@ -36,8 +36,8 @@ class RunningLayer {
   int64_t pruned_macs() const { return outputs_ * channels_left_ * kernel_size_; }
   int64_t dense_macs() const { return outputs_ * channels_ * kernel_size_; }
 
-  double loss() const;                // (E1) of X
-  std::vector<double> losses_alone(); // (E1) of each unit removed alone: channels, then singular values
+  double loss() const;                 // (E1) of X
+  std::vector<double> losses_alone();  // (E1) of each unit removed alone: channels, then singular values
   std::vector<double> scores(const Options& options);  // (E3) of each unit: channels, then the rank() singular values
 
   void remove_channel(int64_t channel);
@@ -50,7 +50,7 @@ class RunningLayer {
   void decompose();
   UnitSums unit_sums();
   at::Tensor per_channel(const at::Tensor& matrix) const;  // N x Ck or r x Ck, summed to C
-  at::Tensor next_terms_exact();  // T of (E4) for every channel candidate
+  at::Tensor next_terms_exact();                           // T of (E4) for every channel candidate
   at::Tensor next_terms_left(const at::Tensor& candidates);
   at::Tensor next_terms_right(const at::Tensor& candidates);
 

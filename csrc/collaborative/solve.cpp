@@ -24,8 +24,8 @@ void check_options(const Options& options) {
   TORCH_CHECK_VALUE(options.target > 0 && options.target < 1, "compress: target = ", options.target,
                     ", expected a fraction of multiply-accumulates to remove, above 0 and below 1");
   TORCH_CHECK_VALUE(options.gamma >= 0, "compress: gamma = ", options.gamma, ", expected at least 0");
-  TORCH_CHECK_VALUE(options.step_fraction > 0 && options.step_fraction <= 1, "compress: step_fraction = ",
-                    options.step_fraction, ", expected above 0 and at most 1");
+  TORCH_CHECK_VALUE(options.step_fraction > 0 && options.step_fraction <= 1,
+                    "compress: step_fraction = ", options.step_fraction, ", expected above 0 and at most 1");
   TORCH_CHECK_VALUE(options.max_rate > 0 && options.max_rate < 1, "compress: max_rate = ", options.max_rate,
                     ", expected above 0 and below 1");
 }
@@ -97,8 +97,8 @@ Solution solve(const std::vector<Layer>& layers, int64_t model_macs, const Optio
     check_layer(layer);
     specs.push_back(layer.spec);
   }
-  TORCH_CHECK_VALUE(model_macs >= dense_macs(specs), "compress: model_macs = ", model_macs, ", but the layers alone have ",
-                    dense_macs(specs));
+  TORCH_CHECK_VALUE(model_macs >= dense_macs(specs), "compress: model_macs = ", model_macs,
+                    ", but the layers alone have ", dense_macs(specs));
 
   Solution solution;
   solution.plan.method = "collaborative";
@@ -133,7 +133,8 @@ std::vector<double> unit_scores(const at::Tensor& weight, const at::Tensor& grad
   return RunningLayer(weight, gradient, running, rank).scores(options);
 }
 
-std::pair<at::Tensor, at::Tensor> factorize(const at::Tensor& weight, const std::vector<int64_t>& kept_in, int64_t rank) {
+std::pair<at::Tensor, at::Tensor> factorize(const at::Tensor& weight, const std::vector<int64_t>& kept_in,
+                                            int64_t rank) {
   TORCH_CHECK_VALUE(weight.dim() == 4 || weight.dim() == 2, "factorize: a weight of ", weight.dim(),
                     " dimensions, expected 4 (convolution) or 2 (linear)");
   const at::Tensor index = at::tensor(kept_in, at::TensorOptions(at::kLong).device(weight.device()));

@@ -20,18 +20,19 @@ std::vector<int64_t> all(int64_t count) {
 }
 
 void check_indices(const LayerPlan& layer, const char* field, const std::vector<int64_t>& indices, int64_t channels) {
-  TORCH_CHECK_VALUE(!indices.empty(), "plan: layer '", layer.name, "': ", field, " is empty, at least one must be kept");
+  TORCH_CHECK_VALUE(!indices.empty(), "plan: layer '", layer.name, "': ", field,
+                    " is empty, at least one must be kept");
   for (size_t i = 0; i < indices.size(); ++i) {
-    TORCH_CHECK_INDEX(indices[i] >= 0 && indices[i] < channels, "plan: layer '", layer.name, "': ", field, "[", i, "] = ",
-                      indices[i], ", expected 0 to ", channels - 1);
+    TORCH_CHECK_INDEX(indices[i] >= 0 && indices[i] < channels, "plan: layer '", layer.name, "': ", field, "[", i,
+                      "] = ", indices[i], ", expected 0 to ", channels - 1);
     TORCH_CHECK_VALUE(i == 0 || indices[i - 1] < indices[i], "plan: layer '", layer.name, "': ", field,
                       " must be sorted without repeats, but ", indices[i], " follows ", i == 0 ? -1 : indices[i - 1]);
   }
 }
 
 void check_layer(const LayerPlan& layer) {
-  TORCH_CHECK_VALUE(layer.in_channels > 0 && layer.out_channels > 0, "plan: layer '", layer.name, "': ", layer.in_channels,
-                    " -> ", layer.out_channels, " channels, expected at least 1 -> 1");
+  TORCH_CHECK_VALUE(layer.in_channels > 0 && layer.out_channels > 0, "plan: layer '", layer.name,
+                    "': ", layer.in_channels, " -> ", layer.out_channels, " channels, expected at least 1 -> 1");
   check_indices(layer, "kept_in", layer.kept_in, layer.in_channels);
   check_indices(layer, "kept_out", layer.kept_out, layer.out_channels);
   if (!layer.gather.empty()) {
@@ -141,7 +142,8 @@ void CompressionPlan::validate() const {
 }
 
 std::ostream& operator<<(std::ostream& out, const CompressionPlan& plan) {
-  out << fmt::format("CompressionPlan(method={}, target={:g}, {} layers)", plan.method, plan.target, plan.layers.size());
+  out << fmt::format("CompressionPlan(method={}, target={:g}, {} layers)", plan.method, plan.target,
+                     plan.layers.size());
   for (const LayerPlan& layer : plan.layers) {
     if (!layer.is_unchanged()) out << '\n' << summary(layer);
   }

@@ -32,7 +32,9 @@ collaborative::Solution solve(const std::vector<collaborative::Layer>& layers, i
   collaborative::Progress forward;
   if (progress) {
     // pybind11's function wrapper takes the GIL; an exception it throws (Ctrl-C among them) stops the search.
-    forward = [&](std::string_view stage, int64_t done, int64_t total) { (*progress)(std::string(stage), done, total); };
+    forward = [&](std::string_view stage, int64_t done, int64_t total) {
+      (*progress)(std::string(stage), done, total);
+    };
   }
   const py::gil_scoped_release release;
   return collaborative::solve(layers, model_macs, options, forward);
@@ -42,11 +44,15 @@ void bind_options(py::module_& module) {
   py::class_<Options>(module, "SolverOptions")
       .def(py::init([](double target, double gamma, double step_fraction, double max_rate, const std::string& units,
                        const std::string& basis) {
-             return Options{target, gamma, step_fraction, max_rate, parse(units_names, "units", units),
+             return Options{target,
+                            gamma,
+                            step_fraction,
+                            max_rate,
+                            parse(units_names, "units", units),
                             parse(basis_names, "basis", basis)};
            }),
-           py::arg("target") = 0.5, py::arg("gamma") = 0.9, py::arg("step_fraction") = 0.01,
-           py::arg("max_rate") = 0.95, py::arg("units") = "both", py::arg("basis") = "fixed")
+           py::arg("target") = 0.5, py::arg("gamma") = 0.9, py::arg("step_fraction") = 0.01, py::arg("max_rate") = 0.95,
+           py::arg("units") = "both", py::arg("basis") = "fixed")
       .def_readwrite("target", &Options::target)
       .def_readwrite("gamma", &Options::gamma)
       .def_readwrite("step_fraction", &Options::step_fraction)

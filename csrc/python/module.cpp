@@ -11,8 +11,9 @@ PYBIND11_MODULE(_C, module) {
 #else
   module.attr("CUDA_BUILT") = false;
 #endif
-  module.def("keep_freed_memory", &cctorch::keep_freed_memory,
-             "Tell glibc to keep freed memory for the process. On CPU a training step then spends no time on page faults.");
+  module.def(
+      "keep_freed_memory", &cctorch::keep_freed_memory,
+      "Tell glibc to keep freed memory for the process. On CPU a training step then spends no time on page faults.");
   cctorch::python::bind_plan(module);
   cctorch::python::bind_collaborative(module);
 }

@@ -23,9 +23,8 @@ constexpr Names<LayerKind, 4> layer_kinds{{{"conv2d", LayerKind::conv2d},
                                            {"depthwise_conv2d", LayerKind::depthwise_conv2d},
                                            {"linear", LayerKind::linear},
                                            {"batch_norm2d", LayerKind::batch_norm2d}}};
-constexpr Names<MaskPlan::Kind, 3> mask_kinds{{{"magnitude", MaskPlan::Kind::magnitude},
-                                               {"nm", MaskPlan::Kind::nm},
-                                               {"channel", MaskPlan::Kind::channel}}};
+constexpr Names<MaskPlan::Kind, 3> mask_kinds{
+    {{"magnitude", MaskPlan::Kind::magnitude}, {"nm", MaskPlan::Kind::nm}, {"channel", MaskPlan::Kind::channel}}};
 
 template <class Owner>
 void bind_kind(py::class_<Owner>& type) {
@@ -38,8 +37,10 @@ void bind_layer_spec(py::module_& module) {
   py::class_<LayerSpec> type(module, "LayerSpec");
   type.def(py::init([](std::string name, const std::string& kind, int64_t in_channels, int64_t out_channels,
                        int64_t kernel_height, int64_t kernel_width, int64_t positions, int64_t groups) {
-             return LayerSpec{std::move(name), parse(layer_kinds, "kind", kind), in_channels, out_channels,
-                              kernel_height, kernel_width, positions, groups};
+             return LayerSpec{std::move(name), parse(layer_kinds, "kind", kind),
+                              in_channels,     out_channels,
+                              kernel_height,   kernel_width,
+                              positions,       groups};
            }),
            py::arg("name"), py::arg("kind"), py::arg("in_channels"), py::arg("out_channels"),
            py::arg("kernel_height") = 1, py::arg("kernel_width") = 1, py::arg("positions") = 1, py::arg("groups") = 1)
@@ -76,8 +77,8 @@ void bind_layer_plan(py::module_& module) {
   type.def(py::init([](std::string name, const std::string& kind, int64_t in_channels, int64_t out_channels,
                        const Indices& kept_in, const Indices& kept_out, std::vector<int64_t> gather,
                        std::optional<int64_t> rank, std::optional<MaskPlan> mask, std::optional<int64_t> bits) {
-             auto layer = LayerPlan::unchanged(std::move(name), parse(layer_kinds, "kind", kind), in_channels,
-                                               out_channels);
+             auto layer =
+                 LayerPlan::unchanged(std::move(name), parse(layer_kinds, "kind", kind), in_channels, out_channels);
              if (kept_in) layer.kept_in = *kept_in;
              if (kept_out) layer.kept_out = *kept_out;
              layer.gather = std::move(gather);
@@ -122,7 +123,8 @@ void bind_compression_plan(py::module_& module) {
           py::arg("name"))
       .def("validate", &CompressionPlan::validate)
       .def("to_json", &CompressionPlan::to_json)
-      .def_static("from_json", [](const std::string& text) { return CompressionPlan::from_json(text); }, py::arg("text"))
+      .def_static(
+          "from_json", [](const std::string& text) { return CompressionPlan::from_json(text); }, py::arg("text"))
       .def(py::self == py::self)
       .def("__repr__", [](const CompressionPlan& self) {
         std::ostringstream text;
@@ -150,9 +152,7 @@ void bind_channel_graph(py::module_& module) {
       .def(
           "layer",
           [](ChannelGraph& self, const std::string& name, const std::string& kind, const ChannelGraph::Channels& inputs,
-             int64_t out_channels) {
-            return self.layer(name, parse(layer_kinds, "kind", kind), inputs, out_channels);
-          },
+             int64_t out_channels) { return self.layer(name, parse(layer_kinds, "kind", kind), inputs, out_channels); },
           py::arg("name"), py::arg("kind"), py::arg("inputs"), py::arg("out_channels"))
       .def("join", &ChannelGraph::join, py::arg("a"), py::arg("b"))
       .def_static("flatten", &ChannelGraph::flatten, py::arg("channels"), py::arg("features"))

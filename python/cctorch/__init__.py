@@ -1,7 +1,7 @@
 """cctorch: compression-aware training for PyTorch and LibTorch.
 
-Custom ops (fake-quantization, masks, channel gates, low rank), modules over them, and Collaborative Compression: channel
-pruning and low-rank decomposition on one budget of multiply-accumulates.
+Custom ops (fake-quantization, masks, channel gates, low rank), modules over them, and Collaborative Compression:
+channel pruning and low-rank decomposition on one budget of multiply-accumulates.
 
     import cctorch
 
@@ -22,7 +22,7 @@ if not torch.__version__.startswith("2.11."):
 _library = Path(__file__).parent / "lib" / "libcctorch.so"
 if not _library.exists():
     raise ImportError(f"{_library} is missing: install cctorch with pip, or run `make build` in a source checkout")
-torch.ops.load_library(str(_library))
+torch.ops.load_library(str(_library))  # type: ignore[no-untyped-call]
 
 from cctorch import nn, ops  # noqa: E402
 from cctorch.apply import apply  # noqa: E402
@@ -32,7 +32,7 @@ from cctorch.prepare import convert, prepare  # noqa: E402
 
 __version__ = "0.1.0"
 
-# For CMake: find_package(cctorch) with -DCMAKE_PREFIX_PATH=$(python -c "import cctorch; print(cctorch.cmake_prefix_path)")
+# For find_package(cctorch): -DCMAKE_PREFIX_PATH=$(python -c "import cctorch; print(cctorch.cmake_prefix_path)")
 cmake_prefix_path = str(Path(__file__).parent)
 
 __all__ = [

@@ -5,7 +5,7 @@ solver is in C++ (`csrc/collaborative`); this module feeds it a PyTorch model.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -60,7 +60,7 @@ def mean_gradients(
     """Gradient of the mean loss with respect to the weight of each layer in `layers`, the model in eval mode.
 
     Args:
-        batches: pairs (inputs, labels) on the model's device, un-augmented; each batch counts by its number of examples.
+        batches: pairs (inputs, labels) on the model's device, un-augmented; weighted by their number of examples.
         layers: paths of modules with a `weight`.
         loss: mean loss of a batch.
 
@@ -75,7 +75,7 @@ def mean_gradients(
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     sums = [torch.zeros_like(weight) for weight in weights]
     examples = 0
-    total = len(batches) if hasattr(batches, "__len__") else 0
+    total = len(batches) if isinstance(batches, Sized) else 0
     try:
         model.eval()
         for parameter in requires_grad:
@@ -118,8 +118,8 @@ def solve(
     """Turns the gradients of a traced model's layers into a plan: rates (eq. E2), units (eq. E3), dead filters.
 
     Raises:
-        ValueError: a weight or gradient is not finite, no allocation reaches the target, or what was reached falls short
-            of the target by more than 1 % of the model's multiply-accumulates.
+        ValueError: a weight or gradient is not finite, no allocation reaches the target, or what was reached falls
+            short of the target by more than 1 % of the model's multiply-accumulates.
     """
     layers = [
         _C.SolverLayer(spec, _weight(model, spec.name).detach(), gradients[spec.name])
@@ -132,8 +132,8 @@ def solve(
     nominal = _C.nominal_macs(graph.specs, plan)
     if 1.0 - nominal / dense < options.target - 0.01:
         raise ValueError(
-            f"compress: target = {options.target:g}, but the plan removes only {1.0 - nominal / dense:.4f} of the model's "
-            "multiply-accumulates; lower the target"
+            f"compress: target = {options.target:g}, but the plan removes only {1.0 - nominal / dense:.4f} of the "
+            "model's multiply-accumulates; lower the target"
         )
     graph.channels.resolve(plan)
     return Compression(
@@ -151,11 +151,14 @@ def solve(
 
 
 def compressible(graph: ModelGraph) -> list[str]:
-    """Layers that take part: convolutions without groups and linear layers, but not the first convolution or the classifier."""
+    """Layers that take part: ungrouped convolutions and linear layers, save the first convolution and classifier."""
     return [
         spec.name
         for spec in graph.specs
-        if spec.kind in ("conv2d", "linear") and spec.groups == 1 and spec.name not in (graph.first, graph.classifier)
+        if spec.kind in ("conv2d", "linear")
+        and spec.groups == 1
+        and spec.name not in graph.left_alone
+        and spec.name not in (graph.first, graph.classifier)
     ]
 
 
@@ -179,12 +182,12 @@ def compress(
 
         (E1)  I(W') = sum [ g * (W' - W) ]^2,
 
-    rates are allocated over layers from fitted curves loss = a exp(b rate) (E2), and units are removed one after another
-    by their loss plus `gamma` times the expected loss one step later (E3).
+    rates are allocated over layers from fitted curves loss = a exp(b rate) (E2), and units are removed one after
+    another by their loss plus `gamma` times the expected loss one step later (E3).
 
     Args:
         batches: (images, labels) of the un-augmented training set, on the model's device.
-        example: one batch of inputs, to trace the model with; N x C x H x W, N at least 2.
+        example: one batch of inputs, to trace the model with; N x C x H x W.
         target: fraction of multiply-accumulates to remove, in (0, 1).
         units: what may be removed: input channels, singular values, or both.
         basis: `exact` decomposes the weight anew for every candidate channel, `fixed` keeps its singular vectors.

@@ -5,9 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 import cctorch
+import pytest
 from cctorch import _C
 
 LIBRARY = Path(cctorch.__file__).parent / "lib" / "libcctorch.so"
@@ -44,7 +43,9 @@ def parse_usage(text: str) -> dict[tuple[str, str], dict[str, int]]:
         elif match := re.search(r"Function ([^\s:]+):", line):
             kernel = match[1]
         elif "REG:" in line:
-            usage[architecture, kernel] = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+            usage[architecture, kernel] = {
+                name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)
+            }
     return usage
 
 

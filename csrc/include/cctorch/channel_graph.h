@@ -8,9 +8,9 @@
 
 namespace cctorch {
 
-// Which channels of a network live and die together. A network is described once, in order of execution; each call names
-// the channels of one activation. After a plan has chosen the input channels that each layer reads, resolve() finds the
-// filters that nobody reads any more and writes them, with the gathers that remain, into the plan.
+// Which channels of a network live and die together. A network is described once, in order of execution; each call
+// names the channels of one activation. After a plan has chosen the input channels that each layer reads, resolve()
+// finds the filters that nobody reads any more and writes them, with the gathers that remain, into the plan.
 //
 //   ChannelGraph graph;
 //   auto x = graph.input(3);
@@ -20,7 +20,8 @@ namespace cctorch {
 //   graph.resolve(plan);
 class ChannelGraph {
  public:
-  // One entry per channel of an activation. Opaque to callers, except that slicing and concatenating it mean what they say.
+  // One entry per channel of an activation. Opaque to callers, except that slicing and concatenating it mean what they
+  // say.
   using Channels = std::vector<int64_t>;
 
   // Channels that cannot be removed: the network's input, or the output of something that is not followed.
@@ -41,8 +42,8 @@ class ChannelGraph {
   // Something that is not followed reads these channels: all of them stay.
   void pin(const Channels& channels);
 
-  // Fills kept_out and gather of every layer of the graph. Layers that the plan does not name read all their inputs; they
-  // are added to the plan where they lose filters or need a gather.
+  // Fills kept_out and gather of every layer of the graph. Layers that the plan does not name read all their inputs;
+  // they are added to the plan where they lose filters or need a gather.
   void resolve(CompressionPlan& plan) const;
 
  private:

@@ -57,9 +57,10 @@ struct Solution {
 // Called from any thread, never from two at once; may throw to stop the search.
 using Progress = std::function<void(std::string_view stage, int64_t done, int64_t total)>;
 
-// `model_macs` counts the whole network. Throws c10::Error when a weight or gradient is not finite (naming the layer) or
-// when no allocation reaches the target (stating the highest that can be reached).
-Solution solve(const std::vector<Layer>& layers, int64_t model_macs, const Options& options, const Progress& progress = {});
+// `model_macs` counts the whole network. Throws c10::Error when a weight or gradient is not finite (naming the layer)
+// or when no allocation reaches the target (stating the highest that can be reached).
+Solution solve(const std::vector<Layer>& layers, int64_t model_macs, const Options& options,
+               const Progress& progress = {});
 
 // Scores (eq. E3) of all remaining units of a layer whose running weight is `running`: first the in_channels channels,
 // infinite where already removed, then the `rank` largest singular values, largest first.
@@ -68,6 +69,7 @@ std::vector<double> unit_scores(const at::Tensor& weight, const at::Tensor& grad
 
 // Truncated SVD of the unfolded weight restricted to `kept_in`: first is rank x C' x kh x kw (root of S times V
 // transposed), second N x rank x 1 x 1 (U times root of S); rank x C' and N x rank for a linear layer.
-std::pair<at::Tensor, at::Tensor> factorize(const at::Tensor& weight, const std::vector<int64_t>& kept_in, int64_t rank);
+std::pair<at::Tensor, at::Tensor> factorize(const at::Tensor& weight, const std::vector<int64_t>& kept_in,
+                                            int64_t rank);
 
 }  // namespace cctorch::collaborative

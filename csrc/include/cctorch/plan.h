@@ -17,7 +17,7 @@ std::string_view to_string(LayerKind kind);
 struct LayerSpec {
   std::string name;  // path of the module in the model, e.g. "layer1.0.conv1"
   LayerKind kind = LayerKind::conv2d;
-  int64_t in_channels = 0;   // features for a linear layer
+  int64_t in_channels = 0;  // features for a linear layer
   int64_t out_channels = 0;
   int64_t kernel_height = 1;
   int64_t kernel_width = 1;
@@ -25,7 +25,7 @@ struct LayerSpec {
   int64_t groups = 1;
 
   int64_t kernel_size() const { return kernel_height * kernel_width; }
-  int64_t macs() const;  // multiply-accumulates per example; 0 for a normalization
+  int64_t macs() const;        // multiply-accumulates per example; 0 for a normalization
   int64_t parameters() const;  // of the weight alone
 };
 
@@ -60,7 +60,8 @@ struct LayerPlan {
   bool operator==(const LayerPlan&) const = default;
 };
 
-// The one currency of the library: every method makes a plan, apply() carries one out, a checkpoint is a plan and tensors.
+// The one currency of the library: every method makes a plan, apply() carries one out, a checkpoint is a plan and
+// tensors.
 struct CompressionPlan {
   std::string method;   // who made it, e.g. "collaborative"
   double target = 0.0;  // requested reduction of multiply-accumulates, 0 for none
@@ -83,7 +84,8 @@ std::ostream& operator<<(std::ostream& out, const CompressionPlan& plan);
 // Multiply-accumulates of one layer under a plan. `narrowed` counts removed filters (kept_out) too.
 int64_t layer_macs(const LayerSpec& spec, const LayerPlan* plan, bool narrowed);
 
-// Of the model: nominal counts removed input channels and ranks (the method's own budget), final counts dead filters too.
+// Of the model: nominal counts removed input channels and ranks (the method's own budget), final counts dead filters
+// too.
 int64_t nominal_macs(const std::vector<LayerSpec>& model, const CompressionPlan& plan);
 int64_t final_macs(const std::vector<LayerSpec>& model, const CompressionPlan& plan);
 int64_t dense_macs(const std::vector<LayerSpec>& model);

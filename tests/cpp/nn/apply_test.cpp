@@ -1,5 +1,4 @@
 #include <gtest/gtest.h>
-#include <torch/linalg.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/adamw.h>
@@ -64,7 +63,7 @@ TEST(Apply, EqualsTheMaskedAndProjectedModel) {
     const at::Tensor low = u.narrow(1, 0, 5).matmul(s.narrow(0, 0, 5).diag()).matmul(v.narrow(0, 0, 5));
     reference->conv3->weight.copy_(low.view_as(reference->conv3->weight));
   }
-  apply(*model, mixed_plan());
+  cctorch::apply(*model, mixed_plan());
   EXPECT_EQ(model->conv1->weight.size(0), 4);
   EXPECT_EQ(model->bn1->running_mean.size(0), 4);
   for (const bool training : {true, false}) {
@@ -79,7 +78,7 @@ TEST(Apply, WorkFallsAsThePlanSays) {
   const Batch batch = random_batch();
   const auto specs = layer_specs(*model, [&] { model->forward(batch.x); });
   const CompressionPlan plan = mixed_plan();
-  apply(*model, plan);
+  cctorch::apply(*model, plan);
   int64_t macs = model->linear->weight.numel();
   macs += (model->conv1->weight.numel() + model->conv2->weight.numel()) * 36;
   macs += (model->conv3->first.numel() + model->conv3->second.numel()) * 9;
@@ -105,7 +104,7 @@ TEST_P(OptimizerTest, NextStepEqualsThatOfTheMaskedModel) {
     step(model, *optimizer, batch);
     step(reference, *reference_optimizer, batch);
   }
-  apply(*model, narrowing_plan(), optimizer.get());
+  cctorch::apply(*model, narrowing_plan(), optimizer.get());
   mask_conv2(reference);
   EXPECT_EQ(optimizer->parameters().size(), model->parameters().size());
   EXPECT_EQ(optimizer->state().size(), model->parameters().size());
@@ -126,7 +125,7 @@ TEST_P(OptimizerTest, FactorsTakeTheWeightsPlaceWithoutState) {
   const Batch batch = random_batch();
   model->loss(batch.x, batch.labels).backward();
   optimizer->step();
-  apply(*model, mixed_plan(), optimizer.get());
+  cctorch::apply(*model, mixed_plan(), optimizer.get());
   const auto expected = model->parameters();
   ASSERT_EQ(optimizer->parameters().size(), expected.size());
   for (size_t i = 0; i < expected.size(); ++i) EXPECT_TRUE(optimizer->parameters()[i].is_same(expected[i])) << i;
@@ -160,7 +159,7 @@ class RefusalTest : public testing::Test {
     std::erase_if(plan.layers, [&](const LayerPlan& layer) { return layer.name == bad.name; });
     plan.layers.push_back(bad);
     const auto before = model->named_parameters();
-    const std::string message = refusal([&] { apply(*model, plan); });
+    const std::string message = refusal([&] { cctorch::apply(*model, plan); });
     EXPECT_NE(message.find(text), std::string::npos) << message;
     for (const auto& parameter : model->named_parameters()) {
       EXPECT_TRUE(parameter.value().is_same(before[parameter.key()])) << parameter.key();
@@ -190,8 +189,8 @@ TEST_F(RefusalTest, WhatApplyCannotRebuild) {
 }
 
 TEST_F(RefusalTest, ACompressedModel) {
-  apply(*model, narrowing_plan());
-  const std::string message = refusal([&] { apply(*model, narrowing_plan()); });
+  cctorch::apply(*model, narrowing_plan());
+  const std::string message = refusal([&] { cctorch::apply(*model, narrowing_plan()); });
   EXPECT_NE(message.find("is compressed already"), std::string::npos) << message;
 }
 
@@ -200,7 +199,7 @@ TEST_F(RefusalTest, StateOfAnotherOptimizer) {
   const Batch batch = random_batch();
   model->loss(batch.x, batch.labels).backward();
   optimizer.step();
-  const std::string message = refusal([&] { apply(*model, narrowing_plan(), &optimizer); });
+  const std::string message = refusal([&] { cctorch::apply(*model, narrowing_plan(), &optimizer); });
   EXPECT_NE(message.find("not that of SGD, Adam or AdamW"), std::string::npos) << message;
   EXPECT_FALSE(model->conv2->plan());
 }
@@ -208,12 +207,12 @@ TEST_F(RefusalTest, StateOfAnotherOptimizer) {
 TEST(Checkpoint, IsAPlanAndTensors) {
   TinyNet model;
   const CompressionPlan plan = mixed_plan();
-  apply(*model, plan);
+  cctorch::apply(*model, plan);
   std::stringstream stream;
   torch::save(model, stream);
 
   TinyNet fresh;
-  apply(*fresh, CompressionPlan::from_json(plan.to_json()));
+  cctorch::apply(*fresh, CompressionPlan::from_json(plan.to_json()));
   torch::load(fresh, stream);
   const Batch batch = random_batch();
   model->eval();
@@ -250,7 +249,9 @@ TEST(MeanGradients, AreThoseOfTheMeanLoss) {
   const auto specs = collaborative::participants(layer_specs(*model, [&] { model->forward(batches[0].x); }));
   size_t next = 0;
   const auto layers = collaborative::mean_gradients(*model, specs, [&]() -> at::Tensor {
-    return next == batches.size() ? at::Tensor() : model->loss(batches[next].x, batches[next++].labels);
+    if (next == batches.size()) return at::Tensor();
+    const Batch& batch = batches[next++];
+    return model->loss(batch.x, batch.labels);
   });
   EXPECT_TRUE(model->is_training());
   EXPECT_FALSE(model->conv2->weight.grad().defined());
@@ -271,7 +272,7 @@ TEST(MeanGradients, RefuseACompressedLayerAndNoBatch) {
   const auto specs = collaborative::participants(layer_specs(*model, [&] { model->forward(random_batch().x); }));
   const auto none = [] { return at::Tensor(); };
   EXPECT_NE(refusal([&] { collaborative::mean_gradients(*model, specs, none); }).find("no batch"), std::string::npos);
-  apply(*model, mixed_plan());
+  cctorch::apply(*model, mixed_plan());
   const std::string message = refusal([&] { collaborative::mean_gradients(*model, specs, none); });
   EXPECT_NE(message.find("layer 'conv2' is compressed already"), std::string::npos) << message;
 }

@@ -1,6 +1,5 @@
 #include <cctorch/cctorch.h>
 #include <gtest/gtest.h>
-#include <torch/linalg.h>
 #include <torch/serialize.h>
 #include <torch/types.h>
 

@@ -1,9 +1,8 @@
-"""The closed forms against a brute force that shares nothing with them: numpy, float64, every W_k rebuilt, one SVD each."""
+"""The closed forms against an independent brute force: numpy, float64, every W_k rebuilt, one SVD each."""
 
 import numpy as np
 import pytest
 import torch
-
 from cctorch import _C
 
 SHAPES = {
@@ -144,9 +143,7 @@ def test_factorize_is_the_optimal_truncation(shape):
 def test_factorize_keeps_non_contiguous_weights_right():
     weight, _ = layer((8, 6, 3, 3))
     strided = weight.to(memory_format=torch.channels_last)
-    for expected, got in zip(
-        _C.factorize(weight, [0, 3], 2), _C.factorize(strided, [0, 3], 2), strict=True
-    ):
+    for expected, got in zip(_C.factorize(weight, [0, 3], 2), _C.factorize(strided, [0, 3], 2), strict=True):
         torch.testing.assert_close(got, expected)
 
 

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-
 from cctorch import _C
 
 torch.set_grad_enabled(False)
@@ -19,7 +18,9 @@ def network(seed: int = 0, shapes=((16, 8, 3, 3), (16, 16, 3, 3), (24, 16, 1, 1)
         kernel = shape[2:] or (1, 1)
         spec = _C.LayerSpec(f"layer{index}", kind, shape[1], shape[0], *kernel, positions=1 if kind == "linear" else 49)
         weight = torch.randn(shape, generator=generator)
-        gradient = torch.randn(shape, generator=generator) * torch.rand(1, shape[1], *([1] * (len(shape) - 2)), generator=generator)
+        gradient = torch.randn(shape, generator=generator) * torch.rand(
+            1, shape[1], *([1] * (len(shape) - 2)), generator=generator
+        )
         layers.append(_C.SolverLayer(spec, weight, gradient))
     return layers
 
@@ -67,7 +68,7 @@ def test_allocation_is_the_minimum_of_the_fitted_losses():
             moved = list(rates)
             moved[giver] -= amount * max(macs) / macs[giver]
             moved[taker] += amount * max(macs) / macs[taker]
-            if 0 <= moved[giver] and moved[taker] <= 0.95:
+            if moved[giver] >= 0 and moved[taker] <= 0.95:
                 assert total(moved) > best
 
 
@@ -132,7 +133,14 @@ def test_unreachable_target_states_the_highest():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("target", 0.0), ("target", 1.0), ("target", float("nan")), ("gamma", -1.0), ("step_fraction", 0.0), ("max_rate", 1.0)],
+    [
+        ("target", 0.0),
+        ("target", 1.0),
+        ("target", float("nan")),
+        ("gamma", -1.0),
+        ("step_fraction", 0.0),
+        ("max_rate", 1.0),
+    ],
 )
 def test_impossible_options_are_named(option, value):
     with pytest.raises(ValueError, match=option):
