@@ -7,8 +7,6 @@ import pytest
 import torch
 from cctorch import _C
 
-torch.set_grad_enabled(False)
-
 
 def network(seed: int = 0, shapes=((16, 8, 3, 3), (16, 16, 3, 3), (24, 16, 1, 1), (32, 24, 3, 3), (20, 64))):
     generator = torch.Generator().manual_seed(seed)
