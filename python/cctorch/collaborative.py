@@ -199,7 +199,7 @@ def compress(
         ValueError: a bad argument, weights or gradients that are not finite, or a target that cannot be reached.
 
     Example:
-        >>> import torch
+        >>> import cctorch, torch
         >>> from torch import nn
         >>> _ = torch.manual_seed(0)
         >>> conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.ReLU())
