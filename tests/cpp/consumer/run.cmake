@@ -28,7 +28,7 @@ expect_failure(2 "--target 1.5: expected a number from" ${train_resnet} --target
 expect_failure(2 "--epoch: no such option" ${train_resnet} --epoch 3)
 expect_failure(1 "no such file" ${train_resnet} --data ${WORK_DIR}/nothing --out ${WORK_DIR}/run)
 
-run(${train_resnet} --synthetic --blocks 1 --epochs 1 --finetune-epochs 1 --batch 64 --device cpu --target 0.5
+run(${train_resnet} --synthetic --blocks 1 --epochs 4 --finetune-epochs 3 --batch 64 --device cpu --target 0.5
     --out ${WORK_DIR}/run)
 message("${output}")
 
