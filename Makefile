@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: build  ## train, compress, fine-tune and measure a ResNet-20 on Fashion-MNIST (about 8 minutes on two CPU cores)
+demo: build  ## train, compress, fine-tune and measure a ResNet-20 on Fashion-MNIST
 	$(BIN)/cctorch run configs/demo.yaml
 
 test: test-build lint test-cpp test-python wheel  ## everything CI runs: C++ and Python tests, lint, types, wheel
