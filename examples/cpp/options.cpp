@@ -107,7 +107,7 @@ std::string help_text() {
       "Trains a ResNet on Fashion-MNIST, compresses it by Collaborative Compression, fine-tunes it, and compares.\n\n"
       "  train_resnet                                    ResNet-20, half of the multiply-accumulates removed\n"
       "  train_resnet --target 0.7 --finetune-epochs 5   remove more, and give it longer to recover\n"
-      "  train_resnet --synthetic --blocks 1             a try of a few seconds, without any data\n\n"
+      "  train_resnet --synthetic --blocks 1 --batch 32  a try of a few seconds, without any data\n\n"
       "Options:\n";
   for (const Flag& flag : flags()) {
     text += fmt::format("  {:<22} {}\n", flag.name + " " + flag.placeholder, flag.help);
