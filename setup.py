@@ -17,7 +17,7 @@ class CMakeExtension(Extension):
 
 
 class CMakeBuild(build_ext):
-    def build_extension(self, ext: Extension) -> None:
+    def run(self) -> None:
         import torch
 
         if not torch.__version__.startswith("2.11."):
@@ -25,7 +25,9 @@ class CMakeBuild(build_ext):
                 f"cctorch is built against torch 2.11, but torch {torch.__version__} is installed: "
                 "pip install torch==2.11.0"
             )
-        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        # setuptools would copy the extension alone into the source tree; the library and the headers go with it.
+        in_source = self.inplace or self.editable_mode
+        package = ROOT / "python" / "cctorch" if in_source else Path(self.build_lib).resolve() / "cctorch"
         build = Path(os.environ.get("CCTORCH_BUILD_DIR", ROOT / "build"))
         options = [
             f"-DLIBTORCH_ROOT={Path(torch.__file__).parent}",
