@@ -32,7 +32,8 @@ RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient)
       kept_(channels_, 1),
       original_(unfold(weight)),
       weighting_(unfold(gradient).square()),
-      running_(original_.clone()) {}
+      running_(original_.clone()),
+      channel_dense_(per_channel(weighting_ * original_ * original_)) {}
 
 RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& running,
                            int64_t rank)
@@ -79,9 +80,9 @@ void RunningLayer::decompose() {
 
 // Sums over the weight that the closed forms are made of (docs/collaborative-compression.md).
 struct RunningLayer::UnitSums {
-  double loss, cross, square, next;                                                     // I0, A0, B0, T of X
-  at::Tensor channel_loss, channel_dense, channel_cross, channel_square, channel_next;  // i, w, a, b, T's share: C each
-  at::Tensor value_cross, value_square, value_next;                                     // s P, s R, s^2 Q: r each
+  double loss, cross, square, next;                                      // I0, A0, B0, T of X
+  at::Tensor channel_loss, channel_cross, channel_square, channel_next;  // i, a, b, T's share: C each
+  at::Tensor value_cross, value_square, value_next;                      // s P, s R, s^2 Q: r each
 };
 
 RunningLayer::UnitSums RunningLayer::unit_sums() {
@@ -96,7 +97,6 @@ RunningLayer::UnitSums RunningLayer::unit_sums() {
   sums.channel_loss = per_channel(weighted_difference * difference);
   sums.channel_cross = per_channel(weighted_difference * running_).neg_();
   sums.channel_square = per_channel(weighted_running * running_);
-  sums.channel_dense = per_channel(weighting_ * original_ * original_);
   const at::Tensor next = at::mm(left.square(), weighting_).mul_(right.square());
   sums.channel_next = per_channel(next);
   sums.value_next = next.sum(1);
@@ -111,7 +111,7 @@ RunningLayer::UnitSums RunningLayer::unit_sums() {
 
 std::vector<double> RunningLayer::losses_alone() {
   const UnitSums sums = unit_sums();
-  std::vector<double> losses = to_vector(sums.loss - sums.channel_loss + sums.channel_dense);
+  std::vector<double> losses = to_vector(sums.loss - sums.channel_loss + channel_dense_);
   const std::vector<double> values = to_vector(sums.loss - 2 * sums.value_cross + sums.value_next);
   losses.insert(losses.end(), values.begin(), values.end());
   return losses;
@@ -131,7 +131,7 @@ std::vector<double> RunningLayer::scores(const Options& options) {
   std::vector<double> all(channels_ + rank(), infinity);
   if (may_prune) {
     const at::Tensor next = options.basis == Basis::exact ? next_terms_exact() : sums.next - sums.channel_next;
-    const auto channels = score(sums.loss - sums.channel_loss + sums.channel_dense, sums.cross - sums.channel_cross,
+    const auto channels = score(sums.loss - sums.channel_loss + channel_dense_, sums.cross - sums.channel_cross,
                                 sums.square - sums.channel_square, next);
     for (int64_t c = 0; c < channels_; ++c) {
       if (kept_[c]) all[c] = channels[c];

@@ -58,6 +58,7 @@ class RunningLayer {
   bool removed_values_ = false;
   std::vector<char> kept_;
   at::Tensor original_, weighting_, running_;  // W, G, X
+  at::Tensor channel_dense_;                   // w of the closed forms, sum of G∘W^2 for each channel
   at::Tensor left_, right_;                    // N x r, Ck x r
   bool decomposition_current_ = false;
 };

@@ -89,6 +89,22 @@ void for_each_layer(const std::vector<Layer>& layers, std::string_view stage, co
 
 }  // namespace
 
+std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs) {
+  const auto first = std::find_if(specs.begin(), specs.end(), [](const LayerSpec& spec) {
+    return spec.kind == LayerKind::conv2d || spec.kind == LayerKind::depthwise_conv2d;
+  });
+  const auto last =
+      std::find_if(specs.rbegin(), specs.rend(), [](const LayerSpec& spec) { return spec.kind == LayerKind::linear; });
+  std::vector<LayerSpec> chosen;
+  for (const LayerSpec& spec : specs) {
+    const bool weighted = (spec.kind == LayerKind::conv2d && spec.groups == 1) || spec.kind == LayerKind::linear;
+    const bool is_first = first != specs.end() && &spec == &*first;
+    const bool is_last = last != specs.rend() && &spec == &*last;
+    if (weighted && !is_first && !is_last) chosen.push_back(spec);
+  }
+  return chosen;
+}
+
 Solution solve(const std::vector<Layer>& layers, int64_t model_macs, const Options& options, const Progress& progress) {
   check_options(options);
   TORCH_CHECK_VALUE(!layers.empty(), "compress: the model has no layer that can be compressed");

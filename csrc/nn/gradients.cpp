@@ -6,7 +6,6 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/types.h>
 
-#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -73,22 +72,6 @@ std::vector<LayerSpec> layer_specs(torch::nn::Module& model, const std::function
 }
 
 namespace collaborative {
-
-std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs) {
-  const auto first = std::find_if(specs.begin(), specs.end(), [](const LayerSpec& spec) {
-    return spec.kind == LayerKind::conv2d || spec.kind == LayerKind::depthwise_conv2d;
-  });
-  const auto last =
-      std::find_if(specs.rbegin(), specs.rend(), [](const LayerSpec& spec) { return spec.kind == LayerKind::linear; });
-  std::vector<LayerSpec> chosen;
-  for (const LayerSpec& spec : specs) {
-    const bool weighted = (spec.kind == LayerKind::conv2d && spec.groups == 1) || spec.kind == LayerKind::linear;
-    const bool is_first = first != specs.end() && &spec == &*first;
-    const bool is_last = last != specs.rend() && &spec == &*last;
-    if (weighted && !is_first && !is_last) chosen.push_back(spec);
-  }
-  return chosen;
-}
 
 std::vector<Layer> mean_gradients(torch::nn::Module& model, const std::vector<LayerSpec>& specs,
                                   const NextLoss& next_loss) {

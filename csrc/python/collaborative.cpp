@@ -91,6 +91,7 @@ void bind_collaborative(py::module_& module) {
       .def_readonly("curve_seconds", &collaborative::Solution::curve_seconds)
       .def_readonly("heuristic_seconds", &collaborative::Solution::heuristic_seconds)
       .def_readonly("warnings", &collaborative::Solution::warnings);
+  module.def("participants", &collaborative::participants, py::arg("specs"));
   module.def("solve", &solve, py::arg("layers"), py::arg("model_macs"), py::arg("options"),
              py::arg("progress") = py::none());
   module.def("unit_scores", &collaborative::unit_scores, py::arg("weight"), py::arg("gradient"), py::arg("running"),

@@ -144,6 +144,7 @@ class Solution:
     heuristic_seconds: float
     warnings: list[str]
 
+def participants(specs: Sequence[LayerSpec]) -> list[LayerSpec]: ...
 def solve(
     layers: Sequence[SolverLayer],
     model_macs: int,

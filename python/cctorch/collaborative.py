@@ -150,18 +150,6 @@ def solve(
     )
 
 
-def compressible(graph: ModelGraph) -> list[str]:
-    """Layers that take part: ungrouped convolutions and linear layers, save the first convolution and classifier."""
-    return [
-        spec.name
-        for spec in graph.specs
-        if spec.kind in ("conv2d", "linear")
-        and spec.groups == 1
-        and spec.name not in graph.left_alone
-        and spec.name not in (graph.first, graph.classifier)
-    ]
-
-
 def compress(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -212,7 +200,8 @@ def compress(
     options = _C.SolverOptions(target, gamma, step_fraction, max_rate, units, basis)
     graph = trace(model, example)
     start = time.perf_counter()
-    gradients = mean_gradients(model, batches, compressible(graph), loss=loss, progress=progress)
+    layers = [spec.name for spec in _C.participants(graph.specs) if spec.name not in graph.left_alone]
+    gradients = mean_gradients(model, batches, layers, loss=loss, progress=progress)
     seconds = time.perf_counter() - start
     return solve(model, graph, gradients, options, progress=progress, gradient_seconds=seconds)
 

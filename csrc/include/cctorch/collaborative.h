@@ -54,6 +54,10 @@ struct Solution {
   std::vector<std::string> warnings;
 };
 
+// Those that take part in the search: convolutions and linear layers, without the first convolution, the last linear
+// layer, and depthwise or grouped convolutions.
+std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs);
+
 // Called from any thread, never from two at once; may throw to stop the search.
 using Progress = std::function<void(std::string_view stage, int64_t done, int64_t total)>;
 

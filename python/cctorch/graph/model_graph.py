@@ -22,16 +22,6 @@ class ModelGraph:
     warnings: list[str] = field(default_factory=list)
     left_alone: set[str] = field(default_factory=set)
 
-    @property
-    def first(self) -> str | None:
-        """Name of the first convolution."""
-        return next((spec.name for spec in self.specs if spec.kind != "linear"), None)
-
-    @property
-    def classifier(self) -> str | None:
-        """Name of the last linear layer."""
-        return next((spec.name for spec in reversed(self.specs) if spec.kind == "linear"), None)
-
 
 def runs_its_own_forward(module: nn.Module) -> bool:
     """Whether a layer computes what PyTorch's class of that kind does, with a weight that is a plain parameter."""

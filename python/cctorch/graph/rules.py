@@ -227,22 +227,9 @@ def _permute(walker: Walker, node: Node) -> Activation | None:
 
 _ELEMENT_WISE = (
     *("relu", "relu6", "hardtanh", "silu", "hardswish", "hardsigmoid", "gelu", "sigmoid", "tanh", "leaky_relu", "elu"),
-    *(
-        "selu",
-        "celu",
-        "mish",
-        "softplus",
-        "softsign",
-        "log_sigmoid",
-        "abs",
-        "neg",
-        "exp",
-        "sqrt",
-        "rsqrt",
-        "square",
-        "pow",
-    ),
-    *("clamp", "clamp_min", "clamp_max", "pow", "dropout", "feature_dropout", "alpha_dropout"),
+    *("selu", "celu", "mish", "softplus", "softsign", "log_sigmoid"),
+    *("abs", "neg", "exp", "sqrt", "rsqrt", "square", "pow", "clamp", "clamp_min", "clamp_max"),
+    *("dropout", "feature_dropout", "alpha_dropout"),
     *("clone", "contiguous", "detach", "alias", "to", "_to_copy", "lift_fresh_copy"),
 )
 _POOLS_AND_RESIZES = (

@@ -17,10 +17,6 @@ std::vector<LayerSpec> layer_specs(torch::nn::Module& model, const std::function
 
 namespace collaborative {
 
-// Those that take part in the search: convolutions and linear layers, without the first convolution, the last linear
-// layer, and depthwise or grouped convolutions.
-std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs);
-
 // The loss of the next batch (one element, with a graph); an undefined tensor after the last one.
 using NextLoss = std::function<at::Tensor()>;
 

@@ -1,0 +1,79 @@
+"""Gradients and compress() on whole models."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cctorch import apply, compress
+from cctorch.collaborative import mean_gradients
+from torch import Tensor, nn
+
+
+class CallsOneLayerTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.shared = nn.Conv2d(16, 16, 3, padding=1)
+        self.middle = nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.shared(F.relu(self.shared(F.relu(self.first(x))))))
+        x = F.relu(self.last(F.relu(self.middle(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def batches(sizes: tuple[int, ...] = (4, 4, 3)) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, 3, 8, 8, generator=generator), torch.randint(10, (n,), generator=generator)) for n in sizes]
+
+
+def test_a_layer_that_is_called_twice_is_left_alone_and_the_rest_is_compressed() -> None:
+    torch.manual_seed(0)
+    model = CallsOneLayerTwice()
+    data = batches()
+    compression = compress(model, data, data[0][0], target=0.3)
+    assert [warning for warning in compression.warnings if "'shared'" in warning]
+    assert compression.plan.find("shared") is None
+    assert compression.nominal_reduction >= 0.3
+    apply(model, compression.plan)
+    assert model(data[0][0]).shape == (4, 10)
+
+
+def test_mean_gradients_are_those_of_the_loss_over_all_images() -> None:
+    torch.manual_seed(0)
+    model = CallsOneLayerTwice().double()
+    data = [(x.double(), y) for x, y in batches()]
+    before = copy.deepcopy(model.state_dict())
+    gradients = mean_gradients(model, data, ["middle", "last"])
+    images, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    F.cross_entropy(model(images), labels).backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, model.get_submodule(name).weight.grad, rtol=1e-12, atol=1e-14)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_gradients_refuse_no_images_and_nan_and_leave_the_model_as_it_was() -> None:
+    model = CallsOneLayerTwice().train()
+    model.last.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="empty"):
+        mean_gradients(model, [], ["middle"])
+    images, labels = batches()[0]
+    with pytest.raises(ValueError, match="'middle' is NaN"):
+        mean_gradients(model, [(images * float("nan"), labels)], ["middle"])
+    assert model.training
+    assert model.middle.weight.requires_grad
+    assert not model.last.weight.requires_grad
+    assert model.middle.weight.grad is None
+
+
+def test_an_already_compressed_model_is_compressed_no_further_than_it_can_be() -> None:
+    torch.manual_seed(0)
+    model = CallsOneLayerTwice()
+    data = batches()
+    apply(model, compress(model, data, data[0][0], target=0.3).plan)
+    with pytest.raises(ValueError, match="cannot be reached"):
+        compress(model, data, data[0][0], target=0.9)
+    assert model(data[0][0]).shape == (4, 10)
