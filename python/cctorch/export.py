@@ -57,6 +57,7 @@ def _exported(model: nn.Module, example: Tensor) -> ExportedProgram:
 
 
 def _decompositions() -> dict[Any, Callable[..., Tensor]]:
+    # The low-rank ones too: run_decompositions() keeps composite operators of other libraries as they are.
     library = torch.ops.cctorch
     return {
         library.fake_quant.default: _fake_quant,
@@ -70,7 +71,8 @@ def _decompositions() -> dict[Any, Callable[..., Tensor]]:
 def _fake_quant(
     x: Tensor, log_scale: Tensor, qmin: int, qmax: int, axis: int | None = None, grad_scale: float = 1.0
 ) -> Tensor:
-    scale = log_scale.exp()
+    limits = torch.finfo(log_scale.dtype)
+    scale = log_scale.exp().clamp(limits.tiny, limits.max)
     if axis is not None:
         shape = [1] * x.dim()
         shape[axis] = -1
