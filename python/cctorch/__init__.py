@@ -24,7 +24,7 @@ if not _library.exists():
     raise ImportError(f"{_library} is missing: install cctorch with pip, or run `make build` in a source checkout")
 torch.ops.load_library(str(_library))  # type: ignore[no-untyped-call]
 
-from cctorch import nn, ops  # noqa: E402
+from cctorch import nn, ops, regularize  # noqa: E402
 from cctorch.apply import apply  # noqa: E402
 from cctorch.collaborative import Compression, compress  # noqa: E402
 from cctorch.plan import CompressionPlan, LayerPlan, LayerSpec, MaskPlan, load_plan, save_plan  # noqa: E402
@@ -49,5 +49,6 @@ __all__ = [
     "nn",
     "ops",
     "prepare",
+    "regularize",
     "save_plan",
 ]

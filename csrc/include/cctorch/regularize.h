@@ -1,0 +1,397 @@
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace torch::optim {
+class Optimizer;
+}
+
+// Modulated regularization frequency (Lee et al. 2021, arXiv 2105.01875): plain training on dense weights, and once in
+// `period` mini-batches w <- Q(w). docs/regularization-frequency.md has the formula of every Q.
+//
+//   auto events = RegularizationEvents(model->named_parameters().pairs(), std::make_shared<MagnitudePruning>(0.9),
+//                                      std::make_shared<ConstantPeriod>(200), {.optimizer = &optimizer});
+//   ... optimizer.step(); events.step();
+namespace cctorch::regularize {
+
+// What is stored in a checkpoint beside the weights. Plain values only, so that any format can hold it.
+using State = std::map<std::string, std::variant<int64_t, double, at::Tensor>>;
+
+using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
+
+// How a compressed parameter would be stored: values * bits_per_value + index_bits + table_bits.
+struct Storage {
+  int64_t values = 0;
+  int64_t bits_per_value = 0;
+  int64_t index_bits = 0;  // which weights `values` are, of a pruned parameter
+  int64_t table_bits = 0;  // scales, codebooks
+  bool factored = false;   // `values` are the entries of factors: lost when single weights change
+
+  static Storage dense(const at::Tensor& parameter);
+  int64_t bits() const { return values * bits_per_value + index_bits + table_bits; }
+};
+
+// One parameter on its way through Q. `value` is replaced, never written into.
+struct Weight {
+  std::string name;
+  at::Tensor value;
+  Storage storage;
+};
+
+// Q(w), with w as it was. Only the parameters that Q acts on; tied and empty ones are left out.
+struct Projection {
+  NamedParameters parameters;
+  std::vector<at::Tensor> values;
+  int64_t bits = 0;
+  int64_t dense_bits = 0;
+};
+
+struct Outcome {
+  at::Tensor update_norm;  // ||Q(w) - w|| over all parameters that Q acts on: float64, 0-dim, on their device
+  at::Tensor weight_norm;  // ||w|| before
+  int64_t bits = 0;        // compressed size of those parameters
+  int64_t dense_bits = 0;
+};
+
+// Q. All parameters of one call are seen together. Parameters that are one tensor (tied) are changed once, empty ones
+// never. Every Q but weight decay and noise leaves parameters of fewer than two dimensions (biases, normalizations)
+// alone and is a projection: Q(Q(w)) = Q(w), to rounding where it factors.
+class Regularizer {
+ public:
+  virtual ~Regularizer() = default;
+
+  // Throws c10::ValueError, naming the parameter, if one is NaN or infinite (which waits for the device once), is not
+  // of a floating type, is on another device than the first, or does not fit this Q.
+  Projection project(const NamedParameters& parameters);
+
+  // The same, in place; no parameter is changed where it throws.
+  Outcome apply(const NamedParameters& parameters);
+
+  virtual bool acts_on(const at::Tensor& parameter) const { return parameter.dim() >= 2; }
+
+  // Whether the shapes fit this Q. Reads no data.
+  virtual void check(const NamedParameters& parameters) const;
+
+  // What `project` is made of: replaces the values of finite, distinct, non-empty weights that `acts_on` accepted.
+  virtual void replace(std::vector<Weight>& weights) = 0;
+
+  virtual State state_dict() const { return {}; }
+  virtual void load_state_dict(const State&) {}
+};
+
+// w (1 - strength), strength in [0, 1]
+class WeightDecay final : public Regularizer {
+ public:
+  explicit WeightDecay(double strength);
+  bool acts_on(const at::Tensor&) const override { return true; }
+  void replace(std::vector<Weight>& weights) override;
+
+ private:
+  double strength_;
+};
+
+// w + strength rms(w) u with u uniform in [-1, 1); rms of each parameter. The generator is its own; its state is in
+// state_dict. Equal seeds draw equal noise on all ranks.
+class UniformNoise final : public Regularizer {
+ public:
+  explicit UniformNoise(double strength, int64_t seed = 0);
+  bool acts_on(const at::Tensor&) const override { return true; }
+  void replace(std::vector<Weight>& weights) override;
+  State state_dict() const override;
+  void load_state_dict(const State& state) override;
+
+ private:
+  double strength_;
+  int64_t seed_;
+  at::Generator generator_;  // made on the parameters' device when first drawn from
+  at::Tensor state_;         // of a generator that has yet to be made
+};
+
+enum class Scope { global, layer };
+
+// Keeps the floor((1 - sparsity) n) largest magnitudes of all weights together, or of each parameter.
+class MagnitudePruning final : public Regularizer {
+ public:
+  explicit MagnitudePruning(double sparsity, Scope scope = Scope::global);
+  void check(const NamedParameters& parameters) const override;
+  void replace(std::vector<Weight>& weights) override;
+
+ private:
+  double sparsity_;
+  Scope scope_;
+};
+
+// Keeps the n largest magnitudes of every m consecutive weights along dimension `axis`.
+class NMPruning final : public Regularizer {
+ public:
+  explicit NMPruning(int64_t n = 2, int64_t m = 4, int64_t axis = 1);
+  void check(const NamedParameters& parameters) const override;
+  void replace(std::vector<Weight>& weights) override;
+
+ private:
+  int64_t n_, m_, axis_;
+};
+
+// Keeps the floor((1 - sparsity) size) slices of dimension `axis` with the largest L2 norm; at least one.
+class ChannelPruning final : public Regularizer {
+ public:
+  explicit ChannelPruning(double sparsity, int64_t axis = 0);
+  void check(const NamedParameters& parameters) const override;
+  void replace(std::vector<Weight>& weights) override;
+
+ private:
+  double sparsity_;
+  int64_t axis_;
+};
+
+// How the range of a uniform grid is found: smallest squared error (by search; exact for 2 bits), or the largest
+// magnitude.
+enum class Range { mse, absmax };
+
+// s clamp(round(w / s), -q, q) with q = 2^(bits - 1) - 1 and one s for each slice of dimension 0 (or for the
+// parameter). bits in [2, 16]; 2 bits are ternary.
+class UniformQuantization final : public Regularizer {
+ public:
+  explicit UniformQuantization(int64_t bits, bool per_channel = true, Range range = Range::mse);
+  void replace(std::vector<Weight>& weights) override;
+
+ private:
+  int64_t bits_;
+  bool per_channel_;
+  Range range_;
+};
+
+// The nearest of 2^bits values, which are the centers that Lloyd's algorithm finds in each parameter. bits in [1, 8].
+class CodebookQuantization final : public Regularizer {
+ public:
+  explicit CodebookQuantization(int64_t bits);
+  void replace(std::vector<Weight>& weights) override;
+
+ private:
+  int64_t bits_;
+};
+
+// sum_i a_i b_i with `bits` scales a_i for each slice of dimension 0 (or for the parameter) and b_i in {-1, 1}.
+// Smallest squared error for 1 and 2 bits, alternating least squares for 3. bits in [1, 3].
+class BinaryCodeQuantization final : public Regularizer {
+ public:
+  explicit BinaryCodeQuantization(int64_t bits, bool per_channel = true);
+  void replace(std::vector<Weight>& weights) override;
+
+ private:
+  int64_t bits_;
+  bool per_channel_;
+};
+
+// A convolution weight N x C x kh x kw as a matrix: N x (C kh kw), or (N kh) x (C kw). Other weights are always
+// size(0) x the rest.
+enum class MatrixView { channel, spatial };
+
+// Exactly one of both. ratio > 1: weights divided by entries of the factors; the largest rank (at least 1) that
+// reaches it.
+struct RankOrRatio {
+  std::optional<int64_t> rank = std::nullopt;
+  std::optional<double> ratio = std::nullopt;
+};
+
+// Truncated SVD. A matrix whose factors would not be smaller is left alone.
+class SVD final : public Regularizer {
+ public:
+  explicit SVD(RankOrRatio size, MatrixView view = MatrixView::channel);
+  void replace(std::vector<Weight>& weights) override;
+
+ private:
+  RankOrRatio size_;
+  MatrixView view_;
+};
+
+// Truncated SVD of every tile x tile block of the size(0) x rest matrix: ratio tile / (2 rank). Blocks at the right and
+// lower edge are as large as the matrix leaves them.
+class TiledSVD final : public Regularizer {
+ public:
+  TiledSVD(int64_t tile, int64_t rank);
+  void replace(std::vector<Weight>& weights) override;
+
+ private:
+  int64_t tile_, rank_;
+};
+
+// Exactly one of both. `ranks`: output, then input channels. ratio > 1: ranks in proportion to the channels.
+struct RanksOrRatio {
+  std::optional<std::pair<int64_t, int64_t>> ranks = std::nullopt;
+  std::optional<double> ratio = std::nullopt;
+};
+
+// Tucker-2: low rank in output and in input channels (1 x 1, kh x kw, 1 x 1). A weight whose factors would not be
+// smaller is left alone.
+class Tucker2 final : public Regularizer {
+ public:
+  explicit Tucker2(RanksOrRatio size, int64_t iterations = 3);
+  void replace(std::vector<Weight>& weights) override;
+
+ private:
+  RanksOrRatio size_;
+  int64_t iterations_;
+};
+
+// The last of `parts` applied to the result of those before it.
+class Compose final : public Regularizer {
+ public:
+  explicit Compose(std::vector<std::shared_ptr<Regularizer>> parts);
+  bool acts_on(const at::Tensor& parameter) const override;
+  void check(const NamedParameters& parameters) const override;
+  void replace(std::vector<Weight>& weights) override;
+  State state_dict() const override;
+  void load_state_dict(const State& state) override;
+
+ private:
+  std::vector<std::shared_ptr<Regularizer>> parts_;
+};
+
+// When: an event is due as soon as the steps since the last one reach the period in force.
+class FrequencySchedule {
+ public:
+  virtual ~FrequencySchedule() = default;
+
+  // `step` counts the optimizer's steps, this one included; `lr` is absent where the caller does not know it.
+  virtual int64_t period(int64_t step, std::optional<double> lr) const = 0;
+
+  // After each event, with ||Q(w) - w|| / ||w||.
+  virtual void record(double /*relative_update*/) {}
+
+  virtual State state_dict() const { return {}; }
+  virtual void load_state_dict(const State&) {}
+};
+
+class ConstantPeriod final : public FrequencySchedule {
+ public:
+  explicit ConstantPeriod(int64_t period);
+  int64_t period(int64_t, std::optional<double>) const override { return period_; }
+
+ private:
+  int64_t period_;
+};
+
+// (step, period): that period from that step on. The first step is 0; steps ascend.
+class StepwisePeriod final : public FrequencySchedule {
+ public:
+  explicit StepwisePeriod(std::vector<std::pair<int64_t, int64_t>> periods);
+  int64_t period(int64_t step, std::optional<double>) const override;
+
+ private:
+  std::vector<std::pair<int64_t, int64_t>> periods_;
+};
+
+// max(1, round(product / lr)), at most `maximum`: as many units of learning rate between any two events.
+class InverseLearningRate final : public FrequencySchedule {
+ public:
+  explicit InverseLearningRate(double product, int64_t maximum = 5000);
+  int64_t period(int64_t, std::optional<double> lr) const override;
+
+ private:
+  double product_;
+  int64_t maximum_;
+};
+
+// round(u / strength) within [minimum, maximum], where u = ||Q(w) - w|| / ||w|| of the last event: holds the update per
+// mini-batch at `strength`. Starts with `minimum`.
+class AdaptivePeriod final : public FrequencySchedule {
+ public:
+  explicit AdaptivePeriod(double strength, int64_t minimum = 1, int64_t maximum = 5000);
+  int64_t period(int64_t, std::optional<double>) const override { return period_; }
+  void record(double relative_update) override;
+  State state_dict() const override;
+  void load_state_dict(const State& state) override;
+
+ private:
+  double strength_;
+  int64_t minimum_, maximum_, period_;
+};
+
+struct Event {
+  int64_t step = 0;    // optimizer steps so far
+  int64_t period = 0;  // of those, since the event before
+  double update_norm = 0.0;
+  double weight_norm = 0.0;
+  int64_t bits = 0;
+  int64_t dense_bits = 0;
+
+  double relative_update() const { return weight_norm > 0 ? update_norm / weight_norm : 0.0; }
+};
+
+struct EventOptions {
+  torch::optim::Optimizer* optimizer = nullptr;  // for the learning rate (of its first group) and clear_momentum
+  bool clear_momentum = false;  // after an event: the optimizer forgets its state of the parameters Q acts on
+  bool include_frozen = false;  // parameters without requires_grad at the time of the event
+};
+
+class RegularizationEvents;
+
+// While it lives, the parameters are Q(w). Then they are what they were, to the bit; no state has changed.
+class AsIfAtEvent {
+ public:
+  explicit AsIfAtEvent(RegularizationEvents& events);
+  ~AsIfAtEvent();
+  AsIfAtEvent(const AsIfAtEvent&) = delete;
+  AsIfAtEvent& operator=(const AsIfAtEvent&) = delete;
+  void restore();
+  int64_t bits() const { return bits_; }  // compressed size
+
+ private:
+  RegularizationEvents& events_;
+  std::vector<at::Tensor> parameters_, originals_;
+  int64_t bits_ = 0;
+};
+
+// Ties a Q and a schedule to a training loop: call step() after every optimizer step and finish() at the end. Between
+// events a step compares two integers and touches no tensor.
+class RegularizationEvents {
+ public:
+  // Throws c10::ValueError where Q acts on none of the parameters or does not fit one.
+  RegularizationEvents(NamedParameters parameters, std::shared_ptr<Regularizer> regularizer,
+                       std::shared_ptr<FrequencySchedule> schedule, EventOptions options = {});
+
+  // Counts a step. Where an event is due: w <- Q(w). Throws c10::ValueError naming the first parameter that is NaN or
+  // infinite; the weights are then as they were.
+  std::optional<Event> step(std::optional<double> lr = std::nullopt);
+
+  // An event now, unless the last step was one: the model ends in compressed form.
+  std::optional<Event> finish();
+
+  // For evaluation between events. Q is not applied where the last step was an event. step() throws meanwhile.
+  AsIfAtEvent as_if_at_event() { return AsIfAtEvent(*this); }
+
+  int64_t steps() const { return steps_; }
+  int64_t steps_since_event() const { return since_event_; }
+  int64_t events() const { return events_; }
+
+  State state_dict() const;
+  // Throws c10::ValueError naming the entry that is missing or of another type; nothing has changed then.
+  void load_state_dict(const State& state);
+
+ private:
+  friend class AsIfAtEvent;
+  NamedParameters active() const;
+  bool at_event() const { return events_ > 0 && since_event_ == 0; }
+  Event run_event();
+  void load(const State& state);
+
+  NamedParameters parameters_;
+  std::shared_ptr<Regularizer> regularizer_;
+  std::shared_ptr<FrequencySchedule> schedule_;
+  EventOptions options_;
+  int64_t steps_ = 0, since_event_ = 0, events_ = 0;
+  bool swapped_ = false;
+};
+
+}  // namespace cctorch::regularize

@@ -1,0 +1,188 @@
+r"""Regularization events: plain training on dense weights, and once in a period of mini-batches ``w <- Q(w)``.
+
+Lee et al., "Modulating Regularization Frequency for Efficient Compression-Aware Model Training" (arXiv 2105.01875). A
+regularizer says what Q is, a schedule says when, :class:`Events` ties both to a training loop. All of it is C++ and the
+same in both languages; docs/regularization-frequency.md has the formula, size in bits and limits of every class.
+
+    events = cctorch.regularize.Events(model.named_parameters(), MagnitudePruning(0.9), 200, optimizer)
+    ...
+    optimizer.step()
+    events.step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cctorch._C import (
+    SVD,
+    AdaptivePeriod,
+    AsIfAtEvent,
+    BinaryCodeQuantization,
+    ChannelPruning,
+    CodebookQuantization,
+    Compose,
+    ConstantPeriod,
+    Event,
+    FrequencySchedule,
+    InverseLearningRate,
+    MagnitudePruning,
+    NMPruning,
+    Outcome,
+    Projection,
+    RegularizationEvents,
+    Regularizer,
+    StepwisePeriod,
+    TiledSVD,
+    Tucker2,
+    UniformNoise,
+    UniformQuantization,
+    WeightDecay,
+)
+
+__all__ = [
+    "SVD",
+    "AdaptivePeriod",
+    "AsIfAtEvent",
+    "BinaryCodeQuantization",
+    "ChannelPruning",
+    "CodebookQuantization",
+    "Compose",
+    "ConstantPeriod",
+    "Event",
+    "Events",
+    "FrequencySchedule",
+    "InverseLearningRate",
+    "MagnitudePruning",
+    "NMPruning",
+    "Outcome",
+    "Projection",
+    "Regularizer",
+    "StepwisePeriod",
+    "TiledSVD",
+    "Tucker2",
+    "UniformNoise",
+    "UniformQuantization",
+    "WeightDecay",
+]
+
+
+class Events:
+    r"""Applies ``regularizer`` to ``named_parameters`` whenever ``schedule`` says so.
+
+    .. math::
+
+        w \leftarrow Q(w) \quad \text{once the steps since the last event reach the period}
+
+    Call :meth:`step` after every ``optimizer.step()`` and :meth:`finish` after the last one, so that the model ends in
+    compressed form. Between events a step compares two integers. Under data parallelism call it on every rank: equal
+    weights stay equal to the bit.
+
+    Args:
+        named_parameters: (name, parameter) pairs such as ``model.named_parameters()``. Any shapes; tied and empty
+            parameters are dealt with. All but weight decay and noise leave those of one dimension alone.
+        regularizer: Q. In a :class:`Compose`, the parts are applied in order.
+        schedule: when; an integer is a :class:`ConstantPeriod`.
+        optimizer: whose learning rate (of the first group) :class:`InverseLearningRate` follows.
+        clear_momentum: after an event the optimizer forgets its state of the parameters that Q acts on. By default
+            momentum is kept.
+        include_frozen: also parameters that do not require a gradient at the time of the event.
+
+    Raises:
+        ValueError: Q acts on none of the parameters, or one does not fit (named).
+
+    Example:
+        >>> import cctorch, torch
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> events = cctorch.regularize.Events(
+        ...     model.named_parameters(), cctorch.regularize.MagnitudePruning(0.75), 5, optimizer
+        ... )
+        >>> for _ in range(12):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(16, 8)).square().mean().backward()
+        ...     optimizer.step()
+        ...     event = events.step()
+        >>> events.events, events.steps_since_event
+        (2, 2)
+        >>> event = events.finish()
+        >>> int(model.weight.count_nonzero()), event.bits
+        (8, 288)
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        regularizer: Regularizer,
+        schedule: FrequencySchedule | int,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        clear_momentum: bool = False,
+        include_frozen: bool = False,
+    ) -> None:
+        if clear_momentum and optimizer is None:
+            raise ValueError("clear_momentum = True needs the optimizer: pass it")
+        self.regularizer = regularizer
+        self.schedule = ConstantPeriod(schedule) if isinstance(schedule, int) else schedule
+        self._parameters = list(named_parameters)
+        self._events = RegularizationEvents(self._parameters, regularizer, self.schedule, include_frozen)
+        self._optimizer = optimizer
+        self._follows_lr = isinstance(self.schedule, InverseLearningRate)
+        self._clear_momentum = clear_momentum
+        self._include_frozen = include_frozen
+
+    def step(self, lr: float | None = None) -> Event | None:
+        """Counts a step of the optimizer; where an event is due, applies Q and says what it did.
+
+        Args:
+            lr: learning rate, for :class:`InverseLearningRate` without an optimizer.
+
+        Raises:
+            ValueError: a parameter is NaN or infinite (named); the weights are then as they were.
+        """
+        if lr is None and self._follows_lr and self._optimizer is not None:
+            lr = float(self._optimizer.param_groups[0]["lr"])
+        return self._after(self._events.step(lr))
+
+    def finish(self) -> Event | None:
+        """An event now, unless the last step was one: the model ends in compressed form."""
+        return self._after(self._events.finish())
+
+    def as_if_at_event(self) -> AsIfAtEvent:
+        """A context in which the parameters are Q(w), for evaluation; then they are what they were, to the bit."""
+        return self._events.as_if_at_event()
+
+    @property
+    def steps(self) -> int:
+        return self._events.steps
+
+    @property
+    def steps_since_event(self) -> int:
+        return self._events.steps_since_event
+
+    @property
+    def events(self) -> int:
+        """How many there were."""
+        return self._events.events
+
+    def state_dict(self) -> dict[str, int | float | Tensor]:
+        """Steps, and the state of schedule and regularizer. The weights are the model's."""
+        return self._events.state_dict()
+
+    def load_state_dict(self, state: dict[str, int | float | Tensor]) -> None:
+        """Goes on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: an entry is missing or of another type (named); nothing has changed then.
+        """
+        self._events.load_state_dict(state)
+
+    def _after(self, event: Event | None) -> Event | None:
+        if event is not None and self._clear_momentum and self._optimizer is not None:
+            for _, parameter in self._parameters:
+                if self.regularizer.acts_on(parameter) and (parameter.requires_grad or self._include_frozen):
+                    self._optimizer.state.pop(parameter, None)
+        return event
