@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from cctorch.config_regularize import Frequency, Q, Section
 
 
 class ConfigError(ValueError):
     """A configuration that can't be run: the message names the key, its value and what was expected."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def expand(path: str) -> Path:
@@ -38,7 +36,7 @@ def expand(path: str) -> Path:
     return Path(re.sub(r"\$\{(\w+)\}|\$(\w+)", value, path)).expanduser()
 
 
-class Data(_Section):
+class Data(Section):
     kind: Literal["fashion_mnist", "cifar10", "image_folder"]
     # Absent: the environment variable CCTORCH_DATA, then where the data set is usually found.
     root: str | None = None
@@ -62,7 +60,7 @@ class Data(_Section):
         return value
 
 
-class Model(_Section):
+class Model(Section):
     name: Literal["resnet8", "resnet20", "resnet32", "resnet56", "resnet110"]
     weights: str | None = None
 
@@ -74,7 +72,7 @@ class Model(_Section):
         return weights
 
 
-class Training(_Section):
+class Training(Section):
     epochs: int = Field(ge=0)
     batch_size: int = Field(default=128, ge=1)
     lr: float = Field(default=0.1, gt=0)
@@ -91,7 +89,7 @@ class Training(_Section):
     bf16: bool = False
 
 
-class Compress(_Section):
+class Compress(Section):
     # Reduction of the model's multiply-accumulates.
     target: float = Field(default=0.5, gt=0, lt=1)
     units: Literal["both", "channels", "singular_values"] = "both"
@@ -105,8 +103,20 @@ class Compress(_Section):
     bn_reestimate_images: int = Field(default=4000, ge=0)
 
 
-class Measure(_Section):
-    batch_sizes: list[int] = [1, 128]
+class Regularize(Training):
+    """Training with regularization events: once in a period of mini-batches, w <- Q(w)."""
+
+    # One after the other at each event.
+    q: list[Q] = Field(min_length=1)
+    frequency: Frequency
+    # Patterns of names, such as layer3.*.weight. Absent: weights of convolutions and linear layers, without the first
+    # convolution and the last linear layer.
+    parameters: list[str] | None = None
+    clear_momentum: bool = False
+
+
+class Measure(Section):
+    batch_sizes: list[int] = Field(default=[1, 128])
     repeats: int = Field(default=20, ge=1)
 
     @field_validator("batch_sizes")
@@ -117,7 +127,7 @@ class Measure(_Section):
         return sizes
 
 
-class Config(_Section):
+class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -126,10 +136,22 @@ class Config(_Section):
     data: Data
     model: Model
     train: Training
-    compress: Compress = Compress()
-    finetune: Training
+    # null: no Collaborative Compression, and no fine-tuning after it.
+    compress: Compress | None = Compress()
+    finetune: Training | None = None
+    regularize: Regularize | None = None
     measure: Measure = Measure()
     export: bool = True
+
+    @model_validator(mode="after")
+    def _stages(self) -> Config:
+        if self.compress is not None and self.finetune is None:
+            raise ValueError("finetune is missing: expected a section of training settings, or compress: null")
+        if self.compress is None and self.finetune is not None:
+            raise ValueError("finetune without compress: expected finetune: null, or a section for compress")
+        if self.compress is None and self.regularize is None:
+            raise ValueError("compress and regularize are both null: expected a section for at least one of them")
+        return self
 
     @model_validator(mode="after")
     def _something_to_compress(self) -> Config:
@@ -211,45 +233,64 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[last] = _parse(value, override)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a value of this annotation may be: one, or, told apart by their `kind`, several."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [section for part in typing.get_args(annotation) for section in _sections(part)]
 
 
-def _keys(location: Sequence[int | str]) -> tuple[list[str], list[str], Any]:
+def _kind(section: type[BaseModel]) -> str | None:
+    field = section.model_fields.get("kind")
+    return typing.get_args(field.annotation)[0] if field else None
+
+
+def _keys(location: Sequence[int | str]) -> tuple[str, list[str], Any]:
     """The part of an error's location that the user wrote, the keys allowed beside its last one, and its annotation."""
-    section: type[BaseModel] | None = Config
-    path: list[str] = []
-    allowed: list[str] = []
-    annotation: Any = None
+    sections: list[type[BaseModel]] = [Config]
+    path, allowed, annotation = "", list[str](), None
     for part in location:
-        if section is None:
+        if isinstance(part, int):
+            path += f"[{part}]"
+            annotation = next(iter(typing.get_args(annotation)), None)
+            continue
+        if len(sections) > 1:
+            sections = [section for section in sections if _kind(section) == part]
+            continue
+        if not sections:
             break
-        path.append(str(part))
-        allowed = list(section.model_fields)
-        field = section.model_fields.get(str(part))
+        path += f".{part}" if path else part
+        allowed = list(sections[0].model_fields)
+        field = sections[0].model_fields.get(part)
         annotation = field.annotation if field else None
-        section = _section(annotation)
+        sections = _sections(annotation)
     return path, allowed, annotation
 
 
 def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(part) for part in typing.get_args(annotation))
+        return " or ".join(dict.fromkeys(_type_name(part) for part in typing.get_args(annotation)))
     if typing.get_origin(annotation) is Literal:
         return "one of " + ", ".join(typing.get_args(annotation))
     if typing.get_origin(annotation) is list:
-        return "a list of whole numbers"
+        return f"a list (each entry {_type_name(typing.get_args(annotation)[0])})"
     return names.get(annotation, "a section with keys of its own")
 
 
 def _explain(problem: dict[str, Any]) -> str:
-    path, allowed, annotation = _keys(problem["loc"])
-    key, kind, value = ".".join(path), problem["type"], problem["input"]
+    key, allowed, annotation = _keys(problem["loc"])
+    kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        close = difflib.get_close_matches(path[-1], allowed, 1)
+        close = difflib.get_close_matches(key.split(".")[-1], allowed, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         return f"{key} = {value!r}: unknown key; {hint}expected one of {', '.join(allowed)}"
+    if kind.startswith("union_tag"):
+        kinds = ", ".join(name for section in _sections(annotation) if (name := _kind(section)))
+        given = value.get("kind") if isinstance(value, dict) else value
+        return f"{key}.kind = {given!r}: expected one of {kinds}"
     if kind == "missing":
         return f"{key} is missing: expected {_type_name(annotation)}"
     message = str(problem["msg"])

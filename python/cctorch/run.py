@@ -7,61 +7,25 @@ Everything lands in runs/<name>/. A run that was interrupted goes on from its la
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from cctorch import _C, batch_norm, collaborative, data, export, measure, models, report
 from cctorch.apply import apply
-from cctorch.config import Config, ConfigError, Training, expand
+from cctorch.config import Compress, Config, ConfigError, Training, expand
+from cctorch.graph import trace
 from cctorch.log import Log, duration
+from cctorch.regularize_stage import RegularizeStage, select
 from cctorch.store import Architecture, Events, Folder, State, build, load_model
+from cctorch.summary import Figures, Summary, show
 from cctorch.train import make_optimizer, momentum_by_name, restore_momentum, train_epoch
-
-
-@dataclass(frozen=True)
-class Figures:
-    """One model, measured. `latency` is in seconds, by batch size; `macs` per image."""
-
-    top1: float
-    parameters: int
-    macs: int
-    bytes: int
-    latency: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run found; summary.json."""
-
-    name: str
-    device: str
-    target: float
-    before: Figures
-    after: Figures
-    nominal_macs: int
-    top1_compressed: float
-    top1_reestimated: float | None
-    gradient_seconds: float
-    curve_seconds: float
-    heuristic_seconds: float
-    layers: list[dict[str, Any]]
-    warnings: list[str]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
-
-    @staticmethod
-    def from_json(text: str) -> Summary:
-        tree = json.loads(text)
-        return Summary(**{**tree, "before": Figures(**tree["before"]), "after": Figures(**tree["after"])})
 
 
 def run(config: Config, *, fresh: bool = False, console: Console | None = None) -> Summary:
@@ -90,40 +54,6 @@ def run(config: Config, *, fresh: bool = False, console: Console | None = None) 
         return summary
 
 
-def show(summary: Summary, log: Log) -> None:
-    """The one table."""
-    before, after = summary.before, summary.after
-    table = Table(title=f"{summary.name}, on {summary.device}", title_justify="left")
-    for heading in ("", "before", "after", "ratio"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    table.add_row("top-1", f"{before.top1:.2f} %", f"{after.top1:.2f} %", f"{after.top1 - before.top1:+.2f}")
-    rows: list[tuple[str, float, float, Callable[[float], str]]] = [
-        ("parameters", before.parameters, after.parameters, lambda value: f"{value / 1e6:.3f} M"),
-        ("MACs", before.macs, after.macs, lambda value: f"{value / 1e6:.2f} M"),
-        ("size on disk", before.bytes, after.bytes, lambda value: f"{value / 1e6:.3f} MB"),
-    ]
-    for batch in before.latency:
-        label = f"latency, batch {batch}"
-        rows.append((label, before.latency[batch], after.latency[batch], lambda value: f"{value * 1e3:.2f} ms"))
-    for label, old, new, text in rows:
-        table.add_row(label, text(old), text(new), f"{new / old:.3f}")
-    log.table(table)
-    restored = (
-        f", {summary.top1_reestimated:.2f} % with BatchNorm re-estimated"
-        if summary.top1_reestimated is not None
-        else ""
-    )
-    log.line(f"right after compression: {summary.top1_compressed:.2f} %{restored}")
-    log.line(
-        f"reduction of MACs: {1 - summary.nominal_macs / before.macs:.1%} nominal, "
-        f"{1 - after.macs / before.macs:.1%} final (dead filters removed); target {summary.target:.1%}"
-    )
-    log.line(
-        f"search: gradients {summary.gradient_seconds:.1f} s, rate curves {summary.curve_seconds:.1f} s, "
-        f"heuristic {summary.heuristic_seconds:.1f} s"
-    )
-
-
 def select_device(config: Config) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch sees no CUDA device; expected auto or cpu on this machine")
@@ -137,6 +67,7 @@ class _Run:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.device = select_device(config)
+        self.regularizing: RegularizeStage | None = None
         self.data = data.load(config.data, config.seed, self.device)
         self.architecture = Architecture(
             config.model.name, self.data.classes, self.data.shape, self.data.mean, self.data.std
@@ -146,6 +77,8 @@ class _Run:
             log.warning(warning)
         self.state = state or State()
         self.model = self._model()
+        if config.regularize:
+            select(self.model, config.regularize.parameters)
         self.optimizer = self._optimizer(self.state.momentum)
         self.events = Events(folder, self.state.events)
         log.line(
@@ -163,18 +96,21 @@ class _Run:
 
     @property
     def settings(self) -> Training:
-        return self.config.train if self.state.stage == "train" else self.config.finetune
+        settings = {"finetune": self.config.finetune, "regularize": self.config.regularize}.get(self.state.stage)
+        return settings or self.config.train
 
     def execute(self) -> Summary:
         try:
             if self.state.stage == "train":
                 self._train()
                 self._finish_dense()
-            if self.state.stage == "compress":
-                self._compress()
+            if self.state.stage == "compress" and self.config.compress:
+                self._compress(self.config.compress)
             if self.state.stage == "finetune":
                 self._train()
                 self._finish_compressed()
+            if self.state.stage == "regularize":
+                self._regularize()
             return self._measure()
         finally:
             self.events.close()
@@ -206,14 +142,18 @@ class _Run:
         self.state.stage, self.state.epoch = stage, epoch
         self.state.model, self.state.events = self.model.state_dict(), self.events.all
         self.state.momentum = momentum_by_name(self.model, self.optimizer)
+        if self.regularizing:
+            self.state.regularization = dict(self.regularizing.events.state_dict())
+            self.state.results["trace"] = self.regularizing.trace
         self.folder.save_state(self.state)
 
     def _train(self) -> None:
         stage, settings = self.state.stage, self.settings
         batches = self._batches(self.data.train, settings.batch_size)
-        offset = 0 if stage == "train" else self.config.train.epochs
+        offset = self._epochs_before(stage)
         for epoch in range(self.state.epoch, settings.epochs):
             label = f"{stage} {epoch + 1}/{settings.epochs}"
+            before = len(self.regularizing.trace) if self.regularizing else 0
             with self.log.task(label, len(batches)) as task:
                 result = train_epoch(
                     self.model,
@@ -224,9 +164,12 @@ class _Run:
                     steps=len(batches),
                     images=len(self.data.train),
                     progress=lambda step, loss, task=task: task.update(step, f"loss {loss:.4f}"),  # type: ignore[misc]
+                    after_step=self.regularizing.step if self.regularizing else lambda: None,
                 )
-            accuracy = self._accuracy(self.data.validation) if len(self.data.validation) else None
-            self.events.add("epoch", stage, epoch=epoch + 1, accuracy=accuracy, **asdict(result))
+            with self._as_if_compressed():
+                accuracy = self._accuracy(self.data.validation) if len(self.data.validation) else None
+            recent = self.regularizing.since(before) if self.regularizing else {}
+            self.events.add("epoch", stage, epoch=epoch + 1, accuracy=accuracy, **asdict(result), **recent)
             shown = "" if accuracy is None else f"  validation top-1 {accuracy:.2f} %"
             self.log.line(
                 f"{label}  loss {result.loss:.4f}{shown}  {duration(result.seconds)}, "
@@ -240,10 +183,18 @@ class _Run:
         self.log.line(f"dense model: test top-1 {top1:.2f} %")
         self.state.results["dense_top1"] = top1
         self.folder.save_model(self.folder.dense, self.model, None, self.architecture)
-        self._save("compress", 0)
+        if not self.config.compress:
+            self.state.results |= _counted(trace(self.model, self._example(2)).specs)
+        self._begin("compress" if self.config.compress else "regularize")
 
-    def _compress(self) -> None:
-        settings = self.config.compress
+    def _begin(self, stage: str) -> None:
+        """Training that starts anew: the momentum stays, the learning rate is the stage's own."""
+        momentum = momentum_by_name(self.model, self.optimizer)
+        self.state.stage = stage
+        self.optimizer = self._optimizer(momentum)
+        self._save(stage, 0)
+
+    def _compress(self, settings: Compress) -> None:
         images = self._batches(self.data.train, self.config.train.batch_size)
         if settings.gradient_images is not None:
             images = images.head(settings.gradient_images, self.config.seed)
@@ -272,18 +223,14 @@ class _Run:
         self.state.plan = found.plan.to_json()
         self.state.results |= _search_results(found)
         self.model = self._place(apply(self.model, found.plan, self.optimizer))
-        momentum = momentum_by_name(self.model, self.optimizer)
-        self.state.stage = "finetune"
-        self.optimizer = self._optimizer(momentum)
-        self._reestimate()
-        self._save("finetune", 0)
+        self._reestimate(settings.bn_reestimate_images)
+        self._begin("finetune")
 
-    def _reestimate(self) -> None:
+    def _reestimate(self, count: int) -> None:
         top1 = self._accuracy(self.data.test)
         self.events.add("compressed", "compress", accuracy=top1)
         self.log.line(f"right after compression: test top-1 {top1:.2f} %")
         self.state.results |= {"top1_compressed": top1, "top1_reestimated": None}
-        count = self.config.compress.bn_reestimate_images
         if count:
             batches = self._batches(self.data.train, self.config.train.batch_size).head(count, self.config.seed)
             batch_norm.reestimate(self.model, batches)
@@ -296,9 +243,44 @@ class _Run:
         top1 = self._accuracy(self.data.test)
         self.events.add("finetuned", "finetune", accuracy=top1)
         self.log.line(f"compressed model: test top-1 {top1:.2f} %")
+        self._compressed(top1)
+        self._begin("regularize" if self.config.regularize else "measure")
+
+    def _compressed(self, top1: float) -> None:
         self.state.results["compressed_top1"] = top1
         self.folder.save_model(self.folder.compressed, self.model, self.state.plan, self.architecture)
+
+    def _regularize(self) -> None:
+        assert self.config.regularize
+        stage = RegularizeStage(
+            self.config.regularize,
+            self.model,
+            self.optimizer,
+            self.state.regularization,
+            self.state.results.setdefault("trace", []),
+        )
+        self.regularizing = stage
+        self._train()
+        between = self._accuracy(self.data.test)
+        stage.finish()
+        top1 = self._accuracy(self.data.test)
+        self.events.add("regularized", "regularize", accuracy=top1)
+        result = stage.result(top1, between)
+        self.log.line(
+            f"right after the last of {result.events} events: test top-1 {top1:.2f} % ({between:.2f} % before it); "
+            f"{result.dense_bits / 8e6:.3f} MB -> {result.bits / 8e6:.3f} MB where Q acts"
+        )
+        self.state.results["regularized"] = asdict(result)
+        self._compressed(top1)
         self._save("measure", 0)
+
+    def _epochs_before(self, stage: str) -> int:
+        stages = {"train": self.config.train, "finetune": self.config.finetune, "regularize": self.config.regularize}
+        names = list(stages)
+        return sum(settings.epochs for name in names[: names.index(stage)] if (settings := stages[name]))
+
+    def _as_if_compressed(self) -> contextlib.AbstractContextManager[object]:
+        return self.regularizing.events.as_if_at_event() if self.regularizing else contextlib.nullcontext()
 
     def _measure(self) -> Summary:
         results = self.state.results
@@ -318,7 +300,7 @@ class _Run:
         summary = Summary(
             name=self.config.name,
             device=self.device_name,
-            target=self.config.compress.target,
+            target=self.config.compress.target if self.config.compress else 0.0,
             before=before,
             after=after,
             **shared,
@@ -350,10 +332,16 @@ def _curve(curve: _C.RateCurve) -> dict[str, Any]:
     return {name: getattr(curve, name) for name in ("name", "rate", "loss", "a", "b", "allocated")}
 
 
-def _search_results(found: collaborative.Compression) -> dict[str, Any]:
+def _counted(specs: list[_C.LayerSpec]) -> dict[str, Any]:
+    """The results of a model that was not searched."""
+    macs = _C.dense_macs(specs)
+    return {"dense_macs": macs, "nominal_macs": macs, "final_macs": macs, "layers": _layers(specs, None)}
+
+
+def _layers(specs: list[_C.LayerSpec], whole: _C.CompressionPlan | None) -> list[dict[str, Any]]:
     layers = []
-    for spec in found.model_specs:
-        plan = found.plan.find(spec.name)
+    for spec in specs:
+        plan = whole.find(spec.name) if whole else None
         layers.append(
             {
                 "name": spec.name,
@@ -370,5 +358,10 @@ def _search_results(found: collaborative.Compression) -> dict[str, Any]:
                 "macs_after": _C.layer_macs(spec, plan, True),
             }
         )
+    return layers
+
+
+def _search_results(found: collaborative.Compression) -> dict[str, Any]:
     names = ("dense_macs", "nominal_macs", "final_macs", "gradient_seconds", "curve_seconds", "heuristic_seconds")
+    layers = _layers(found.model_specs, found.plan)
     return {name: getattr(found, name) for name in names} | {"layers": layers, "warnings": list(found.warnings)}

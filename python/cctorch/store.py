@@ -18,7 +18,7 @@ from cctorch import atomic, models
 from cctorch.config import Config, ConfigError
 from cctorch.models import CheckpointError
 
-_FORMAT = 1
+_FORMAT = 2
 _FILES = {
     "config.yaml",
     "metrics.jsonl",
@@ -43,6 +43,7 @@ class State:
     plan: str | None = None
     model: dict[str, Tensor] = field(default_factory=dict)
     momentum: dict[str, Tensor] = field(default_factory=dict)
+    regularization: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
 
@@ -146,6 +147,7 @@ class Folder:
             "plan": state.plan,
             "model": state.model,
             "momentum": state.momentum,
+            "regularization": state.regularization,
             "events": json.dumps(state.events),
             "results": json.dumps(state.results),
             "rng": torch.get_rng_state(),

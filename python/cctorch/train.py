@@ -80,8 +80,10 @@ def train_epoch(
     steps: int,
     images: int,
     progress: Callable[[int, float], None] = lambda step, loss: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Epoch:
-    """Trains on each of `steps` batches once; `epoch` counts from 0. `progress` gets steps done and the loss so far.
+    """Trains on each of `steps` batches once; `epoch` counts from 0. `progress` gets steps done and the loss so far;
+    `after_step` follows each step of the optimizer.
 
     The loss stays on the device and is read every 20 steps. Raises TrainingError where it is not finite.
     """
@@ -102,6 +104,7 @@ def train_epoch(
         if settings.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm)
         optimizer.step()
+        after_step()
         losses[step] = loss.detach()
         if (step + 1) % _STEPS_BETWEEN_READS == 0 or step + 1 == steps:
             progress(step + 1, _mean_loss(losses[: step + 1], epoch))

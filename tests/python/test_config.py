@@ -42,7 +42,34 @@ REFUSED = [
     ("data.validation=1.5", "data.validation = 1.5: expected a fraction in [0, 1) or a number of images"),
     ("data.validation=some", "data.validation = 'some': expected a whole number or a number"),
     ("measure.batch_sizes=[]", "measure.batch_sizes = []: expected different batch sizes of at least 1"),
-    ("measure.batch_sizes=[a]", "measure.batch_sizes = 'a': expected a list of whole numbers"),
+    ("measure.batch_sizes=[a]", "measure.batch_sizes[0] = 'a': expected a whole number"),
+    ("compress=null", "finetune without compress: expected finetune: null"),
+    ("regularize={epochs: 1}", "regularize.q is missing: expected a list"),
+    ("regularize={epochs: 1, q: [], frequency: {kind: constant, period: 5}}", "regularize.q = []: "),
+    (
+        "regularize={epochs: 1, q: [{kind: svd}], frequency: {kind: constant, period: 5}}",
+        "regularize.q[0] = {'kind': 'svd'}: expected exactly one of rank and ratio",
+    ),
+    (
+        "regularize={epochs: 1, q: [{kind: pruning}], frequency: {kind: constant, period: 5}}",
+        "regularize.q[0].kind = 'pruning': expected one of weight_decay, uniform_noise, magnitude_pruning",
+    ),
+    (
+        "regularize={epochs: 1, q: [{kind: magnitude_pruning, sparsity: 2}], frequency: {kind: constant, period: 5}}",
+        "regularize.q[0].sparsity = 2: expected a value less than 1",
+    ),
+    (
+        "regularize={epochs: 1, q: [{kind: svd, ratio: 2, size: 1}], frequency: {kind: constant, period: 5}}",
+        "regularize.q[0].size = 1: unknown key; expected one of kind, rank, ratio, view",
+    ),
+    (
+        "regularize={epochs: 1, q: [{kind: svd, ratio: 2}], frequency: {kind: constant, period: 0}}",
+        "regularize.frequency.period = 0: expected a value greater than or equal to 1",
+    ),
+    (
+        "regularize={epochs: 1, q: [{kind: svd, ratio: 2}], frequency: {kind: stepwise, periods: [[5, 2]]}}",
+        "expected the steps of periods to begin with 0",
+    ),
     ("name=../elsewhere", "name = '../elsewhere': "),
     ("name", "the override 'name' has no value: expected key=value"),
     ("name.x=3", "name.x = 3: name is a value, not a section"),

@@ -41,6 +41,6 @@ def read(folder: Path) -> Record:
     return Record(
         (folder / "config.yaml").read_text(),
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
-        json.loads((folder / "curves.json").read_text()),
+        json.loads(curves.read_text()) if (curves := folder / "curves.json").exists() else [],
         json.loads((folder / "summary.json").read_text()),
     )

@@ -44,20 +44,12 @@ def render(record: Record) -> str:
             "Validation images are held out of the training set; test accuracy is measured once at each event.",
             plots.accuracy(record.events),
         ),
-        _figure(
-            "What each layer gave up",
-            "The rate that the budget allocated to each layer, and what it kept of its input channels and its rank.",
-            plots.layers(layers, record.curves),
-        ),
+        *_search_figures(record),
+        *_regularization(summary.get("regularized")),
         _figure(
             "Where the multiply-accumulates and the time went",
             "Per layer, dense and compressed, in the same process. A decomposed layer counts both of its parts.",
             plots.costs(layers),
-        ),
-        _figure(
-            "Loss against rate",
-            "Points: measured; line: the fit a·exp(b·c); dotted: the allocated rate.",
-            plots.rate_curves(record.curves),
         ),
         _section("Configuration", "config.yaml of this run.", f"<pre>{escape(record.config)}</pre>"),
     ]
@@ -69,10 +61,52 @@ def render(record: Record) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name}: compression report</title><style>{_STYLE}</style></head><body><main>"
-        f"<h1>{name}</h1><p>Collaborative Compression to {1 - summary['target']:.0%} of the multiply-accumulates, "
-        f"measured on {escape(summary['device'])}.</p>"
+        f"<h1>{name}</h1><p>{_subtitle(summary)}, measured on {escape(summary['device'])}.</p>"
         f"{_tiles(summary)}{warnings}{''.join(sections)}</main></body></html>\n"
     )
+
+
+def _search_figures(record: Record) -> list[str]:
+    if not record.curves:
+        return []
+    return [
+        _figure(
+            "What each layer gave up",
+            "The rate that the budget allocated to each layer, and what it kept of its input channels and its rank.",
+            plots.layers(record.summary["layers"], record.curves),
+        ),
+        _figure(
+            "Loss against rate",
+            "Points: measured; line: the fit a·exp(b·c); dotted: the allocated rate.",
+            plots.rate_curves(record.curves),
+        ),
+    ]
+
+
+def _regularization(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    rows = [
+        f"<td>{escape(entry['name'])}</td><td>{entry['sparsity']:.1%}</td>"
+        f"<td>{entry['rank'] if entry['rank'] is not None else ''}</td>"
+        f"<td>{entry['full_rank'] if entry['full_rank'] is not None else ''}</td><td>{entry['values']}</td>"
+        for entry in found["parameters"]
+    ]
+    head = "<tr><th>parameter</th><th>zeros</th><th>rank</th><th>of</th><th>distinct values</th></tr>"
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    note = (
+        f"{found['events']} events. Right after the last: {found['top1']:.2f} %; before it: "
+        f"{found['top1_between']:.2f} %. Size where Q acts: {found['dense_bits'] / 8e6:.3f} MB dense, "
+        f"{found['bits'] / 8e6:.3f} MB compressed."
+    )
+    return [
+        _figure(
+            "Regularization events",
+            "How much each event changed the weights, and the steps since the event before.",
+            plots.regularization(found["trace"]),
+        ),
+        _section("What the events left", note, f'<div class="scroll"><table>{head}{body}</table></div>'),
+    ]
 
 
 def _tiles(summary: dict[str, Any]) -> str:
@@ -91,7 +125,18 @@ def _tiles(summary: dict[str, Any]) -> str:
     )
 
 
+def _subtitle(summary: dict[str, Any]) -> str:
+    parts = []
+    if summary["top1_compressed"] is not None:
+        parts.append(f"Collaborative Compression to {1 - summary['target']:.0%} of the multiply-accumulates")
+    if summary.get("regularized") is not None:
+        parts.append(f"{summary['regularized']['events']} regularization events")
+    return ", ".join(parts)
+
+
 def _note(summary: dict[str, Any]) -> str:
+    if summary["top1_compressed"] is None:
+        return "Shapes are those of the dense model: the events change weights only."
     text = f"Right after compression: {summary['top1_compressed']:.2f} %"
     if summary["top1_reestimated"] is not None:
         text += f", {summary['top1_reestimated']:.2f} % with BatchNorm statistics re-estimated"

@@ -11,13 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-BLUE, ORANGE, GREY, INK, RULE = "#2563a8", "#d9772b", "#aab2bd", "#26303b", "#e3e7ec"
+BLUE, ORANGE, GREEN = "#2563a8", "#d9772b", "#3f8f5f"
+GREY, INK, RULE = "#aab2bd", "#26303b", "#e3e7ec"
 _EVENTS = {
     "dense": "trained",
     "compressed": "compressed",
     "reestimated": "BatchNorm re-estimated",
     "finetuned": "fine-tuned",
+    "regularized": "after the last event",
 }
+_STAGES = (
+    ("train", "training", GREY),
+    ("finetune", "fine-tuning", BLUE),
+    ("regularize", "as if at an event", GREEN),
+)
 
 
 def accuracy(events: list[dict[str, Any]]) -> str:
@@ -46,15 +53,16 @@ def accuracy(events: list[dict[str, Any]]) -> str:
             color=color,
             fontsize=9,
         )
-    for stage, style in (("train", GREY), ("finetune", BLUE)):
+    for stage, label, style in _STAGES:
         part = [(index + 1, event) for index, event in enumerate(epochs) if event["stage"] == stage]
         shown = [(index, event["accuracy"]) for index, event in part if event["accuracy"] is not None]
-        label = "training" if stage == "train" else "fine-tuning"
-        top.plot([x for x, _ in shown], [y for _, y in shown], ".-", color=style, label=f"validation, {label}")
+        if shown:
+            top.plot([x for x, _ in shown], [y for _, y in shown], ".-", color=style, label=f"validation, {label}")
         bottom.plot([index for index, _ in part], [event["loss"] for _, event in part], ".-", color=style)
     dense = sum(event["stage"] == "train" for event in epochs)
     for axes in (top, bottom):
-        axes.axvline(dense, color=ORANGE, linewidth=1, linestyle=":")
+        if any(event["event"] == "compressed" for event in events):
+            axes.axvline(dense, color=ORANGE, linewidth=1, linestyle=":")
         _clean(axes)
     top.margins(x=0.08, y=0.16)
     top.set_ylabel("top-1, %")
@@ -137,6 +145,25 @@ def costs(layers: list[dict[str, Any]]) -> str:
         _clean(axes, "x")
     left.set_yticks(places, [layer["name"] for layer in shown], fontsize=8)
     left.set_ylim(len(shown) - 0.4, -0.6)
+    return _svg(figure)
+
+
+def regularization(trace: list[list[float]]) -> str:
+    """Of every event: the update in relation to the weights, for each mini-batch of its period, and the period."""
+    steps, periods, updates = ([entry[index] for entry in trace] for index in range(3))
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    top.plot(steps, updates, ".-", color=BLUE, label="at the event")
+    per_batch = [update / period for update, period in zip(updates, periods, strict=True)]
+    top.plot(steps, per_batch, ".-", color=ORANGE, label="for each mini-batch of its period")
+    top.set_yscale("log" if min(per_batch) > 0 else "linear")
+    top.set_ylabel("update / weights")
+    top.legend(frameon=False, fontsize=9)
+    bottom.step(steps, periods, where="pre", color=INK)
+    bottom.set_ylabel("period")
+    bottom.set_xlabel("step of the stage")
+    for axes in (top, bottom):
+        _clean(axes)
     return _svg(figure)
 
 

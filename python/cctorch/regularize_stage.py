@@ -1,0 +1,112 @@
+"""The `regularize` stage of a run: training with regularization events, and their trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cctorch.config import ConfigError, Regularize
+from cctorch.regularize import Compose, Event, Events
+
+# Relative to the largest singular value: what rounding leaves of a weight that was multiplied out of its factors.
+_RANK_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Regularized:
+    """What the stage ended with. Sizes are of the parameters that Q acts on."""
+
+    top1: float
+    # Before the last event: plain weights, not compressed.
+    top1_between: float
+    events: int
+    bits: int
+    dense_bits: int
+    # (step, steps since the event before, ||Q(w) - w|| / ||w||, bits, dense_bits) of every event.
+    trace: list[list[float]]
+    # name, sparsity, rank, full_rank and number of distinct values of every parameter.
+    parameters: list[dict[str, Any]]
+
+
+class RegularizeStage:
+    def __init__(
+        self,
+        settings: Regularize,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        trace: list[list[float]],
+    ) -> None:
+        self.parameters = select(model, settings.parameters)
+        quantities = [q.make() for q in settings.q]
+        regularizer = quantities[0] if len(quantities) == 1 else Compose(quantities)
+        schedule = settings.frequency.make()
+        self.events = Events(self.parameters, regularizer, schedule, optimizer, clear_momentum=settings.clear_momentum)
+        if state:
+            self.events.load_state_dict(state)
+        self.trace = trace
+
+    def step(self) -> None:
+        self._record(self.events.step())
+
+    def finish(self) -> None:
+        self._record(self.events.finish())
+
+    def since(self, events: int) -> dict[str, float | int | None]:
+        """Of the events after the first `events`, for the metrics: how many, their mean update, the last size."""
+        recent = self.trace[events:]
+        update = sum(entry[2] for entry in recent) / len(recent) if recent else None
+        return {"events": len(recent), "update": update, "bits": int(recent[-1][3]) if recent else None}
+
+    def result(self, top1: float, top1_between: float) -> Regularized:
+        described = [{"name": name, **describe(parameter)} for name, parameter in self.parameters]
+        bits, dense_bits = (int(size) for size in self.trace[-1][3:])
+        return Regularized(top1, top1_between, len(self.trace), bits, dense_bits, self.trace, described)
+
+    def _record(self, event: Event | None) -> None:
+        if event is not None:
+            self.trace.append([event.step, event.period, event.relative_update, event.bits, event.dense_bits])
+
+
+def select(model: nn.Module, patterns: list[str] | None) -> list[tuple[str, nn.Parameter]]:
+    """Parameters whose name matches one of `patterns`; by default the weights of convolutions and linear layers, the
+    first convolution and the last linear layer left out.
+
+    Raises ConfigError for a pattern that matches nothing.
+    """
+    parameters = list(model.named_parameters())
+    if patterns is None:
+        layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        convolutions = [name for name, m in layers if isinstance(m, nn.Conv2d)]
+        linears = [name for name, m in layers if isinstance(m, nn.Linear)]
+        spared = {*convolutions[:1], *linears[-1:]}
+        wanted = {f"{name}.weight" for name, _ in layers if name not in spared}
+        return [(name, parameter) for name, parameter in parameters if name in wanted]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name, _ in parameters):
+            raise ConfigError(
+                f"regularize.parameters = {patterns}: {pattern!r} matches no parameter; expected a pattern such as "
+                f"{parameters[len(parameters) // 2][0]!r} or '*.conv?.weight'"
+            )
+    return [(name, p) for name, p in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+@torch.no_grad()
+def describe(parameter: Tensor) -> dict[str, Any]:
+    """Fraction of zeros, number of distinct values, and the rank of the size(0) x rest matrix."""
+    values = parameter.detach().double().cpu()
+    described: dict[str, Any] = {
+        "sparsity": float((values == 0).double().mean()),
+        "values": int(torch.unique(values).numel()),
+        "rank": None,
+        "full_rank": None,
+    }
+    if values.dim() >= 2:
+        matrix = values.flatten(1)
+        described["rank"] = int(torch.linalg.matrix_rank(matrix, rtol=_RANK_TOLERANCE))
+        described["full_rank"] = min(matrix.shape)
+    return described

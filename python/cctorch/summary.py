@@ -1,0 +1,99 @@
+"""What a run found: summary.json, and the one table that is shown at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from cctorch.log import Log
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model, measured. `latency` is in seconds, by batch size; `macs` per image."""
+
+    top1: float
+    parameters: int
+    macs: int
+    bytes: int
+    latency: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run found; summary.json."""
+
+    name: str
+    device: str
+    target: float
+    before: Figures
+    after: Figures
+    nominal_macs: int
+    layers: list[dict[str, Any]]
+    # Of Collaborative Compression, where there was one.
+    top1_compressed: float | None = None
+    top1_reestimated: float | None = None
+    gradient_seconds: float = 0.0
+    curve_seconds: float = 0.0
+    heuristic_seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+    # Regularized, as a dict.
+    regularized: dict[str, Any] | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Summary:
+        tree = json.loads(text)
+        return Summary(**{**tree, "before": Figures(**tree["before"]), "after": Figures(**tree["after"])})
+
+
+def show(summary: Summary, log: Log) -> None:
+    """The one table."""
+    before, after = summary.before, summary.after
+    table = Table(title=f"{summary.name}, on {summary.device}", title_justify="left")
+    for heading in ("", "before", "after", "ratio"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_row("top-1", f"{before.top1:.2f} %", f"{after.top1:.2f} %", f"{after.top1 - before.top1:+.2f}")
+    rows: list[tuple[str, float, float, Callable[[float], str]]] = [
+        ("parameters", before.parameters, after.parameters, lambda value: f"{value / 1e6:.3f} M"),
+        ("MACs", before.macs, after.macs, lambda value: f"{value / 1e6:.2f} M"),
+        ("size on disk", before.bytes, after.bytes, lambda value: f"{value / 1e6:.3f} MB"),
+    ]
+    for batch in before.latency:
+        label = f"latency, batch {batch}"
+        rows.append((label, before.latency[batch], after.latency[batch], lambda value: f"{value * 1e3:.2f} ms"))
+    for label, old, new, text in rows:
+        table.add_row(label, text(old), text(new), f"{new / old:.3f}")
+    log.table(table)
+    if summary.top1_compressed is not None:
+        _show_search(summary, log)
+    if summary.regularized is not None:
+        found = summary.regularized
+        log.line(
+            f"regularization: {found['events']} events, top-1 {found['top1']:.2f} % right after the last "
+            f"({found['top1_between']:.2f} % before it); where Q acts {found['dense_bits'] / 8e6:.3f} MB -> "
+            f"{found['bits'] / 8e6:.3f} MB, {found['dense_bits'] / found['bits']:.2f} to 1"
+        )
+
+
+def _show_search(summary: Summary, log: Log) -> None:
+    restored = (
+        f", {summary.top1_reestimated:.2f} % with BatchNorm re-estimated"
+        if summary.top1_reestimated is not None
+        else ""
+    )
+    log.line(f"right after compression: {summary.top1_compressed:.2f} %{restored}")
+    log.line(
+        f"reduction of MACs: {1 - summary.nominal_macs / summary.before.macs:.1%} nominal, "
+        f"{1 - summary.after.macs / summary.before.macs:.1%} final (dead filters removed); target {summary.target:.1%}"
+    )
+    log.line(
+        f"search: gradients {summary.gradient_seconds:.1f} s, rate curves {summary.curve_seconds:.1f} s, "
+        f"heuristic {summary.heuristic_seconds:.1f} s"
+    )

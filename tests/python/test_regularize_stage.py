@@ -1,0 +1,189 @@
+"""The `regularize` stage of a run: events while it trains, their trace, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cctorch import models, report, store
+from cctorch import run as driver
+from cctorch.config import Config, ConfigError, parse_config
+from cctorch.regularize_stage import describe, select
+from cctorch.report import page
+from cctorch.run import Summary, run
+from rich.console import Console
+from tiny_run import tree, write_dataset
+from torch import nn
+
+# 80 training images in batches of 32: 3 steps in each of 2 epochs.
+STAGE = {
+    "epochs": 2,
+    "batch_size": 32,
+    "lr": 0.02,
+    "q": [{"kind": "magnitude_pruning", "sparsity": 0.75, "scope": "layer"}],
+    "frequency": {"kind": "constant", "period": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "render", lambda record: record.config)
+
+
+def _config(data: Path, output: Path, *, compress: bool = False, **changes: Any) -> Config:
+    whole = tree(data, output, regularize={**STAGE, **changes})
+    if not compress:
+        whole |= {"compress": None, "finetune": None}
+    return parse_config(whole)
+
+
+def _run(settings: Config) -> Summary:
+    return run(settings, console=Console(file=io.StringIO(), width=120))
+
+
+def _weights(settings: Config) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = models.load_tensors(settings.folder / "checkpoints" / "compressed.pt")["model"]
+    return state
+
+
+def test_the_run_ends_in_compressed_form(dataset: Path, tmp_path: Path) -> None:
+    settings = _config(dataset, tmp_path)
+    summary = _run(settings)
+    found = summary.regularized
+    assert found is not None
+    assert [entry[:2] for entry in found["trace"]] == [[4, 4], [6, 2]]
+    assert found["top1"] == summary.after.top1
+    weights = _weights(settings)
+    names = [entry["name"] for entry in found["parameters"]]
+    assert names == [name for name in weights if ".conv" in name and name.endswith(".weight")]
+    for entry in found["parameters"]:
+        zeros = int((weights[entry["name"]] == 0).sum())
+        assert zeros == weights[entry["name"]].numel() * 3 // 4
+        assert entry["sparsity"] == pytest.approx(zeros / weights[entry["name"]].numel())
+    assert int((weights["conv1.weight"] == 0).sum()) == 0
+    assert found["dense_bits"] == 32 * sum(weights[name].numel() for name in names)
+    assert found["bits"] < found["dense_bits"]
+    assert summary.top1_compressed is None
+    assert summary.before.macs == summary.after.macs == summary.nominal_macs
+    events = [json.loads(line) for line in (settings.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["epoch", "epoch", "dense", "epoch", "epoch", "regularized"]
+    assert [event["events"] for event in events[3:5]] == [0, 1]
+    assert events[3]["update"] is None
+    assert events[4]["update"] == pytest.approx(found["trace"][0][2])
+
+
+def test_events_follow_fine_tuning_of_a_smaller_network(dataset: Path, tmp_path: Path) -> None:
+    settings = _config(dataset, tmp_path, compress=True)
+    summary = _run(settings)
+    assert summary.regularized is not None
+    assert summary.after.macs < summary.before.macs
+    model, _ = store.load_model(settings.folder / "checkpoints" / "compressed.pt")
+    for name, parameter in select(model, None):
+        assert describe(parameter)["sparsity"] == pytest.approx(0.75, abs=1 / parameter.numel()), name
+
+
+def test_accuracies_of_the_epochs_are_as_if_at_an_event(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    original: Callable[..., float] = driver.measure.accuracy
+
+    def spy(model: nn.Module, batches: Any) -> float:
+        seen.append(describe(model.get_submodule("layer1.0.conv1").weight)["sparsity"])  # type: ignore[arg-type]
+        return original(model, batches)
+
+    monkeypatch.setattr(driver.measure, "accuracy", spy)
+    _run(_config(dataset, tmp_path, frequency={"kind": "constant", "period": 100}))
+    # Two epochs of training, the dense model, two epochs as if at an event, the weights between, the last event.
+    assert [round(sparsity, 2) for sparsity in seen] == [0, 0, 0, 0.75, 0.75, 0, 0.75]
+
+
+SCHEDULES: list[dict[str, Any]] = [
+    {"kind": "constant", "period": 4},
+    {"kind": "stepwise", "periods": [[0, 2], [3, 3]]},
+    {"kind": "inverse_learning_rate", "product": 0.02},
+    {"kind": "adaptive", "strength": 0.2},
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["kind"])
+def test_an_interrupted_stage_ends_like_one_that_was_not(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: dict[str, Any]
+) -> None:
+    changes = {
+        "frequency": schedule,
+        "q": [{"kind": "uniform_noise", "strength": 0.01}, {"kind": "uniform_quantization", "bits": 4}],
+    }
+    whole, parts = (_config(dataset, tmp_path / name, **changes) for name in ("whole", "parts"))
+    undisturbed = _run(whole).regularized
+    original, calls = driver.train_epoch, iter(range(1, 100))
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "train_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _run(parts)
+    assert _run(parts).regularized == undisturbed
+    first, second = _weights(whole), _weights(parts)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_the_period_follows_the_learning_rate(dataset: Path, tmp_path: Path) -> None:
+    # One cycle over 6 steps, the peak at the second.
+    found = _run(_config(dataset, tmp_path, frequency={"kind": "inverse_learning_rate", "product": 0.02})).regularized
+    assert found is not None
+    periods = [entry[1] for entry in found["trace"]]
+    assert 1 in periods
+    assert len(periods) < 6
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_any_training(dataset: Path, tmp_path: Path) -> None:
+    settings = _config(dataset, tmp_path, parameters=["layer1.*.weight", "layer9.*"])
+    with pytest.raises(ConfigError, match=r"'layer9\.\*' matches no parameter; expected a pattern such as"):
+        _run(settings)
+    assert not (settings.folder / "checkpoints").exists()
+
+
+def test_patterns_choose_parameters() -> None:
+    model = models.create("resnet8")
+    assert [name for name, _ in select(model, ["layer3.*.weight", "linear.*"])] == [
+        "layer3.0.conv1.weight",
+        "layer3.0.bn1.weight",
+        "layer3.0.conv2.weight",
+        "layer3.0.bn2.weight",
+        "linear.weight",
+        "linear.bias",
+    ]
+
+
+def test_a_parameter_is_described_by_zeros_values_and_rank() -> None:
+    weight = torch.zeros(4, 2, 3, 3)
+    weight[0], weight[1, 0] = 1.0, 2.0
+    assert describe(weight) == {"sparsity": 1 - 27 / 72, "values": 3, "rank": 2, "full_rank": 4}
+    assert describe(torch.ones(3)) == {"sparsity": 0.0, "values": 1, "rank": None, "full_rank": None}
+
+
+def test_the_report_shows_the_events(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = _config(dataset, tmp_path)
+    _run(settings)
+    monkeypatch.undo()
+    text = report.write(settings.folder).read_text()
+    assert "2 regularization events" in text
+    assert "Regularization events" in text
+    assert "layer3.0.conv2.weight" in text
+    assert "75.0%" in text
+    assert "Loss against rate" not in text
