@@ -1,4 +1,4 @@
-"""The C++ library's plan, channel graph and solver. Same names and meanings as in csrc/include/cctorch/."""
+"""The C++ library: plan, channel graph, solver, regularization events. Same names and meanings as in its headers."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal

@@ -79,14 +79,17 @@ class Regularizer {
 
   virtual bool acts_on(const at::Tensor& parameter) const { return parameter.dim() >= 2; }
 
-  // Whether the shapes fit this Q. Reads no data.
-  virtual void check(const NamedParameters& parameters) const;
+  // Those of `parameters` that Q changes: each once, none empty. Throws as project does, but reads no data.
+  NamedParameters select(const NamedParameters& parameters) const;
 
   // What `project` is made of: replaces the values of finite, distinct, non-empty weights that `acts_on` accepted.
   virtual void replace(std::vector<Weight>& weights) = 0;
 
   virtual State state_dict() const { return {}; }
   virtual void load_state_dict(const State&) {}
+
+ protected:
+  virtual void check_shapes(const NamedParameters& /*selected*/) const {}
 };
 
 // w (1 - strength), strength in [0, 1]
@@ -123,8 +126,10 @@ enum class Scope { global, layer };
 class MagnitudePruning final : public Regularizer {
  public:
   explicit MagnitudePruning(double sparsity, Scope scope = Scope::global);
-  void check(const NamedParameters& parameters) const override;
   void replace(std::vector<Weight>& weights) override;
+
+ protected:
+  void check_shapes(const NamedParameters& selected) const override;
 
  private:
   double sparsity_;
@@ -135,8 +140,10 @@ class MagnitudePruning final : public Regularizer {
 class NMPruning final : public Regularizer {
  public:
   explicit NMPruning(int64_t n = 2, int64_t m = 4, int64_t axis = 1);
-  void check(const NamedParameters& parameters) const override;
   void replace(std::vector<Weight>& weights) override;
+
+ protected:
+  void check_shapes(const NamedParameters& selected) const override;
 
  private:
   int64_t n_, m_, axis_;
@@ -146,8 +153,10 @@ class NMPruning final : public Regularizer {
 class ChannelPruning final : public Regularizer {
  public:
   explicit ChannelPruning(double sparsity, int64_t axis = 0);
-  void check(const NamedParameters& parameters) const override;
   void replace(std::vector<Weight>& weights) override;
+
+ protected:
+  void check_shapes(const NamedParameters& selected) const override;
 
  private:
   double sparsity_;
@@ -249,10 +258,12 @@ class Compose final : public Regularizer {
  public:
   explicit Compose(std::vector<std::shared_ptr<Regularizer>> parts);
   bool acts_on(const at::Tensor& parameter) const override;
-  void check(const NamedParameters& parameters) const override;
   void replace(std::vector<Weight>& weights) override;
   State state_dict() const override;
   void load_state_dict(const State& state) override;
+
+ protected:
+  void check_shapes(const NamedParameters& selected) const override;
 
  private:
   std::vector<std::shared_ptr<Regularizer>> parts_;

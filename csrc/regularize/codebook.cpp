@@ -1,0 +1,59 @@
+#include <ATen/ATen.h>
+#include <cctorch/regularize.h>
+
+#include "csrc/regularize/matrices.h"
+#include "csrc/regularize/sorted_rows.h"
+
+namespace cctorch::regularize {
+
+namespace {
+
+constexpr int kIterations = 50;
+
+struct Fit {
+  at::Tensor centers;  // rows x values, ascending
+  at::Tensor gain;     // rows x 1: how far the squared error is below ||w||^2
+};
+
+Fit lloyd(const SortedRows& sorted, at::Tensor centers) {
+  for (int i = 0; i < kIterations; ++i) {
+    const auto cells = sorted.cells(midpoints(centers));
+    // The center of an empty cell stays: it may be reached later.
+    centers = at::where(cells.counts > 0, cells.sums / cells.counts.clamp_min(1), centers);
+  }
+  const auto cells = sorted.cells(midpoints(centers));
+  return {centers, (2 * centers * cells.sums - centers.square() * cells.counts).sum(-1, true)};
+}
+
+at::Tensor quantize(const at::Tensor& rows, int64_t count) {
+  const SortedRows sorted(rows);
+  const at::Tensor& values = sorted.values();
+  const int64_t columns = rows.size(-1);
+  const at::Tensor fraction = (at::arange(count, rows.options()) + 0.5) / count;
+  const at::Tensor smallest = values.narrow(-1, 0, 1), largest = values.narrow(-1, columns - 1, 1);
+  const Fit even = lloyd(sorted, smallest + (largest - smallest) * fraction);
+  const Fit quantiles = lloyd(sorted, values.index_select(-1, (fraction * columns).to(at::kLong)));
+  const at::Tensor centers = at::where(quantiles.gain > even.gain, quantiles.centers, even.centers);
+  // A row of so few distinct values is its own best codebook.
+  const at::Tensor changes = (values.narrow(-1, 1, columns - 1) != values.narrow(-1, 0, columns - 1)).sum(-1, true);
+  return at::where(changes < count, rows, nearest(rows, centers));
+}
+
+}  // namespace
+
+CodebookQuantization::CodebookQuantization(int64_t bits) : bits_(bits) {
+  TORCH_CHECK_VALUE(1 <= bits && bits <= 8, "CodebookQuantization: bits = ", bits, ", expected 1 to 8");
+}
+
+void CodebookQuantization::replace(std::vector<Weight>& weights) {
+  const int64_t count = int64_t(1) << bits_;
+  replace_rows(weights, /*per_channel=*/false,
+               [&](const at::Tensor& rows, at::ScalarType) { return quantize(rows, count); });
+  for (Weight& weight : weights) {
+    weight.storage = Storage::dense(weight.value);
+    weight.storage.bits_per_value = bits_;
+    weight.storage.table_bits = count * bits_per_element(weight.value);
+  }
+}
+
+}  // namespace cctorch::regularize

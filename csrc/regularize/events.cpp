@@ -1,0 +1,133 @@
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <cctorch/regularize.h>
+#include <torch/optim/optimizer.h>
+
+#include "csrc/regularize/projection.h"
+#include "csrc/regularize/state.h"
+
+namespace cctorch::regularize {
+
+RegularizationEvents::RegularizationEvents(NamedParameters parameters, std::shared_ptr<Regularizer> regularizer,
+                                           std::shared_ptr<FrequencySchedule> schedule, EventOptions options)
+    : parameters_(std::move(parameters)),
+      regularizer_(std::move(regularizer)),
+      schedule_(std::move(schedule)),
+      options_(options) {
+  TORCH_CHECK_VALUE(regularizer_ && schedule_, "RegularizationEvents: expected a regularizer and a schedule, got null");
+  TORCH_CHECK_VALUE(!options_.clear_momentum || options_.optimizer,
+                    "RegularizationEvents: clear_momentum = true needs the optimizer: pass it");
+  TORCH_CHECK_VALUE(!regularizer_->select(parameters_).empty(),
+                    "RegularizationEvents: the regularizer acts on none of ", "the ", parameters_.size(),
+                    " parameters; all but weight decay and noise act on those of two or ", "more dimensions");
+}
+
+std::optional<Event> RegularizationEvents::step(std::optional<double> lr) {
+  TORCH_CHECK_VALUE(!swapped_,
+                    "RegularizationEvents: step within as_if_at_event, where the weights are Q(w); leave it "
+                    "before training goes on");
+  if (!lr && options_.optimizer) lr = options_.optimizer->param_groups().front().options().get_lr();
+  const int64_t period = schedule_->period(steps_ + 1, lr);
+  ++steps_;
+  if (++since_event_ < period) return std::nullopt;
+  return run_event();
+}
+
+std::optional<Event> RegularizationEvents::finish() {
+  TORCH_CHECK_VALUE(!swapped_, "RegularizationEvents: finish within as_if_at_event; leave it first");
+  if (at_event()) return std::nullopt;
+  return run_event();
+}
+
+NamedParameters RegularizationEvents::active() const {
+  NamedParameters active;
+  for (const auto& entry : parameters_) {
+    if (options_.include_frozen || entry.second.requires_grad()) active.push_back(entry);
+  }
+  return active;
+}
+
+Event RegularizationEvents::run_event() {
+  const Projection projection = regularizer_->project(active());
+  const at::Tensor both = norms(projection).cpu();
+  const double* norm = both.const_data_ptr<double>();
+  check_finite(norm[0], "in Q(w)", projection.parameters, projection.values);
+  write(projection);
+  const Event event{steps_, since_event_, norm[0], norm[1], projection.bits, projection.dense_bits};
+  since_event_ = 0;
+  ++events_;
+  schedule_->record(event.relative_update());
+  if (options_.clear_momentum) {
+    for (const auto& [name, parameter] : projection.parameters) {
+      options_.optimizer->state().erase(parameter.unsafeGetTensorImpl());
+    }
+  }
+  return event;
+}
+
+State RegularizationEvents::state_dict() const {
+  State state{{"steps", steps_}, {"since_event", since_event_}, {"events", events_}};
+  insert(state, "schedule.", schedule_->state_dict());
+  insert(state, "regularizer.", regularizer_->state_dict());
+  return state;
+}
+
+void RegularizationEvents::load(const State& state) {
+  const auto steps = read<int64_t>(state, "steps");
+  const auto since_event = read<int64_t>(state, "since_event");
+  const auto events = read<int64_t>(state, "events");
+  TORCH_CHECK_VALUE(0 <= since_event && since_event <= steps && events >= 0,
+                    "regularize: the state has steps = ", steps, ", since_event = ", since_event,
+                    " and events = ", events, ", expected 0 <= since_event <= steps and events >= 0");
+  schedule_->load_state_dict(extract(state, "schedule."));
+  regularizer_->load_state_dict(extract(state, "regularizer."));
+  steps_ = steps;
+  since_event_ = since_event;
+  events_ = events;
+}
+
+void RegularizationEvents::load_state_dict(const State& state) {
+  const State before = state_dict();
+  try {
+    load(state);
+  } catch (...) {
+    load(before);
+    throw;
+  }
+}
+
+AsIfAtEvent::AsIfAtEvent(RegularizationEvents& events) : events_(events) {
+  TORCH_CHECK_VALUE(!events.swapped_, "RegularizationEvents: as_if_at_event within another one; leave that first");
+  Regularizer& regularizer = *events.regularizer_;
+  const State before = regularizer.state_dict();
+  const Projection projection = regularizer.project(events.active());
+  regularizer.load_state_dict(before);
+  bits_ = projection.bits;
+  if (!events.at_event()) {
+    for (const auto& [name, parameter] : projection.parameters) {
+      parameters_.push_back(parameter);
+      originals_.push_back(parameter.detach().clone());
+    }
+    write(projection);
+  }
+  events.swapped_ = true;
+}
+
+AsIfAtEvent::~AsIfAtEvent() {
+  try {
+    restore();
+  } catch (const std::exception& error) {
+    TORCH_WARN("as_if_at_event could not restore the weights: ", error.what());
+  }
+}
+
+void AsIfAtEvent::restore() {
+  if (!events_.swapped_) return;
+  const c10::NoGradGuard no_grad;
+  if (!parameters_.empty()) at::_foreach_copy_(parameters_, originals_);
+  parameters_.clear();
+  originals_.clear();
+  events_.swapped_ = false;
+}
+
+}  // namespace cctorch::regularize

@@ -1,0 +1,100 @@
+#include <ATen/ATen.h>
+#include <cctorch/mask.h>
+#include <cctorch/regularize.h>
+
+#include <algorithm>
+#include <bit>
+
+#include "csrc/ops/mask.h"
+
+namespace cctorch::regularize {
+
+namespace {
+
+void check_sparsity(const char* who, double sparsity) {
+  TORCH_CHECK_VALUE(0 <= sparsity && sparsity <= 1, who, ": sparsity = ", sparsity,
+                    ", expected the fraction of weights to remove, 0 to 1");
+}
+
+// Zeros stay where a quantization put them or an earlier pruning, so the smaller number of values counts.
+void prune(Weight& weight, const at::Tensor& mask, int64_t kept, int64_t index_bits) {
+  weight.value = at::where(mask, weight.value, at::scalar_tensor(0, weight.value.options()));
+  if (weight.storage.factored) weight.storage = Storage::dense(weight.value);
+  weight.storage.values = std::min(weight.storage.values, kept);
+  weight.storage.index_bits += index_bits;
+}
+
+}  // namespace
+
+MagnitudePruning::MagnitudePruning(double sparsity, Scope scope) : sparsity_(sparsity), scope_(scope) {
+  check_sparsity("MagnitudePruning", sparsity);
+}
+
+void MagnitudePruning::check_shapes(const NamedParameters& selected) const {
+  if (scope_ == Scope::layer || selected.empty()) return;
+  const auto& [first_name, first] = selected.front();
+  for (const auto& [name, parameter] : selected) {
+    TORCH_CHECK_VALUE(parameter.scalar_type() == first.scalar_type(), "MagnitudePruning: parameter '", name, "' is ",
+                      parameter.scalar_type(), " but '", first_name, "' is ", first.scalar_type(),
+                      ", expected one type where all are ranked together; use the scope of a layer");
+  }
+}
+
+void MagnitudePruning::replace(std::vector<Weight>& weights) {
+  if (scope_ == Scope::layer) {
+    for (Weight& weight : weights) {
+      const int64_t numel = weight.value.numel();
+      prune(weight, magnitude_masks({weight.value}, sparsity_)[0], kept_count(sparsity_, numel), numel);
+    }
+    return;
+  }
+  std::vector<at::Tensor> values, counts;
+  for (const Weight& weight : weights) values.push_back(weight.value);
+  const auto masks = magnitude_masks(values, sparsity_);
+  for (const at::Tensor& mask : masks) counts.push_back(mask.sum());
+  const at::Tensor kept = at::stack(counts).cpu();
+  for (size_t i = 0; i < weights.size(); ++i) {
+    prune(weights[i], masks[i], kept.const_data_ptr<int64_t>()[i], values[i].numel());
+  }
+}
+
+NMPruning::NMPruning(int64_t n, int64_t m, int64_t axis) : n_(n), m_(m), axis_(axis) {
+  TORCH_CHECK_VALUE(1 <= n && n <= m, "NMPruning: n = ", n, " and m = ", m, ", expected 1 <= n <= m");
+}
+
+void NMPruning::check_shapes(const NamedParameters& selected) const {
+  for (const auto& [name, parameter] : selected) {
+    TORCH_CHECK_VALUE(-parameter.dim() <= axis_ && axis_ < parameter.dim() && parameter.size(axis_) % m_ == 0,
+                      "NMPruning: parameter '", name, "' has shape ", parameter.sizes(), ", expected a dimension ",
+                      axis_, " that is a multiple of m = ", m_, "; leave it out or choose another m");
+  }
+}
+
+void NMPruning::replace(std::vector<Weight>& weights) {
+  const int64_t bits_per_position = n_ == m_ ? 0 : std::bit_width(static_cast<uint64_t>(m_ - 1));
+  for (Weight& weight : weights) {
+    const int64_t kept = weight.value.numel() / m_ * n_;
+    prune(weight, nm_mask(weight.value, n_, m_, axis_), kept, kept * bits_per_position);
+  }
+}
+
+ChannelPruning::ChannelPruning(double sparsity, int64_t axis) : sparsity_(sparsity), axis_(axis) {
+  check_sparsity("ChannelPruning", sparsity);
+}
+
+void ChannelPruning::check_shapes(const NamedParameters& selected) const {
+  for (const auto& [name, parameter] : selected) {
+    TORCH_CHECK_VALUE(-parameter.dim() <= axis_ && axis_ < parameter.dim(), "ChannelPruning: parameter '", name,
+                      "' has shape ", parameter.sizes(), ", expected a dimension ", axis_, "; leave it out");
+  }
+}
+
+void ChannelPruning::replace(std::vector<Weight>& weights) {
+  for (Weight& weight : weights) {
+    const int64_t channels = weight.value.size(axis_);
+    const int64_t kept = std::max<int64_t>(1, kept_count(sparsity_, channels));
+    prune(weight, channel_mask(weight.value, sparsity_, axis_), weight.value.numel() / channels * kept, channels);
+  }
+}
+
+}  // namespace cctorch::regularize

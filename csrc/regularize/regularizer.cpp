@@ -1,0 +1,114 @@
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <cctorch/regularize.h>
+
+#include <cmath>
+#include <map>
+
+#include "csrc/regularize/projection.h"
+
+namespace cctorch::regularize {
+
+namespace {
+
+// One norm for each tensor and their root of the sum of squares, in float64.
+at::Tensor total_norm(at::TensorList tensors) {
+  if (tensors.empty()) return at::zeros({}, at::kDouble);
+  return at::linalg_vector_norm(at::stack(at::_foreach_norm(tensors, 2, at::kDouble)));
+}
+
+std::vector<at::Tensor> tensors_of(const NamedParameters& parameters) {
+  std::vector<at::Tensor> tensors;
+  for (const auto& [name, parameter] : parameters) tensors.push_back(parameter.detach());
+  return tensors;
+}
+
+}  // namespace
+
+Storage Storage::dense(const at::Tensor& parameter) {
+  return {.values = parameter.numel(), .bits_per_value = 8 * static_cast<int64_t>(parameter.element_size())};
+}
+
+at::Tensor norms(const Projection& projection) {
+  const auto before = tensors_of(projection.parameters);
+  if (before.empty()) return at::zeros({2}, at::kDouble);
+  return at::stack({total_norm(at::_foreach_sub(projection.values, before)), total_norm(before)});
+}
+
+void write(const Projection& projection) {
+  if (projection.values.empty()) return;
+  const c10::NoGradGuard no_grad;
+  std::vector<at::Tensor> parameters;
+  for (const auto& [name, parameter] : projection.parameters) parameters.push_back(parameter);
+  at::_foreach_copy_(parameters, projection.values);
+}
+
+void check_finite(double norm, const char* what, const NamedParameters& parameters, at::TensorList tensors) {
+  if (std::isfinite(norm)) return;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t bad = tensors[i].numel() - at::isfinite(tensors[i]).sum().item<int64_t>();
+    TORCH_CHECK_VALUE(bad == 0, "regularize: parameter '", parameters[i].first, "' has ", bad, " of ",
+                      tensors[i].numel(), " elements NaN or infinite ", what,
+                      ", nothing was changed; lower the learning rate or clip the gradients, and go on from an earlier "
+                      "checkpoint");
+  }
+  TORCH_CHECK_VALUE(false, "regularize: the parameters' norm is ", norm, " ", what, ", expected a finite number");
+}
+
+NamedParameters Regularizer::select(const NamedParameters& parameters) const {
+  NamedParameters selected;
+  std::map<const void*, size_t> seen;
+  for (const auto& [name, parameter] : parameters) {
+    TORCH_CHECK_VALUE(parameter.defined(), "regularize: parameter '", name, "' is undefined, expected a tensor");
+    if (parameter.numel() == 0 || !acts_on(parameter)) continue;
+    const auto [tied, is_new] = seen.emplace(parameter.const_data_ptr(), selected.size());
+    if (!is_new) {
+      const auto& [first_name, first] = selected[tied->second];
+      TORCH_CHECK_VALUE(first.numel() == parameter.numel(), "regularize: parameters '", first_name, "' and '", name,
+                        "' share memory but have ", first.numel(), " and ", parameter.numel(),
+                        " elements; leave one of them out");
+      continue;
+    }
+    const auto type = parameter.scalar_type();
+    TORCH_CHECK_VALUE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+                      "regularize: parameter '", name, "' is ", type,
+                      ", expected float32, float64, float16 or bfloat16; leave it out");
+    if (!selected.empty()) {
+      const auto& [first_name, first] = selected.front();
+      TORCH_CHECK_VALUE(parameter.device() == first.device(), "regularize: parameter '", name, "' is on ",
+                        parameter.device(), " but '", first_name, "' is on ", first.device(),
+                        "; make one set of events for each device");
+    }
+    selected.emplace_back(name, parameter);
+  }
+  check_shapes(selected);
+  return selected;
+}
+
+Projection Regularizer::project(const NamedParameters& parameters) {
+  const c10::NoGradGuard no_grad;
+  Projection result;
+  result.parameters = select(parameters);
+  const auto before = tensors_of(result.parameters);
+  check_finite(total_norm(before).item<double>(), "before the event", result.parameters, before);
+  std::vector<Weight> weights;
+  for (size_t i = 0; i < before.size(); ++i) {
+    weights.push_back({result.parameters[i].first, before[i], Storage::dense(before[i])});
+    result.dense_bits += weights.back().storage.bits();
+  }
+  if (!weights.empty()) replace(weights);
+  for (const Weight& weight : weights) {
+    result.values.push_back(weight.value);
+    result.bits += weight.storage.bits();
+  }
+  return result;
+}
+
+Outcome Regularizer::apply(const NamedParameters& parameters) {
+  const Projection projection = project(parameters);
+  const at::Tensor both = norms(projection);
+  write(projection);
+  return {both[0], both[1], projection.bits, projection.dense_bits};
+}
+
+}  // namespace cctorch::regularize

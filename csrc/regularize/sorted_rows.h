@@ -1,0 +1,30 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace cctorch::regularize {
+
+// Rows sorted in ascending order, with running sums: what falls between two bounds costs a binary search.
+class SortedRows {
+ public:
+  explicit SortedRows(const at::Tensor& rows);
+
+  const at::Tensor& values() const { return values_; }
+
+  // Elements of each row in each of the cells that `bounds` (rows x cells - 1, ascending) cut it into, and their sums.
+  struct Cells {
+    at::Tensor counts, sums;  // rows x cells, float64
+  };
+  Cells cells(const at::Tensor& bounds) const;
+
+ private:
+  at::Tensor values_, sums_;
+};
+
+// Halfway between neighbours in the last dimension.
+at::Tensor midpoints(const at::Tensor& levels);
+
+// For each element of `rows` the nearest of its row's ascending `levels`; the lower one of two as near.
+at::Tensor nearest(const at::Tensor& rows, const at::Tensor& levels);
+
+}  // namespace cctorch::regularize

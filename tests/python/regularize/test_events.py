@@ -1,0 +1,229 @@
+"""Events in a training loop: when they happen, what they cost, and that a run can stop and go on."""
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from cctorch import regularize as r
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
+
+
+def pruning_and_noise() -> r.Regularizer:
+    return r.Compose([r.UniformNoise(0.05, seed=5), r.MagnitudePruning(0.6), r.UniformQuantization(4)])
+
+
+class Run:
+    """A training loop of its own, with momentum and a learning rate that falls at step 9."""
+
+    def __init__(self, schedule: r.FrequencySchedule | int, q: r.Regularizer | None = None) -> None:
+        self.model = network()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.events = r.Events(self.model.named_parameters(), q or pruning_and_noise(), schedule, self.optimizer)
+        self.happened: list[tuple[int, int]] = []
+
+    def train(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            self.optimizer.param_groups[0]["lr"] = 0.05 if step < 9 else 0.01
+            self.optimizer.zero_grad()
+            y = self.model(torch.randn(4, 3, 8, 8, generator=generator))
+            nn.functional.cross_entropy(y, torch.arange(4)).backward()
+            self.optimizer.step()
+            event = self.events.step()
+            if event is not None:
+                self.happened.append((event.step, event.period))
+
+    def save(self) -> io.BytesIO:
+        file = io.BytesIO()
+        state = {"model": self.model, "optimizer": self.optimizer, "events": self.events}
+        torch.save({key: value.state_dict() for key, value in state.items()}, file)
+        file.seek(0)
+        return file
+
+    def load(self, file: io.BytesIO) -> None:
+        state = torch.load(file, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.events.load_state_dict(state["events"])
+
+
+SCHEDULES: dict[str, Callable[[], r.FrequencySchedule | int]] = {
+    "constant": lambda: 4,
+    "stepwise": lambda: r.StepwisePeriod([(0, 3), (8, 5)]),
+    "inverse": lambda: r.InverseLearningRate(0.15),
+    "adaptive": lambda: r.AdaptivePeriod(0.1, minimum=2, maximum=9),
+}
+EXPECTED = {
+    "constant": [4, 8, 12, 16],
+    "stepwise": [3, 6, 11, 16],
+    # Period 3 while lr = 0.05 (steps 1 to 9), then 15.
+    "inverse": [3, 6, 9],
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("stop", [5, 7])
+def test_resumes_mid_period_to_the_bit(name: str, stop: int) -> None:
+    whole = Run(SCHEDULES[name]())
+    whole.train(0, 17)
+    begun = Run(SCHEDULES[name]())
+    begun.train(0, stop)
+    resumed = Run(SCHEDULES[name]())
+    resumed.load(begun.save())
+    resumed.train(stop, 17)
+    assert begun.happened + resumed.happened == whole.happened
+    if name in EXPECTED:
+        assert [step for step, _ in whole.happened] == EXPECTED[name]
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def test_a_change_of_the_learning_rate_takes_effect_at_once() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    events = r.Events([("w", weight)], r.WeightDecay(0.0), r.InverseLearningRate(1.0))
+    assert [events.step(lr=0.1) is not None for _ in range(5)] == [False] * 5
+    assert events.step(lr=0.2) is not None
+    assert [events.step(lr=1.0) is not None for _ in range(2)] == [True, True]
+    with pytest.raises(ValueError, match="learning rate"):
+        events.step()
+    assert events.steps == 8
+
+
+def test_adaptive_period_follows_the_update() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    events = r.Events([("w", weight)], r.WeightDecay(0.25), r.AdaptivePeriod(0.05, minimum=2, maximum=100))
+    periods = [event.period for event in (events.step() for _ in range(20)) if event is not None]
+    assert periods == [2, 5, 5, 5]
+
+
+class CountsOperators(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_nothing_happens_between_events(name: str) -> None:
+    run = Run(SCHEDULES[name]())
+    version = run.model[0].weight._version
+    with CountsOperators() as counter:
+        assert run.events.step() is None
+    assert counter.calls == 0
+    assert run.model[0].weight._version == version
+
+
+def test_as_if_at_event_restores_weights_and_random_numbers() -> None:
+    run, plain = Run(6), Run(6)
+    run.train(0, 4)
+    plain.train(0, 4)
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    with run.events.as_if_at_event() as inside:
+        assert int(run.model[0].weight.count_nonzero()) < run.model[0].weight.numel()
+        assert inside.bits > 0
+    with pytest.raises(ZeroDivisionError), run.events.as_if_at_event():
+        raise ZeroDivisionError
+    assert all(torch.equal(value, before[key]) for key, value in run.model.state_dict().items())
+    run.train(4, 9)
+    plain.train(4, 9)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_training_is_refused_within_as_if_at_event() -> None:
+    run = Run(6)
+    with run.events.as_if_at_event():
+        with pytest.raises(ValueError, match="as_if_at_event"):
+            run.events.step()
+        with pytest.raises(ValueError, match="as_if_at_event"):
+            run.events.finish()
+    assert run.events.steps == 0
+
+
+def test_finish_ends_on_an_event() -> None:
+    run = Run(4, r.MagnitudePruning(0.6))
+    run.train(0, 6)
+    last = run.events.finish()
+    assert last is not None
+    assert (last.step, last.period) == (6, 2)
+    assert run.events.finish() is None
+    weights = [run.model[0].weight, run.model[4].weight]
+    total = sum(weight.numel() for weight in weights)
+    assert sum(int(weight.count_nonzero()) for weight in weights) == last.bits // 32 - total // 32
+    assert run.events.state_dict()["events"] == 2
+
+
+def test_momentum_is_kept_or_cleared() -> None:
+    for clear in (False, True):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        events = r.Events(model.named_parameters(), r.MagnitudePruning(0.6), 1, optimizer, clear_momentum=clear)
+        model(torch.randn(4, 3, 8, 8)).sum().backward()
+        optimizer.step()
+        events.step()
+        assert ("momentum_buffer" in optimizer.state.get(model[0].weight, {})) is not clear
+        assert "momentum_buffer" in optimizer.state[model[0].bias]
+    with pytest.raises(ValueError, match="clear_momentum"):
+        r.Events(model.named_parameters(), r.MagnitudePruning(0.6), 1, clear_momentum=True)
+
+
+def test_frozen_parameters_are_left_alone_until_asked_for() -> None:
+    model = network()
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    r.Events(model.named_parameters(), r.WeightDecay(0.5), 1).step()
+    assert torch.equal(model[0].weight, before)
+    r.Events(model.named_parameters(), r.WeightDecay(0.5), 1, include_frozen=True).step()
+    assert torch.equal(model[0].weight, before * 0.5)
+
+
+def test_nan_stops_and_names_the_parameter() -> None:
+    run = Run(3)
+    run.train(0, 2)
+    with torch.no_grad():
+        run.model[4].weight[1, 2] = float("nan")
+    before = [value.clone() for value in run.model.parameters()]
+    with pytest.raises(ValueError, match=r"parameter '4.weight' has 1 of 2048 elements NaN"):
+        run.events.step()
+    for value, old in zip(run.model.parameters(), before, strict=True):
+        torch.testing.assert_close(value, old, rtol=0, atol=0, equal_nan=True)
+
+
+def test_refuses_parameters_that_nothing_is_done_to() -> None:
+    with pytest.raises(ValueError, match="none of the 2 parameters"):
+        r.Events(nn.BatchNorm2d(4).named_parameters(), r.MagnitudePruning(0.5), 1)
+    with pytest.raises(ValueError, match="parameter 'weight'"):
+        r.Events(nn.Linear(3, 4).named_parameters(), r.NMPruning(2, 4), 1)
+
+
+def test_refuses_a_state_that_is_not_its_own() -> None:
+    events = Run(SCHEDULES["adaptive"]()).events
+    state: dict[str, int | float | Tensor] = events.state_dict()
+    for change, message in [({"steps": 1.5}, "'steps'"), ({"since_event": 3}, "since_event = 3")]:
+        with pytest.raises(ValueError, match=message):
+            events.load_state_dict(state | change)
+    with pytest.raises(ValueError, match="'period'"):
+        events.load_state_dict({key: value for key, value in state.items() if key != "schedule.period"})
+    assert events.state_dict() == state
+
+
+def test_an_lstm_trains_under_binary_codes() -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(12, 16)
+    optimizer = torch.optim.Adam(lstm.parameters(), lr=0.01)
+    events = r.Events(lstm.named_parameters(), r.BinaryCodeQuantization(2), 3, optimizer)
+    for _ in range(7):
+        optimizer.zero_grad()
+        lstm(torch.randn(5, 2, 12))[0].square().mean().backward()
+        optimizer.step()
+        events.step()
+    events.finish()
+    assert all(len(row.unique()) <= 4 for row in lstm.weight_hh_l0)
+    assert len(lstm.bias_hh_l0.unique()) > 4
