@@ -44,13 +44,14 @@ def render(record: Record) -> str:
             "Validation images are held out of the training set; test accuracy is measured once at each event.",
             plots.accuracy(record.events),
         ),
-        *_search_figures(record),
+        *([_allocation(record)] if record.curves else []),
         *_regularization(summary.get("regularized")),
         _figure(
             "Where the multiply-accumulates and the time went",
             "Per layer, dense and compressed, in the same process. A decomposed layer counts both of its parts.",
             plots.costs(layers),
         ),
+        *([_rate_curves(record)] if record.curves else []),
         _section("Configuration", "config.yaml of this run.", f"<pre>{escape(record.config)}</pre>"),
     ]
     warnings = "".join(
@@ -66,21 +67,20 @@ def render(record: Record) -> str:
     )
 
 
-def _search_figures(record: Record) -> list[str]:
-    if not record.curves:
-        return []
-    return [
-        _figure(
-            "What each layer gave up",
-            "The rate that the budget allocated to each layer, and what it kept of its input channels and its rank.",
-            plots.layers(record.summary["layers"], record.curves),
-        ),
-        _figure(
-            "Loss against rate",
-            "Points: measured; line: the fit a·exp(b·c); dotted: the allocated rate.",
-            plots.rate_curves(record.curves),
-        ),
-    ]
+def _allocation(record: Record) -> str:
+    return _figure(
+        "What each layer gave up",
+        "The rate that the budget allocated to each layer, and what it kept of its input channels and its rank.",
+        plots.layers(record.summary["layers"], record.curves),
+    )
+
+
+def _rate_curves(record: Record) -> str:
+    return _figure(
+        "Loss against rate",
+        "Points: measured; line: the fit a·exp(b·c); dotted: the allocated rate.",
+        plots.rate_curves(record.curves),
+    )
 
 
 def _regularization(found: dict[str, Any] | None) -> list[str]:
