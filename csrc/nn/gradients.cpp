@@ -6,36 +6,15 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/types.h>
 
-#include <memory>
+#include <optional>
 #include <string>
 #include <utility>
+
+#include "csrc/nn/eval_mode.h"
 
 namespace cctorch {
 
 namespace {
-
-// Eval mode, until the end of the scope.
-class EvalMode {
- public:
-  explicit EvalMode(torch::nn::Module& model) : model_(model), was_training_(model.is_training()) {
-    for (const auto& module : model.modules(/*include_self=*/false)) {
-      modules_.emplace_back(module, module->is_training());
-    }
-    model.eval();
-  }
-  ~EvalMode() {
-    // Parents come first: train() reaches the children as well.
-    model_.train(was_training_);
-    for (const auto& [module, training] : modules_) module->train(training);
-  }
-  EvalMode(const EvalMode&) = delete;
-  EvalMode& operator=(const EvalMode&) = delete;
-
- private:
-  torch::nn::Module& model_;
-  bool was_training_;
-  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> modules_;
-};
 
 bool is_dense_torch_layer(const torch::nn::Module& module) {
   return dynamic_cast<const torch::nn::Conv2dImpl*>(&module) != nullptr ||
@@ -94,20 +73,22 @@ std::vector<Layer> mean_gradients(torch::nn::Module& model, const std::vector<La
 
   const EvalMode eval(model);
   const torch::AutoGradMode grad_mode(true);
-  int64_t batches = 0;
-  for (at::Tensor loss = next_loss(); loss.defined(); loss = next_loss()) {
-    const auto gradients = torch::autograd::grad({loss}, weights, {}, /*retain_graph=*/false,
+  int64_t examples = 0;
+  while (const std::optional<BatchLoss> batch = next_loss()) {
+    TORCH_CHECK_VALUE(batch->examples > 0, "next_loss: a batch of ", batch->examples,
+                      " examples, expected at least one");
+    const auto gradients = torch::autograd::grad({batch->loss}, weights, {}, /*retain_graph=*/false,
                                                  /*create_graph=*/false, /*allow_unused=*/true);
     for (size_t i = 0; i < weights.size(); ++i) {
       TORCH_CHECK_VALUE(gradients[i].defined(), "layer '", specs[i].name, "' does not contribute to the loss");
-      sums[i] += gradients[i];
+      sums[i].add_(gradients[i], static_cast<double>(batch->examples));
     }
-    ++batches;
+    examples += batch->examples;
   }
-  TORCH_CHECK_VALUE(batches > 0, "next_loss: no batch, expected at least one");
+  TORCH_CHECK_VALUE(examples > 0, "next_loss: no batch, expected at least one");
 
   std::vector<Layer> layers;
-  for (size_t i = 0; i < specs.size(); ++i) layers.push_back({specs[i], weights[i].detach(), sums[i] / batches});
+  for (size_t i = 0; i < specs.size(); ++i) layers.push_back({specs[i], weights[i].detach(), sums[i] / examples});
   return layers;
 }
 

@@ -96,18 +96,28 @@ double accuracy(ResNet& model, const Images& images, int64_t batch) {
   return 100.0 * correct.item<double>() / static_cast<double>(images.labels.size(0));
 }
 
-std::function<at::Tensor()> losses(ResNet& model, const Images& images, int64_t batch) {
+cctorch::collaborative::NextLoss losses(ResNet& model, const Images& images, int64_t batch) {
   const int64_t count = images.labels.size(0);
   const auto progress = std::make_shared<Progress>("gradients", (count + batch - 1) / batch);
-  return [=, start = int64_t{0}]() mutable -> at::Tensor {
+  return [=, start = int64_t{0}]() mutable -> std::optional<cctorch::collaborative::BatchLoss> {
     if (start > 0) progress->update((start + batch - 1) / batch);
-    if (start >= count) return {};
+    if (start >= count) return std::nullopt;
     const int64_t length = std::min(batch, count - start);
     const at::Tensor scores = model->forward(normalized(images.pixels.narrow(0, start, length)));
     const at::Tensor loss = at::cross_entropy_loss(scores, images.labels.narrow(0, start, length));
     start += length;
-    return loss;
+    return cctorch::collaborative::BatchLoss{loss, length};
   };
+}
+
+void reestimate(ResNet& model, const Images& images, int64_t batch, int64_t limit) {
+  const int64_t count = std::min(limit, images.pixels.size(0));
+  cctorch::reestimate_batch_norm(*model, [&, start = int64_t{0}]() mutable {
+    if (start >= count) return false;
+    model->forward(normalized(images.pixels.narrow(0, start, std::min(batch, count - start))));
+    start += batch;
+    return true;
+  });
 }
 
 double latency(ResNet& model, const Images& images, int64_t batch) {

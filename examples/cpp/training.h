@@ -1,10 +1,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <cctorch/nn.h>
 #include <torch/optim/sgd.h>
 
 #include <cstdint>
-#include <functional>
 #include <string>
 
 #include "fashion_mnist.h"
@@ -24,8 +24,11 @@ void train(ResNet& model, torch::optim::SGD& optimizer, const Images& images, co
 // Percent of the images whose highest score is the label's, in eval mode.
 double accuracy(ResNet& model, const Images& images, int64_t batch);
 
-// Mean cross-entropy of one batch after the other, without augmentation; undefined after the last.
-std::function<at::Tensor()> losses(ResNet& model, const Images& images, int64_t batch);
+// Mean cross-entropy of one batch after the other, without augmentation.
+cctorch::collaborative::NextLoss losses(ResNet& model, const Images& images, int64_t batch);
+
+// Takes the statistics of the batch normalizations anew, over the first `limit` images.
+void reestimate(ResNet& model, const Images& images, int64_t batch, int64_t limit);
 
 // Median seconds of a forward pass over `batch` images, in eval mode.
 double latency(ResNet& model, const Images& images, int64_t batch);

@@ -35,23 +35,28 @@ def run(config: Config, *, fresh: bool = False, console: Console | None = None) 
     not finite, ValueError where the target is missed by more than 1 % of the model's MACs.
     """
     folder = Folder(config.folder)
-    if fresh:
-        folder.clear()
-    folder.begin(config)
-    with Log(folder.path / "run.log", console) as log, warnings.catch_warnings():
-        warnings.showwarning = log.show_warning
-        finished = folder.path / "summary.json"
-        if finished.exists():
-            summary = Summary.from_json(finished.read_text())
-            log.line(f"{folder.path} is finished; --fresh starts it over")
-            if not (folder.path / "report.html").exists():
-                report.write(folder.path)
-        else:
-            summary = _Run(config, folder, log).execute()
+    with folder.locked():
+        if fresh:
+            folder.clear()
+        folder.begin(config)
+        with Log(folder.path / "run.log", console) as log, warnings.catch_warnings():
+            warnings.showwarning = log.show_warning
+            return _finish(config, folder, log)
+
+
+def _finish(config: Config, folder: Folder, log: Log) -> Summary:
+    finished = folder.path / "summary.json"
+    if finished.exists():
+        summary = Summary.from_json(finished.read_text())
+        log.line(f"{folder.path} is finished; --fresh starts it over")
+        if not (folder.path / "report.html").exists():
             report.write(folder.path)
-        show(summary, log)
-        log.line(f"report: {folder.path / 'report.html'}")
-        return summary
+    else:
+        summary = _Run(config, folder, log).execute()
+        report.write(folder.path)
+    show(summary, log)
+    log.line(f"report: {folder.path / 'report.html'}")
+    return summary
 
 
 def select_device(config: Config) -> torch.device:

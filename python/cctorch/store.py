@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,9 @@ from cctorch.config import Config, ConfigError
 from cctorch.models import CheckpointError
 
 _FORMAT = 2
+_LOCK = ".lock"
 _FILES = {
+    _LOCK,
     "config.yaml",
     "metrics.jsonl",
     "plan.json",
@@ -91,6 +96,20 @@ class Folder:
         self.checkpoints = path / "checkpoints"
         self.dense, self.compressed = self.checkpoints / "dense.pt", self.checkpoints / "compressed.pt"
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out until the end of the block, or of this process. Raises ConfigError if one is in."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / _LOCK).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{self.path} is being written by another process: wait for its end, or give this run a name of "
+                    "its own with name=..."
+                ) from None
+            yield
+
     def clear(self) -> None:
         """Deletes the run's own files. Raises ConfigError, and deletes nothing, if there is any other file."""
         if not self.path.exists():
@@ -108,7 +127,7 @@ class Folder:
         for item in self.path.iterdir():
             if item.is_dir() and not item.is_symlink():
                 shutil.rmtree(item)
-            else:
+            elif item.name != _LOCK:
                 item.unlink()
 
     @staticmethod

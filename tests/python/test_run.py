@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from cctorch.config import Config, ConfigError, parse_config
 from cctorch.models import CheckpointError
 from cctorch.report import page
 from cctorch.run import Summary, run
+from cctorch.store import Folder
 from cctorch.train import TrainingError
 from rich.console import Console
 from tiny_run import config, tree, write_dataset
@@ -32,6 +35,7 @@ OUTPUTS = {
     "compressed.pt2",
     "checkpoints",
     "tensorboard",
+    ".lock",
 }
 
 
@@ -242,6 +246,24 @@ def test_another_configuration_needs_another_name(
         run(config(dataset, tmp_path, seed=5), console=_quiet())
 
 
+def test_two_processes_do_not_write_one_run(dataset: Path, tmp_path: Path) -> None:
+    settings = config(dataset, tmp_path)
+    holder = "import sys; from pathlib import Path; from cctorch.store import Folder\n"
+    holder += "with Folder(Path(sys.argv[1])).locked():\n print('locked', flush=True)\n sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(settings.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        for fresh in (False, True):
+            with pytest.raises(ConfigError, match="is being written by another process"):
+                run(settings, fresh=fresh, console=_quiet())
+        assert [item.name for item in settings.folder.iterdir()] == [".lock"]
+        process.kill()
+    with Folder(settings.folder).locked():
+        pass
+
+
 def test_fresh_deletes_a_runs_own_files_only(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(dataset, tmp_path)
     _fail_at(monkeypatch, driver, "train_epoch", 2, KeyboardInterrupt())
@@ -255,7 +277,7 @@ def test_fresh_deletes_a_runs_own_files_only(dataset: Path, tmp_path: Path, monk
         assert sorted(settings.folder.rglob("*")) == before
         (settings.folder / foreign).unlink()
     store.Folder(settings.folder).clear()
-    assert not list(settings.folder.iterdir())
+    assert [item.name for item in settings.folder.iterdir()] == [".lock"]
 
 
 def test_starts_from_published_weights(dataset: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 // torch::nn modules and what is done to a model built from them. The only public header that pulls in torch::nn.
 
 #include <cctorch/nn/apply.h>
+#include <cctorch/nn/batch_norm.h>
 #include <cctorch/nn/compressible.h>
 #include <cctorch/nn/gradients.h>
 #include <cctorch/nn/layers.h>

@@ -177,7 +177,14 @@ def _pad(walker: Walker, node: Node) -> Activation | None:
     if found is None or not isinstance(amounts, Sequence):
         return None
     position = 2 * (value_of(found[0]).dim() - 1 - found[1].dim)
-    return None if any(amounts[position : position + 2]) else found[1]
+    before, after = [*amounts[position : position + 2], 0, 0][:2]
+    if before == after == 0:
+        return found[1]
+    if min(before, after) < 0:
+        return None
+    # Channels of zeros, as many whatever is removed: the parameter-free shortcut of He et al. 2016.
+    parts = [walker.graph.input(before), found[1].channels, walker.graph.input(after)]
+    return Activation(walker.graph.concat(parts), found[1].dim)
 
 
 def _dims(node: Node, rank: int) -> list[int] | None:

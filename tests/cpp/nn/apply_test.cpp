@@ -245,20 +245,20 @@ TEST(LayerSpecs, CountWhatTheForwardPassReaches) {
 TEST(MeanGradients, AreThoseOfTheMeanLoss) {
   TinyNet model;
   model->forward(random_batch().x);
-  const std::vector<Batch> batches = {random_batch(), random_batch(), random_batch()};
+  const std::vector<Batch> batches = {random_batch(5), random_batch(5), random_batch(2)};
   const auto specs = collaborative::participants(layer_specs(*model, [&] { model->forward(batches[0].x); }));
   size_t next = 0;
-  const auto layers = collaborative::mean_gradients(*model, specs, [&]() -> at::Tensor {
-    if (next == batches.size()) return at::Tensor();
+  const auto layers = collaborative::mean_gradients(*model, specs, [&]() -> std::optional<collaborative::BatchLoss> {
+    if (next == batches.size()) return std::nullopt;
     const Batch& batch = batches[next++];
-    return model->loss(batch.x, batch.labels);
+    return collaborative::BatchLoss{model->loss(batch.x, batch.labels), batch.x.size(0)};
   });
   EXPECT_TRUE(model->is_training());
   EXPECT_FALSE(model->conv2->weight.grad().defined());
 
   model->eval();
   at::Tensor loss = torch::zeros({}, torch::kDouble);
-  for (const Batch& batch : batches) loss = loss + model->loss(batch.x, batch.labels) / 3;
+  for (const Batch& batch : batches) loss = loss + model->loss(batch.x, batch.labels) * batch.x.size(0) / 12;
   loss.backward();
   ASSERT_EQ(layers.size(), 2u);
   EXPECT_EQ(layers[1].spec.name, "conv3");
@@ -270,11 +270,54 @@ TEST(MeanGradients, AreThoseOfTheMeanLoss) {
 TEST(MeanGradients, RefuseACompressedLayerAndNoBatch) {
   TinyNet model;
   const auto specs = collaborative::participants(layer_specs(*model, [&] { model->forward(random_batch().x); }));
-  const auto none = [] { return at::Tensor(); };
+  const auto none = [] { return std::optional<collaborative::BatchLoss>(); };
   EXPECT_NE(refusal([&] { collaborative::mean_gradients(*model, specs, none); }).find("no batch"), std::string::npos);
   cctorch::apply(*model, mixed_plan());
   const std::string message = refusal([&] { collaborative::mean_gradients(*model, specs, none); });
   EXPECT_NE(message.find("layer 'conv2' is compressed already"), std::string::npos) << message;
+}
+
+TEST(ReestimateBatchNorm, AveragesTheStatisticsOfTheBatches) {
+  TinyNet model;
+  const std::vector<Batch> batches = {random_batch(), random_batch()};
+  model->forward(batches[0].x);
+  model->bn2->eval();
+  size_t next = 0;
+  reestimate_batch_norm(*model, [&] {
+    if (next == batches.size()) return false;
+    model->forward(batches[next++].x);
+    return true;
+  });
+  EXPECT_TRUE(model->is_training());
+  EXPECT_FALSE(model->bn2->is_training());
+  EXPECT_EQ(model->bn1->options.momentum(), 0.1);
+  const torch::NoGradGuard no_grad;
+  at::Tensor mean = torch::zeros({8}, torch::kDouble), variance = torch::zeros({8}, torch::kDouble);
+  for (const Batch& batch : batches) {
+    const at::Tensor values = model->conv1->forward(batch.x).transpose(0, 1).flatten(1);
+    mean += values.mean(1) / 2;
+    variance += values.var(1, /*unbiased=*/true) / 2;
+  }
+  EXPECT_LT((model->bn1->running_mean - mean).abs().max().item<double>(), 1e-14);
+  EXPECT_LT((model->bn1->running_var - variance).abs().max().item<double>(), 1e-14);
+}
+
+TEST(ReestimateBatchNorm, LeavesTheStatisticsWithoutABatchOrWhenTheModelThrows) {
+  TinyNet model;
+  model->forward(random_batch().x);
+  const at::Tensor mean = model->bn2->running_mean.clone();
+  EXPECT_NE(refusal([&] { reestimate_batch_norm(*model, [] { return false; }); }).find("no batch"), std::string::npos);
+  int calls = 0;
+  const auto failing = [&] {
+    model->forward(random_batch().x);
+    TORCH_CHECK(++calls < 2, "second batch");
+    return true;
+  };
+  EXPECT_NE(refusal([&] { reestimate_batch_norm(*model, failing); }).find("second batch"), std::string::npos);
+  EXPECT_TRUE(torch::equal(model->bn2->running_mean, mean));
+  EXPECT_EQ(model->bn2->num_batches_tracked.item<int64_t>(), 1);
+  EXPECT_EQ(model->bn2->options.momentum(), 0.1);
+  EXPECT_TRUE(model->bn2->is_training());
 }
 
 }  // namespace

@@ -49,8 +49,8 @@ struct Batch {
   at::Tensor x, labels;
 };
 
-inline Batch random_batch() {
-  return {torch::randn({5, 3, 6, 6}, torch::kDouble), torch::randint(4, {5}, torch::kLong)};
+inline Batch random_batch(int64_t examples = 5) {
+  return {torch::randn({examples, 3, 6, 6}, torch::kDouble), torch::randint(4, {examples}, torch::kLong)};
 }
 
 inline void copy_state(TinyNet& to, const TinyNet& from) {

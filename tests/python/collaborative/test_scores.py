@@ -81,6 +81,19 @@ def test_exact_scores_equal_brute_force_on_the_dense_layer(shape):
     np.testing.assert_allclose(solver_scores(weight, gradient, weight, rank), brute.scores(), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(8, 6, 3, 3), (12, 8, 1, 1), (40, 3, 3, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_exact_scores_with_the_gradient_of_a_strided_convolution(shape, stride):
+    weight, _ = layer(shape)
+    images = torch.randn(4, shape[1], 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    weight.requires_grad_()
+    torch.nn.functional.conv2d(images, weight, stride=stride, padding=shape[2] // 2).square().mean().backward()
+    gradient, weight = weight.grad, weight.detach()
+    rank = min(shape[0], weight[0].numel())
+    brute = BruteForce(weight.numpy(), gradient.numpy(), weight.numpy(), set(range(shape[1])), rank)
+    np.testing.assert_allclose(solver_scores(weight, gradient, weight, rank), brute.scores(), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(8, 6, 3, 3), (40, 3, 3, 3), (12, 8, 1, 1), (6, 14, 1, 1), (10, 7)])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_exact_scores_equal_brute_force_half_way(shape, seed):

@@ -5,7 +5,9 @@
 #include <cctorch/plan.h>
 #include <torch/nn/module.h>
 
+#include <cstdint>
 #include <functional>
+#include <optional>
 #include <vector>
 
 namespace cctorch {
@@ -17,13 +19,18 @@ std::vector<LayerSpec> layer_specs(torch::nn::Module& model, const std::function
 
 namespace collaborative {
 
-// The loss of the next batch (one element, with a graph); an undefined tensor after the last one.
-using NextLoss = std::function<at::Tensor()>;
+struct BatchLoss {
+  at::Tensor loss;  // mean over the batch, one element, with a graph
+  int64_t examples = 0;
+};
 
-// What solve() reads of each layer in `specs`: its weight, and the gradient of the mean of the batches' losses, summed
+// The loss of the next batch; nothing after the last one.
+using NextLoss = std::function<std::optional<BatchLoss>()>;
+
+// What solve() reads of each layer in `specs`: its weight, and the gradient of the mean loss over all examples, summed
 // in float64. The losses are computed in eval mode; `.grad` and the training mode of every module are left as they are.
 // Throws c10::Error naming the layer if it does not exist, is compressed already or does not reach the loss, or if
-// there is no batch.
+// there is no batch or one of no examples.
 std::vector<Layer> mean_gradients(torch::nn::Module& model, const std::vector<LayerSpec>& specs,
                                   const NextLoss& next_loss);
 
