@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -21,5 +22,11 @@ struct Launch {
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
+
+// Blocks that fill the current device; more of them only leave more parts to put together.
+inline int64_t enough_blocks() {
+  constexpr int64_t kPerMultiprocessor = 2048 / kThreads;
+  return kPerMultiprocessor * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+}
 
 }  // namespace cctorch::cuda

@@ -1,6 +1,5 @@
 #include "kernels/mask.cuh"
 
-#include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -13,10 +12,6 @@
 
 namespace cctorch::cuda {
 namespace {
-
-constexpr int64_t kBlocksPerMultiprocessor = 8;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename Bits>
 const Bits* data(const at::Tensor& weight) {
@@ -39,8 +34,7 @@ std::vector<at::Tensor> magnitude_masks(at::TensorList weights, double sparsity)
   }
   entries.push_back({nullptr, nullptr, total});
   if (total > 0) {
-    const int64_t most_blocks = kBlocksPerMultiprocessor * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-    const int64_t span = select::span_of(total, most_blocks);
+    const int64_t span = select::span_of(total, enough_blocks());
     const int64_t blocks = ceil_div(total, span);
     const auto size = select::Workspace::bytes(blocks, static_cast<int64_t>(weights.size()));
     const at::Tensor memory = at::empty({size}, weights[0].options().dtype(at::kByte));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "csrc/ops/formula/layout.h"
 #include "csrc/ops/formula/mask.h"
 #include "kernels/block.cuh"
 
@@ -245,10 +246,7 @@ std::vector<Digit> digits() {
 }
 
 // The elements of each of at most `blocks` blocks, which are then ceil(total / span); whole rows of threads.
-inline int64_t span_of(int64_t total, int64_t blocks) {
-  const int64_t rows = (total + kThreads - 1) / kThreads;
-  return (rows + blocks - 1) / blocks * kThreads;
-}
+inline int64_t span_of(int64_t total, int64_t blocks) { return ceil_div(ceil_div(total, kThreads), blocks) * kThreads; }
 
 // Marks the `count` largest of list.total > 0 elements. `entries` end as in List; launch(blocks, kernel) starts a
 // kernel after the ones before.
@@ -257,7 +255,7 @@ void mark_largest(const Launch& launch, const std::vector<Entry>& entries, int64
                   const Workspace& workspace) {
   const auto size = static_cast<int64_t>(entries.size());
   const List list{workspace.entries, size - 1, entries.back().first, span};
-  const int64_t blocks = (list.total + span - 1) / span;
+  const int64_t blocks = ceil_div(list.total, span);
   const formula::MagnitudeOrNan<Bits> key{infinity};
   // No magnitude reaches all bits: the threshold of no weight at all.
   const State initial{count > 0 ? 0 : ~Count(0), static_cast<Count>(count)};

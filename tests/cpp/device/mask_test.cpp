@@ -6,25 +6,14 @@
 #include <numeric>
 #include <random>
 
-#include "tests/cpp/device/fibers.h"
 #include "tests/cpp/device/floats.h"
+#include "tests/cpp/device/launch.h"
 
 #include "kernels/mask.cuh"
 #include "kernels/select.cuh"
 
 namespace cctorch::device {
 namespace {
-
-// Starts a kernel as kernels/launch.cuh does on a device.
-struct Launch {
-  uint32_t seed;
-
-  template <typename Kernel>
-  void operator()(int64_t blocks, const Kernel& kernel) const {
-    launch<typename Kernel::Shared>(static_cast<unsigned>(blocks), cuda::kThreads, seed,
-                                    [&](typename Kernel::Shared& shared) { kernel(shared); });
-  }
-};
 
 // Brute force: the `count` largest, NaN first, ties in order.
 template <typename T>
@@ -67,7 +56,7 @@ std::vector<int> selected(const std::vector<std::vector<T>>& weights, int64_t co
   }
   entries.push_back({nullptr, nullptr, total});
   const int64_t span = cuda::select::span_of(total, blocks);
-  blocks = (total + span - 1) / span;
+  blocks = ceil_div(total, span);
   const auto bytes = cuda::select::Workspace::bytes(blocks, static_cast<int64_t>(weights.size()));
   const auto scratch = std::make_unique<char[]>(bytes);
   std::memset(scratch.get(), 0xa5, bytes);
@@ -170,7 +159,7 @@ TYPED_TEST(DeviceMask, GroupsEqualBruteForce) {
     const std::unique_ptr<bool[]> mask(new bool[values.size()]);
     std::memset(mask.get(), 0xa5, values.size());
     const int64_t groups = outer * inner;
-    Launch{2}((groups + cuda::kThreads - 1) / cuda::kThreads,
+    Launch{2}(ceil_div(groups, cuda::kThreads),
               cuda::MarkGroups<BitsOf<T>>{{infinity_bits<T>()}, bits.data(), mask.get(), groups, n, m, inner});
     for (int64_t group = 0; group < groups; ++group) {
       std::vector<T> members;
@@ -195,7 +184,7 @@ TYPED_TEST(DeviceMask, ApplyMaskKeepsOrClearsEveryBit) {
     const std::unique_ptr<bool[]> mask(new bool[numel]);
     for (int64_t i = 0; i < numel; ++i) mask[i] = i % 3 == 1;
     std::vector<Bits> y(numel, Bits(0xa5));
-    Launch{2}((numel + Kernel::kPerBlock - 1) / Kernel::kPerBlock, Kernel{y.data(), bits.data(), mask.get(), numel});
+    Launch{2}(ceil_div(numel, Kernel::kPerBlock), Kernel{y.data(), bits.data(), mask.get(), numel});
     for (int64_t i = 0; i < numel; ++i) ASSERT_EQ(y[i], i % 3 == 1 ? bits[i] : Bits(0)) << i << " of " << numel;
   }
 }
