@@ -7,7 +7,7 @@
 
 // The backward of an element-wise formula with one parameter per channel: the gradient of x, and that of the parameters
 // as a sum in two stages. Blocks add up the contributions while they are made; then one block for each channel adds up
-// what those blocks found, in an order that the shape alone decides.
+// what those blocks found. The order is that of the layout and the number of blocks, so sums do not vary.
 namespace cctorch::cuda::sum_channels {
 
 using channelwise::Layout;
@@ -41,6 +41,7 @@ struct BackwardRows {
   struct Shared {
     T warp_sums[kWarps];
   };
+
   Arguments<S, Formula> arguments;
   int64_t splits;
   T* partials;  // channels x splits

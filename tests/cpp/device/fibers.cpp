@@ -80,7 +80,7 @@ class Block {
   void start(Fiber& fiber);
   void resume(Fiber& fiber);
   bool release(size_t first, size_t count, State state);
-  bool release_all();
+  void run_warp(unsigned first);
   std::string describe() const;
 
   std::vector<Fiber> fibers_;
@@ -141,12 +141,14 @@ bool Block::release(size_t first, size_t count, State state) {
   return together;
 }
 
-bool Block::release_all() {
-  bool released = release(0, fibers_.size(), State::kAtBlock);
-  for (size_t first = 0; first < fibers_.size(); first += kWarp) {
-    released |= release(first, kWarp, State::kAtWarp);
-  }
-  return released;
+// Until its threads have returned or wait for the block: a warp runs ahead of the others as far as it can.
+void Block::run_warp(unsigned first) {
+  do {
+    for (const unsigned lane : order(kWarp, seed_, random_)) {
+      threadIdx = {first + lane};
+      if (current().state == State::kReady) resume(current());
+    }
+  } while (release(first, kWarp, State::kAtWarp));
 }
 
 std::string Block::describe() const {
@@ -167,11 +169,8 @@ void Block::run(const std::function<void()>& body) {
   running = this;
   for (Fiber& fiber : fibers_) start(fiber);
   do {
-    for (const unsigned thread : order(fibers_.size(), seed_, random_)) {
-      threadIdx = {thread};
-      if (fibers_[thread].state == State::kReady) resume(fibers_[thread]);
-    }
-  } while (release_all());
+    for (const unsigned warp : order(fibers_.size() / kWarp, seed_, random_)) run_warp(warp * kWarp);
+  } while (release(0, fibers_.size(), State::kAtBlock));
   const bool finished =
       std::all_of(fibers_.begin(), fibers_.end(), [](const Fiber& fiber) { return fiber.state == State::kReturned; });
   if (!finished) throw Stuck(describe());

@@ -9,8 +9,9 @@
 // Runs CUDA device code on the CPU. The kernels' headers are plain CUDA: included after this one they compile as C++,
 // and launch() runs them, block after block, each thread of a block as a fiber.
 //
-// What a device leaves open is decided by a seed: the order of the blocks, and of a block's threads between two
-// barriers. 0 is ascending, 1 descending, others are random. A missing barrier gives wrong results for some seed.
+// What a device leaves open is decided by a seed: the order of the blocks, of a block's warps between two barriers, and
+// of a warp's threads between two exchanges. 0 is ascending, 1 descending, others are random. So code that lacks a
+// barrier reads what is not there yet, or no longer.
 
 #define __device__
 

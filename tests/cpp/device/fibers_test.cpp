@@ -39,6 +39,22 @@ TEST(Fibers, AMissingBarrierShows) {
   for (const uint32_t seed : {0, 1, 2}) EXPECT_NE(reversed(seed, false), expected) << "seed " << seed;
 }
 
+// A warp that has read goes on to write before another one reads.
+TEST(Fibers, AMissingBarrierBeforeReuseShows) {
+  for (const uint32_t seed : {0, 1, 2}) {
+    bool wrong = false;
+    launch<Shared>(1, kThreads, seed, [&](Shared& shared) {
+      for (unsigned round = 0; round < 3; ++round) {
+        const unsigned value = __shfl_up_sync(~0u, round, 1);
+        shared.values[threadIdx.x] = value;
+        __syncthreads();
+        wrong |= shared.values[(threadIdx.x + kWarp) % kThreads] != round;
+      }
+    });
+    EXPECT_TRUE(wrong) << "seed " << seed;
+  }
+}
+
 TEST(Fibers, ShuffleUpReadsTheLaneBelow) {
   for (const uint32_t seed : {0, 1, 2}) {
     std::vector<double> out(kThreads);
