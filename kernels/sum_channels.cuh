@@ -139,7 +139,8 @@ inline Partition partition(const Layout& l, int64_t most_blocks) {
   const int64_t groups = rows ? l.channels : ceil_div(l.channels * l.inner, kWarp);
   const int64_t warps = rows ? l.outer * ceil_div(l.inner, kSegment) : l.outer;
   const int64_t splits = std::min(ceil_div(warps, kWarps), std::max<int64_t>(1, most_blocks / groups));
-  return {rows, groups * splits, splits, rows ? Layout{1, l.channels, splits} : Layout{splits, l.channels, l.inner}};
+  if (rows) return {true, groups * splits, splits, {1, l.channels, splits}};
+  return {false, groups * splits, splits, {splits, l.channels, l.inner}};
 }
 
 // Writes arguments.grad_x, and to `sums` the gradient of each channel's parameter times factor. launch(blocks, kernel)

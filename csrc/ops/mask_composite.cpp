@@ -11,6 +11,14 @@
 namespace cctorch::composite {
 namespace {
 
+// A list without tensors names no backend, and so comes here.
+std::vector<at::Tensor> magnitude_masks(at::TensorList weights, double sparsity) {
+  check_magnitude_masks(weights, sparsity);
+  TORCH_CHECK(weights.empty(), "magnitude_masks: weights[0] must be on cpu or cuda, got ", weights[0].device(),
+              "; move the weights to one of them");
+  return {};
+}
+
 at::Tensor channel_mask(const at::Tensor& weight, double sparsity, int64_t axis) {
   axis = check_channel_mask(weight, sparsity, axis);
   const int64_t channels = weight.size(axis);
@@ -39,6 +47,7 @@ at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
+  m.impl("magnitude_masks", &magnitude_masks);
   m.impl("channel_mask", &channel_mask);
   m.impl("apply_mask", &apply_mask);
 }
