@@ -56,7 +56,7 @@ def usage() -> dict[tuple[str, str], dict[str, int]]:
 
 # The parts of a mangled kernel name by which an op's kernels are known.
 KERNELS = {
-    "fake_quant": ("elementwise_kernel.*fake_quant", "BackwardRows.*FakeQuant", "BackwardColumns.*FakeQuant"),
+    "fake_quant": ("elementwise_kernel.*FakeQuant", "BackwardRows.*FakeQuant", "BackwardColumns.*FakeQuant"),
     "channel_gate": ("elementwise_kernel.*ChannelGate", "BackwardRows.*ChannelGate", "BackwardColumns.*ChannelGate"),
     "both": ("SumPartials",),
     "magnitude_masks": ("Prepare", "CountDigits", "ChooseDigit", "MarkAbove", "MarkTies"),
