@@ -2,8 +2,8 @@
 
 #include <ATen/TensorIterator.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/sum.h>
 #include <ATen/native/cuda/Loops.cuh>
 
 #include <initializer_list>
@@ -11,7 +11,11 @@
 #include <tuple>
 #include <vector>
 
-// Element-wise formulas with one parameter per channel. `parameters` is of the formula's type and broadcasts against x.
+#include "csrc/ops/channelwise.h"
+#include "kernels/launch.cuh"
+#include "kernels/sum_channels.cuh"
+
+// Element-wise formulas with one parameter per channel; `parameters` are of the formula's type.
 namespace cctorch::cuda {
 
 // [C] as [1, ..., C, ..., 1] with C at `axis`; a single parameter broadcasts as it is.
@@ -30,6 +34,7 @@ inline at::TensorIterator iterator(std::initializer_list<at::Tensor> outputs,
   return config.build();
 }
 
+// `parameters` broadcast against x.
 template <typename S, typename Formula>
 at::Tensor forward(const Formula& formula, const at::Tensor& x, const at::Tensor& parameters) {
   using T = typename Formula::value_type;
@@ -41,23 +46,30 @@ at::Tensor forward(const Formula& formula, const at::Tensor& x, const at::Tensor
   return y;
 }
 
-// The gradient of x, and of the parameters in their own shape.
+// The gradient of x, and `factor` times that of the parameters.
 template <typename S, typename Formula>
 std::tuple<at::Tensor, at::Tensor> backward(const Formula& formula, const at::Tensor& grad, const at::Tensor& x,
-                                            const at::Tensor& parameters) {
+                                            const at::Tensor& parameters, std::optional<int64_t> axis, double factor) {
   using T = typename Formula::value_type;
   const at::Tensor grad_x = at::empty_like(x);
-  const at::Tensor contributions = at::empty_like(x, parameters.options());
-  auto iter = iterator({grad_x, contributions}, {grad, x, parameters});
-  at::native::gpu_kernel_multiple_outputs(iter, [formula] GPU_LAMBDA(S grad, S x, T parameter) -> thrust::tuple<S, T> {
-    const auto gradients = formula.backward(static_cast<T>(grad), static_cast<T>(x), parameter);
-    return {static_cast<S>(gradients.x), gradients.parameter};
-  });
-  std::vector<int64_t> reduced;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (parameters.size(d) == 1) reduced.push_back(d);
-  }
-  return {grad_x, reduced.empty() ? contributions : contributions.sum(reduced, /*keepdim=*/true)};
+  const at::Tensor sums = at::empty(parameters.sizes(), parameters.options());
+  if (x.numel() == 0) return {grad_x, sums.zero_()};
+  const at::Tensor dense = channelwise::densified(x, grad_x);
+  const at::Tensor dense_grad = channelwise::densified(grad, grad_x);
+  const at::Tensor dense_parameters = parameters.contiguous();
+  const auto layout = channelwise::layout(dense, axis);
+  const auto partition = sum_channels::partition(layout, enough_blocks());
+  const auto& part = partition.partials;
+  const at::Tensor partials = at::empty({part.outer, part.channels, part.inner}, parameters.options());
+  const sum_channels::Arguments<S, Formula> arguments{formula,
+                                                      layout,
+                                                      grad_x.mutable_data_ptr<S>(),
+                                                      dense_grad.const_data_ptr<S>(),
+                                                      dense.const_data_ptr<S>(),
+                                                      dense_parameters.const_data_ptr<T>()};
+  sum_channels::backward(Launch(), arguments, partition, partials.mutable_data_ptr<T>(), factor,
+                         sums.mutable_data_ptr<T>());
+  return {grad_x, sums};
 }
 
 }  // namespace cctorch::cuda

@@ -11,22 +11,8 @@
 namespace cctorch::cuda {
 namespace {
 
-// The logarithm is the parameter on the device: the scale is computed where it is used.
 template <typename T>
-struct LogFakeQuant {
-  using value_type = T;
-  formula::FakeQuant<T> lsq;
-
-  CCTORCH_HOST_DEVICE T forward(T x, T log_scale) const {
-    return lsq.forward(x, formula::FakeQuant<T>::scale(log_scale));
-  }
-  CCTORCH_HOST_DEVICE formula::Gradients<T> backward(T grad, T x, T log_scale) const {
-    return lsq.backward(grad, x, formula::FakeQuant<T>::scale(log_scale));
-  }
-};
-
-template <typename T>
-LogFakeQuant<T> log_fake_quant(int64_t qmin, int64_t qmax) {
+formula::LogFakeQuant<T> log_fake_quant(int64_t qmin, int64_t qmax) {
   return {{static_cast<T>(qmin), static_cast<T>(qmax)}};
 }
 
@@ -46,11 +32,9 @@ std::tuple<at::Tensor, at::Tensor> fake_quant_backward(const at::Tensor& grad, c
   axis = check_fake_quant(x, log_scale, qmin, qmax, axis);
   check_backward(grad, x, "fake_quant_backward");
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor parameters = broadcast_view(log_scale, x, axis);
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quant_backward", [&] {
-    auto [grad_x, sums] =
-        backward<scalar_t>(log_fake_quant<at::opmath_type<scalar_t>>(qmin, qmax), grad, x, parameters);
-    return std::make_tuple(grad_x, sums.mul(grad_scale).reshape(log_scale.sizes()));
+    return backward<scalar_t>(log_fake_quant<at::opmath_type<scalar_t>>(qmin, qmax), grad, x, log_scale, axis,
+                              grad_scale);
   });
 }
 

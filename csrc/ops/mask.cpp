@@ -1,6 +1,7 @@
 #include "csrc/ops/mask.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -90,6 +91,28 @@ void check_apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
 }
 
 at::Tensor empty_mask(const at::Tensor& weight) { return at::empty_like(weight, weight.options().dtype(at::kBool)); }
+
+at::Tensor row_major_mask(const at::Tensor& weight) {
+  return at::empty(weight.sizes(), weight.options().dtype(at::kBool).memory_format(at::MemoryFormat::Contiguous));
+}
+
+at::Tensor in_layout_of(const at::Tensor& weight, const at::Tensor& mask) {
+  const at::Tensor result = empty_mask(weight);
+  return result.strides() == mask.strides() ? mask : result.copy_(mask);
+}
+
+uint64_t infinity_bits(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return 0x7ff0000000000000;
+    case at::kHalf:
+      return 0x7c00;
+    case at::kBFloat16:
+      return 0x7f80;
+    default:
+      return 0x7f800000;
+  }
+}
 
 TORCH_LIBRARY_FRAGMENT(cctorch, m) {
   m.def("magnitude_masks(Tensor[] weights, float sparsity) -> Tensor[]", {at::Tag::pt2_compliant_tag});

@@ -18,11 +18,26 @@ void check_apply_mask(const at::Tensor& weight, const at::Tensor& mask);
 // A mask in the dense layout of at::empty_like(weight).
 at::Tensor empty_mask(const at::Tensor& weight);
 
-// The same masks from ATen operators alone, without waiting for the device: what runs on every backend but the CPU.
-namespace composite {
+// Row-major, so that positions in memory are the positions ties are decided by.
+at::Tensor row_major_mask(const at::Tensor& weight);
 
-std::vector<at::Tensor> magnitude_masks(at::TensorList weights, double sparsity);
-at::Tensor nm_mask(const at::Tensor& weight, int64_t n, int64_t m, int64_t axis);
+// The mask in the layout of empty_mask(weight).
+at::Tensor in_layout_of(const at::Tensor& weight, const at::Tensor& mask);
 
-}  // namespace composite
+// +infinity as a magnitude: every NaN is above it.
+uint64_t infinity_bits(at::ScalarType type);
+
+// Calls function with a value of the unsigned type that a weight's bits are compared as.
+template <typename Function>
+auto with_bits(at::ScalarType type, const Function& function) {
+  switch (c10::elementSize(type)) {
+    case 8:
+      return function(uint64_t());
+    case 4:
+      return function(uint32_t());
+    default:
+      return function(uint16_t());
+  }
+}
+
 }  // namespace cctorch

@@ -1,5 +1,6 @@
 """CUDA against CPU, for every operator. Run on a machine with a GPU: python -m pytest tests/gpu"""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -61,20 +62,104 @@ def test_channel_gate(dtype: torch.dtype, shape: tuple[int, ...], memory_format:
     assert_agree(on_both(ops.channel_gate, x, torch.randn(shape[1]).to(dtype)), dtype, x.numel())
 
 
+def tied(*shape: int) -> Tensor:
+    """Few distinct magnitudes, so that most decisions are ties."""
+    return torch.randint(-4, 5, shape) / 4
+
+
+def permuted(*shape: int) -> Tensor:
+    return tied(*reversed(shape)).permute(*reversed(range(len(shape))))
+
+
+WEIGHTS: dict[str, Callable[[], list[Tensor]]] = {
+    "mixed": lambda: [tied(16, 8, 3, 3).contiguous(memory_format=torch.channels_last), torch.randn(100_000)],
+    "equal": lambda: [torch.ones(3, 5), -torch.ones(200_000), torch.ones(7)],
+    "empty": lambda: [torch.empty(0), tied(3, 3), torch.empty(4, 0)],
+    "all empty": lambda: [torch.empty(0, 3)],
+    "unaligned": lambda: [torch.randn(10_001)[1:], tied(5, 101)[1:, 3:]],
+    "layouts": lambda: [permuted(4, 6, 5), tied(1, 9).expand(4, 9), torch.randn(())],
+    "hundreds": lambda: [tied(i % 50) for i in range(700)],
+    "large": lambda: [torch.randn(3_000_000), torch.zeros(3_000_000), torch.randn(1_000_003)],
+    "extremes": lambda: [torch.tensor([0.0, -0.0, 1e-45, -math.inf, math.inf, 1e-38, -3e38])],
+}
+
+
 @pytest.mark.parametrize("dtype", TYPES)
-def test_masks(dtype: torch.dtype) -> None:
-    weights = [
-        (torch.randint(-4, 5, (16, 8, 3, 3)) / 4).to(dtype).contiguous(memory_format=torch.channels_last),
-        torch.randn(100_000).to(dtype),
-    ]
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_magnitude_masks(dtype: torch.dtype, name: str) -> None:
+    weights = [weight.to(dtype) for weight in WEIGHTS[name]()]
     on_device = [weight.cuda() for weight in weights]
-    for sparsity in (0.0, 0.3, 0.9, 1.0):
+    for sparsity in (0.0, 0.3, 0.9, 0.999, 1.0):
         masks, expected = (ops.magnitude_masks(w, sparsity) for w in (on_device, weights))
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(masks, expected, strict=True))
-        assert torch.equal(ops.channel_mask(on_device[0], sparsity).cpu(), ops.channel_mask(weights[0], sparsity))
-    mask = ops.nm_mask(on_device[0], 2, 4)
-    assert torch.equal(mask.cpu(), ops.nm_mask(weights[0], 2, 4))
-    assert torch.equal(ops.apply_mask(on_device[0], mask).cpu(), ops.apply_mask(weights[0], mask.cpu()))
+        for weight, ours, theirs in zip(on_device, masks, expected, strict=True):
+            assert torch.equal(ours.cpu(), theirs)
+            assert ours.stride() == torch.empty_like(weight).stride()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_nan_is_the_largest(dtype: torch.dtype) -> None:
+    weight = torch.tensor([math.inf, 1, math.nan, 2, -math.nan, 3, 4, 5], dtype=dtype, device="cuda")
+    assert ops.magnitude_masks([weight], 0.75)[0].tolist() == [False, False, True, False, True, False, False, False]
+    assert ops.magnitude_masks([weight], 0.5)[0].tolist() == [True, False, True, False, True, False, False, True]
+    assert ops.nm_mask(weight, 1, 4, 0).tolist() == [False, False, True, False, True, False, False, False]
+    assert ops.channel_mask(weight, 0.75).tolist() == [False, False, True, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (3, 8), (1, 1)])
+def test_structured_masks(dtype: torch.dtype, axis: int, n: int, m: int) -> None:
+    for weight in (tied(16, 8, 24), permuted(16, 8, 24), tied(48, 8, 72)[::3, :, ::3], torch.randn(256, 64, 512)):
+        weight = weight.to(dtype)
+        mask = ops.nm_mask(weight.cuda(), n, m, axis)
+        assert torch.equal(mask.cpu(), ops.nm_mask(weight, n, m, axis))
+        assert mask.stride() == torch.empty_like(weight).stride()
+    for sparsity in (0.0, 0.3, 1.0):
+        mask = ops.channel_mask(weight.cuda(), sparsity, axis)
+        assert torch.equal(mask.cpu(), ops.channel_mask(weight, sparsity, axis))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_apply_mask(dtype: torch.dtype) -> None:
+    for weight in (torch.randn(0, 3), tied(5), tied(1, 3).expand(4, 3), permuted(7, 33, 65), torch.randn(1025)[1:]):
+        weight = weight.to(dtype)
+        mask = torch.rand(weight.shape) < 0.5
+        (ours, grad), (theirs, expected) = (
+            (y, torch.autograd.grad(y.sum(), leaf)[0])
+            for leaf, m in ((weight.cuda().requires_grad_(), mask.cuda()), (weight.clone().requires_grad_(), mask))
+            for y in (ops.apply_mask(leaf, m),)
+        )
+        assert torch.equal(ours.cpu(), theirs)
+        assert torch.equal(grad.cpu(), expected)
+    weight = torch.tensor([math.nan, math.inf, 1], dtype=dtype, device="cuda")
+    assert ops.apply_mask(weight, torch.tensor([False, False, True], device="cuda")).tolist() == [0, 0, 1]
+
+
+def test_a_captured_graph_keeps_the_list_of_weights() -> None:
+    weights = [torch.randn(1000, device="cuda") for _ in range(200)]
+    ops.magnitude_masks(weights, 0.5)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        masks = ops.magnitude_masks(weights, 0.5)
+    for weight in weights:
+        weight.normal_()
+    graph.replay()
+    expected = ops.magnitude_masks([weight.cpu() for weight in weights], 0.5)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(masks, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(64, 32, 28, 28), (512, 64, 3, 3), (4096, 3), (100_000, 64)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sums_are_the_same_every_time(shape: tuple[int, ...], channels_last: bool) -> None:
+    x = torch.randn(shape, device="cuda")
+    if channels_last and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    gate = torch.randn(shape[1], device="cuda", requires_grad=True)
+    grads = [torch.autograd.grad(ops.channel_gate(x, gate), gate, x)[0] for _ in range(5)]
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+    dims = [d for d in range(len(shape)) if d != 1]
+    torch.testing.assert_close(grads[0].double(), x.double().square().sum(dims), rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("rows", [2, 1000])

@@ -4,34 +4,15 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
-#include <optional>
 #include <vector>
 
+#include "csrc/ops/channelwise.h"
 #include "csrc/ops/cpu/isa.h"
 #include "csrc/ops/cpu/simd/loops.h"
 
-// Element-wise formulas with one parameter per channel, over any dense layout: in memory order a tensor is
-// outer x channels x inner. Sums are taken over blocks whose size depends on the shape alone and added in order, so
-// results do not depend on the number of threads.
+// Element-wise formulas with one parameter per channel, over any dense layout. Sums are taken over blocks whose size
+// depends on the shape alone and added in order, so results do not depend on the number of threads.
 namespace cctorch::channelwise {
-
-struct Layout {
-  int64_t outer;
-  int64_t channels;
-  int64_t inner;
-};
-
-inline Layout layout(const at::Tensor& dense, std::optional<int64_t> axis) {
-  if (!axis || dense.numel() == 0 || dense.size(*axis) == 1) return {1, 1, dense.numel()};
-  const int64_t channels = dense.size(*axis);
-  const int64_t inner = dense.stride(*axis);
-  return {dense.numel() / (channels * inner), channels, inner};
-}
-
-// x in the dense layout that at::empty_like gives to the outputs.
-inline at::Tensor densified(const at::Tensor& x, const at::Tensor& like) {
-  return x.strides() == like.strides() ? x : at::empty_like(like).copy_(x);
-}
 
 inline simd::Storage storage(at::ScalarType type) {
   switch (type) {
@@ -61,8 +42,6 @@ simd::Loops<Formula> loops(at::ScalarType type) {
 constexpr int64_t kShortestRow = 64;
 constexpr int64_t kBlock = 16384;
 constexpr int64_t kGrain = 32768;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Pieces of rows that share a parameter, for layouts with long rows.
 struct Pieces {

@@ -1,7 +1,7 @@
 #include "csrc/ops/mask.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "csrc/ops/checks.h"
+#include "csrc/ops/formula/mask.h"
 
 namespace cctorch::cpu {
 namespace {
@@ -19,41 +20,7 @@ constexpr int64_t kBlock = 65536;
 constexpr int kDigitBits = 16;
 using Histogram = std::vector<int64_t>;
 
-// The bits of |w|: an unsigned integer ordered as |w| is, with NaN above infinity.
-template <typename Bits>
-Bits magnitude(Bits bits) {
-  return bits & static_cast<Bits>(~(Bits(1) << (8 * sizeof(Bits) - 1)));
-}
-
-struct BitsOfType {
-  int bytes;
-  uint64_t infinity;
-};
-
-BitsOfType bits_of(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return {8, 0x7ff0000000000000};
-    case at::kHalf:
-      return {2, 0x7c00};
-    case at::kBFloat16:
-      return {2, 0x7f80};
-    default:
-      return {4, 0x7f800000};
-  }
-}
-
-template <typename Function>
-auto with_bits(at::ScalarType type, const Function& function) {
-  switch (bits_of(type).bytes) {
-    case 8:
-      return function(uint64_t());
-    case 4:
-      return function(uint32_t());
-    default:
-      return function(uint16_t());
-  }
-}
+using formula::magnitude;
 
 template <typename Bits>
 const Bits* data(const at::Tensor& weight) {
@@ -62,7 +29,7 @@ const Bits* data(const at::Tensor& weight) {
 
 template <typename Bits>
 bool has_nan(const at::Tensor& weight) {
-  const Bits infinity = static_cast<Bits>(bits_of(weight.scalar_type()).infinity);
+  const Bits infinity = static_cast<Bits>(infinity_bits(weight.scalar_type()));
   const Bits* from = data<Bits>(weight);
   return at::parallel_reduce(
       0, weight.numel(), kBlock, false,
@@ -143,16 +110,6 @@ void mark(const at::Tensor& weight, Bits threshold, int64_t& ties, bool* mask) {
   }
 }
 
-// Row-major, so that positions in memory are the positions ties are decided by.
-at::Tensor row_major_mask(const at::Tensor& weight) {
-  return at::empty(weight.sizes(), weight.options().dtype(at::kBool).memory_format(at::MemoryFormat::Contiguous));
-}
-
-at::Tensor in_layout_of(const at::Tensor& weight, const at::Tensor& mask) {
-  const at::Tensor result = empty_mask(weight);
-  return result.strides() == mask.strides() ? mask : result.copy_(mask);
-}
-
 std::vector<at::Tensor> magnitude_masks(at::TensorList weights, double sparsity) {
   check_magnitude_masks(weights, sparsity);
   std::vector<at::Tensor> masks;
@@ -179,28 +136,13 @@ std::vector<at::Tensor> magnitude_masks(at::TensorList weights, double sparsity)
   return masks;
 }
 
-// A weight is kept if fewer than n of its group come before it.
-template <typename Bits>
-void mark_group(const Bits* from, bool* mask, int64_t n, int64_t m, int64_t stride) {
-  for (int64_t i = 0; i < m; ++i) {
-    const Bits key = magnitude(from[i * stride]);
-    int64_t before = 0;
-    for (int64_t j = 0; j < m; ++j) {
-      const Bits other = magnitude(from[j * stride]);
-      before += other > key || (other == key && j < i);
-    }
-    mask[i * stride] = before < n;
-  }
-}
-
 at::Tensor nm_mask(const at::Tensor& weight, int64_t n, int64_t m, int64_t axis) {
   axis = check_nm_mask(weight, n, m, axis);
   if (weight.numel() == 0) return empty_mask(weight);
   const at::Tensor dense = weight.contiguous();
   check_no_nan(dense, "nm_mask", "weight");
   const at::Tensor mask = row_major_mask(weight);
-  int64_t inner = 1;
-  for (int64_t d = axis + 1; d < weight.dim(); ++d) inner *= weight.size(d);
+  const int64_t inner = c10::multiply_integers(weight.sizes().slice(axis + 1));
   with_bits(weight.scalar_type(), [&](auto bits) {
     using Bits = decltype(bits);
     const Bits* from = data<Bits>(dense);
@@ -208,7 +150,7 @@ at::Tensor nm_mask(const at::Tensor& weight, int64_t n, int64_t m, int64_t axis)
     at::parallel_for(0, weight.numel() / m, std::max<int64_t>(1, kBlock / (m * m)), [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         const int64_t offset = group / inner * m * inner + group % inner;
-        mark_group(from + offset, to + offset, n, m, inner);
+        formula::mark_group(from + offset, to + offset, n, m, inner, [](Bits bits) { return magnitude(bits); });
       }
     });
   });

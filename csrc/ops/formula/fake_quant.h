@@ -36,4 +36,17 @@ struct FakeQuant {
   CCTORCH_HOST_DEVICE T clamp(T v) const { return v < qmin ? qmin : (v > qmax ? qmax : v); }
 };
 
+// The same with the logarithm as the parameter: the scale is computed where it is used.
+template <typename T>
+struct LogFakeQuant {
+  using value_type = T;
+  FakeQuant<T> lsq;
+
+  CCTORCH_HOST_DEVICE T forward(T x, T log_scale) const { return lsq.forward(x, FakeQuant<T>::scale(log_scale)); }
+
+  CCTORCH_HOST_DEVICE Gradients<T> backward(T grad, T x, T log_scale) const {
+    return lsq.backward(grad, x, FakeQuant<T>::scale(log_scale));
+  }
+};
+
 }  // namespace cctorch::formula

@@ -1,0 +1,38 @@
+#pragma once
+
+// What the threads of a block do together. Device code in headers is plain CUDA: nvcc compiles it, and so does a C++
+// compiler after tests/cpp/device/fibers.h, which runs it on the CPU.
+namespace cctorch::cuda {
+
+constexpr unsigned kThreads = 256;
+constexpr unsigned kWarp = 32;
+constexpr unsigned kWarps = kThreads / kWarp;
+
+template <typename T>
+struct Scan {
+  T before;  // the sum of the values of all threads before this one
+  T total;
+};
+
+// Called by all threads of the block.
+template <typename T>
+__device__ Scan<T> block_scan(T value, T* warp_sums) {
+  const unsigned lane = threadIdx.x % kWarp;
+  const unsigned warp = threadIdx.x / kWarp;
+  T sum = value;
+  for (unsigned delta = 1; delta < kWarp; delta *= 2) {
+    const T below = __shfl_up_sync(0xffffffff, sum, delta);
+    if (lane >= delta) sum += below;
+  }
+  if (lane == kWarp - 1) warp_sums[warp] = sum;
+  __syncthreads();
+  Scan<T> scan{sum - value, 0};
+  for (unsigned i = 0; i < kWarps; ++i) {
+    if (i < warp) scan.before += warp_sums[i];
+    scan.total += warp_sums[i];
+  }
+  __syncthreads();  // warp_sums may be written again
+  return scan;
+}
+
+}  // namespace cctorch::cuda

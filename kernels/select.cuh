@@ -1,0 +1,275 @@
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "csrc/ops/formula/layout.h"
+#include "csrc/ops/formula/mask.h"
+#include "kernels/block.cuh"
+
+// The largest magnitudes over a list of tensors, by radix selection. Every pass counts one digit of the magnitudes that
+// agree with the digits found so far, from the top; what is found stays on the device.
+namespace cctorch::cuda::select {
+
+using Count = unsigned long long;  // a type that atomicAdd knows
+
+constexpr int kDigitBits = 11;
+constexpr unsigned kBins = 1u << kDigitBits;
+
+// A weight and its mask, both row-major; `first` is the position of element 0 in the concatenation of all weights.
+struct Entry {
+  const void* weight;
+  bool* mask;
+  int64_t first;
+};
+
+// The list, ended by an entry with first = total. Each block takes `span` elements of the concatenation, so blocks are
+// in the order of the elements.
+struct List {
+  const Entry* entries;
+  int64_t count;
+  int64_t total;
+  int64_t span;
+
+  // The last entry that starts at or before `position`; empty ones are behind others with the same first.
+  __device__ int64_t find(int64_t position) const {
+    int64_t low = 0;
+    for (int64_t high = count; high - low > 1;) {
+      const int64_t middle = (low + high) / 2;
+      (entries[middle].first <= position ? low : high) = middle;
+    }
+    return low;
+  }
+
+  // visit(entry, begin, end) for every piece of a weight that belongs to this block
+  template <typename Visit>
+  __device__ void for_each_piece(const Visit& visit) const {
+    int64_t begin = blockIdx.x * span;
+    const int64_t end = std::min(begin + span, total);
+    if (begin >= end) return;
+    for (int64_t e = find(begin); begin < end; ++e) {
+      const int64_t last = std::min(end, entries[e + 1].first);
+      visit(entries[e], begin - entries[e].first, last - entries[e].first);
+      begin = last;
+    }
+  }
+};
+
+// After the last pass: the smallest magnitude that is kept, and how many of its equals are.
+struct State {
+  Count threshold;
+  Count wanted;
+};
+
+// Scratch memory on the device; nothing in it needs to be set.
+struct Workspace {
+  State* state;
+  Count* histogram;  // kBins
+  Count* ties;       // one for each block
+  Entry* entries;    // one for each tensor, and the end
+
+  static int64_t bytes(int64_t blocks, int64_t tensors) {
+    return sizeof(State) + (kBins + blocks) * sizeof(Count) + (tensors + 1) * sizeof(Entry);
+  }
+  static Workspace at(void* memory, int64_t blocks) {
+    auto* state = static_cast<State*>(memory);
+    auto* histogram = reinterpret_cast<Count*>(state + 1);
+    return {state, histogram, histogram + kBins, reinterpret_cast<Entry*>(histogram + kBins + blocks)};
+  }
+};
+
+// Writes part of the list to the device. It travels as an argument: nothing waits for a copy, and a captured graph
+// keeps it.
+struct Prepare {
+  struct Shared {};
+  static constexpr int64_t kEntries = 160;  // within the 4 KB that arguments may have
+
+  Entry part[kEntries];
+  int64_t begin;
+  int64_t size;
+  State initial;
+  Workspace workspace;
+
+  __device__ void operator()(Shared&) const {
+    for (int64_t i = threadIdx.x; i < size; i += kThreads) workspace.entries[begin + i] = part[i];
+    for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) workspace.histogram[bin] = 0;
+    if (threadIdx.x == 0) *workspace.state = initial;
+  }
+};
+
+static_assert(sizeof(Prepare) <= 4096);
+
+struct Digit {
+  int shift;
+  int width;
+};
+
+// Adds to the histogram the digits of the magnitudes that agree with the threshold above the digit.
+template <typename Bits>
+struct CountDigits {
+  struct Shared {
+    unsigned counts[kBins];
+  };
+
+  List list;
+  Workspace workspace;
+  formula::MagnitudeOrNan<Bits> key;
+  Digit digit;
+
+  __device__ void operator()(Shared& shared) const {
+    for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) shared.counts[bin] = 0;
+    __syncthreads();
+    const int above = digit.shift + digit.width;
+    const Bits agreed = static_cast<Bits>(workspace.state->threshold) >> above;
+    const unsigned digit_mask = (1u << digit.width) - 1;
+    list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
+      const auto* weight = static_cast<const Bits*>(entry.weight);
+      // Weights that were pruned are equal: a run of one digit is added at once.
+      unsigned bin = 0;
+      unsigned run = 0;
+      for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+        const Bits magnitude = key(weight[i]);
+        if (static_cast<Bits>(magnitude >> above) != agreed) continue;
+        const unsigned next = static_cast<unsigned>(magnitude >> digit.shift) & digit_mask;
+        if (next != bin && run > 0) {
+          atomicAdd(&shared.counts[bin], run);
+          run = 0;
+        }
+        bin = next;
+        ++run;
+      }
+      if (run > 0) atomicAdd(&shared.counts[bin], run);
+    });
+    __syncthreads();
+    for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) {
+      if (shared.counts[bin] > 0) atomicAdd(&workspace.histogram[bin], static_cast<Count>(shared.counts[bin]));
+    }
+  }
+};
+
+// One block: the digit of the threshold is the one where the counts, from the largest digit down, reach `wanted`.
+// Leaves the histogram at 0.
+struct ChooseDigit {
+  struct Shared {
+    Count warp_sums[kWarps];
+  };
+  static constexpr unsigned kBinsPerThread = kBins / kThreads;
+
+  Workspace workspace;
+  Digit digit;
+
+  __device__ void operator()(Shared& shared) const {
+    State* state = workspace.state;
+    const Count wanted = state->wanted;
+    const unsigned top = kBins - 1 - threadIdx.x * kBinsPerThread;
+    Count own = 0;
+    for (unsigned j = 0; j < kBinsPerThread; ++j) own += workspace.histogram[top - j];
+    const Count before = block_scan(own, shared.warp_sums).before;
+    if (before < wanted && wanted <= before + own) {
+      Count left = wanted - before;
+      unsigned bin = top;
+      for (; workspace.histogram[bin] < left; --bin) left -= workspace.histogram[bin];
+      state->threshold |= static_cast<Count>(bin) << digit.shift;
+      state->wanted = left;
+    }
+    for (unsigned j = 0; j < kBinsPerThread; ++j) workspace.histogram[top - j] = 0;
+  }
+};
+
+// Marks what is above the threshold, and counts what equals it.
+template <typename Bits>
+struct MarkAbove {
+  struct Shared {
+    Count warp_sums[kWarps];
+  };
+
+  List list;
+  Workspace workspace;
+  formula::MagnitudeOrNan<Bits> key;
+
+  __device__ void operator()(Shared& shared) const {
+    const Bits threshold = static_cast<Bits>(workspace.state->threshold);
+    Count equal = 0;
+    list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
+      const auto* weight = static_cast<const Bits*>(entry.weight);
+      for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+        const Bits magnitude = key(weight[i]);
+        entry.mask[i] = magnitude > threshold;
+        equal += magnitude == threshold;
+      }
+    });
+    const Count total = block_scan(equal, shared.warp_sums).total;
+    if (threadIdx.x == 0) workspace.ties[blockIdx.x] = total;
+  }
+};
+
+// Marks the first `wanted` of those that equal the threshold. Few blocks have any, the others leave at once.
+template <typename Bits>
+struct MarkTies {
+  struct Shared {
+    Count warp_sums[kWarps];
+  };
+
+  List list;
+  Workspace workspace;
+  formula::MagnitudeOrNan<Bits> key;
+
+  __device__ void operator()(Shared& shared) const {
+    const Bits threshold = static_cast<Bits>(workspace.state->threshold);
+    const Count wanted = workspace.state->wanted;
+    if (workspace.ties[blockIdx.x] == 0) return;
+    Count part = 0;
+    for (unsigned block = threadIdx.x; block < blockIdx.x; block += kThreads) part += workspace.ties[block];
+    Count marked = block_scan(part, shared.warp_sums).total;
+    list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
+      const auto* weight = static_cast<const Bits*>(entry.weight);
+      for (int64_t first = begin; first < end && marked < wanted; first += kThreads) {
+        const int64_t i = first + threadIdx.x;
+        const bool tie = i < end && key(weight[i]) == threshold;
+        const Scan<Count> scan = block_scan(static_cast<Count>(tie), shared.warp_sums);
+        if (tie && marked + scan.before < wanted) entry.mask[i] = true;
+        marked += scan.total;
+      }
+    });
+  }
+};
+
+// A magnitude has all bits but the sign.
+template <typename Bits>
+std::vector<Digit> digits() {
+  std::vector<Digit> result;
+  for (int top = 8 * sizeof(Bits) - 1; top > 0; top -= kDigitBits) {
+    const int width = std::min(top, kDigitBits);
+    result.push_back({top - width, width});
+  }
+  return result;
+}
+
+// The elements of each of at most `blocks` blocks, which are then ceil(total / span); whole rows of threads.
+inline int64_t span_of(int64_t total, int64_t blocks) { return ceil_div(ceil_div(total, kThreads), blocks) * kThreads; }
+
+// Marks the `count` largest of list.total > 0 elements. `entries` end as in List; launch(blocks, kernel) starts a
+// kernel after the ones before.
+template <typename Bits, typename Launch>
+void mark_largest(const Launch& launch, const std::vector<Entry>& entries, int64_t span, int64_t count, Bits infinity,
+                  const Workspace& workspace) {
+  const auto size = static_cast<int64_t>(entries.size());
+  const List list{workspace.entries, size - 1, entries.back().first, span};
+  const int64_t blocks = ceil_div(list.total, span);
+  const formula::MagnitudeOrNan<Bits> key{infinity};
+  // No magnitude reaches all bits: the threshold of no weight at all.
+  const State initial{count > 0 ? 0 : ~Count(0), static_cast<Count>(count)};
+  for (int64_t begin = 0; begin < size; begin += Prepare::kEntries) {
+    Prepare prepare{{}, begin, std::min(Prepare::kEntries, size - begin), initial, workspace};
+    std::copy_n(entries.begin() + begin, prepare.size, prepare.part);
+    launch(1, prepare);
+  }
+  for (const Digit& digit : count > 0 ? digits<Bits>() : std::vector<Digit>()) {
+    launch(blocks, CountDigits<Bits>{list, workspace, key, digit});
+    launch(1, ChooseDigit{workspace, digit});
+  }
+  launch(blocks, MarkAbove<Bits>{list, workspace, key});
+  launch(blocks, MarkTies<Bits>{list, workspace, key});
+}
+
+}  // namespace cctorch::cuda::select

@@ -1,0 +1,138 @@
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "tests/cpp/device/floats.h"
+#include "tests/cpp/device/launch.h"
+
+#include "csrc/ops/formula/channel_gate.h"
+#include "csrc/ops/formula/fake_quant.h"
+#include "kernels/sum_channels.cuh"
+
+namespace cctorch::device {
+namespace {
+
+using channelwise::Layout;
+
+constexpr double kQmin = -4;
+constexpr double kQmax = 3;
+constexpr double kFactor = 0.25;
+
+// The arithmetic of a storage type.
+template <typename S>
+using Math = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <typename S, typename T>
+struct Backward {
+  std::vector<S> grad_x;
+  std::vector<T> sums;
+};
+
+template <typename S, typename Formula, typename T = Math<S>>
+Backward<S, T> run(const Formula& formula, const Layout& l, const std::vector<S>& grad, const std::vector<S>& x,
+                   const std::vector<T>& parameters, int64_t blocks, uint32_t seed) {
+  const T unwritten = std::numeric_limits<T>::quiet_NaN();
+  Backward<S, T> result{std::vector<S>(x.size(), S(unwritten)), std::vector<T>(l.channels, unwritten)};
+  const auto partition = cuda::sum_channels::partition(l, blocks);
+  const auto& part = partition.partials;
+  std::vector<T> partials(part.outer * part.channels * part.inner, unwritten);
+  const cuda::sum_channels::Arguments<S, Formula> arguments{formula,     l,        result.grad_x.data(),
+                                                            grad.data(), x.data(), parameters.data()};
+  cuda::sum_channels::backward(Launch{seed}, arguments, partition, partials.data(), kFactor, result.sums.data());
+  return result;
+}
+
+template <typename S>
+std::vector<S> normal(int64_t size, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<double> distribution;
+  std::vector<S> values(size);
+  for (S& value : values) value = static_cast<S>(distribution(random));
+  return values;
+}
+
+// gradient(grad, x, parameter) in float64 returns {of x, contribution to the parameter's}.
+template <typename S, typename T, typename Gradient>
+void expect_gradients(const Backward<S, T>& result, const Layout& l, const std::vector<S>& grad,
+                      const std::vector<S>& x, const std::vector<T>& parameters, const Gradient& gradient) {
+  std::vector<double> sums(l.channels), sizes(l.channels);
+  const double storage_step = std::numeric_limits<S>::epsilon();
+  const double smallest = std::numeric_limits<S>::denorm_min();
+  const double step = std::numeric_limits<T>::epsilon();
+  for (size_t i = 0; i < x.size(); ++i) {
+    const int64_t channel = static_cast<int64_t>(i) / l.inner % l.channels;
+    const auto [of_x, contribution] =
+        gradient(static_cast<double>(grad[i]), static_cast<double>(x[i]), static_cast<double>(parameters[channel]));
+    ASSERT_NEAR(static_cast<double>(result.grad_x[i]), of_x, storage_step * std::abs(of_x) + smallest)
+        << "element " << i;
+    sums[channel] += contribution;
+    sizes[channel] += std::abs(contribution);
+  }
+  // Each rounding is at most `step` of a partial sum; a thread, a warp and a block add fewer than 100 times in a row
+  // here.
+  for (int64_t c = 0; c < l.channels; ++c) {
+    EXPECT_NEAR(static_cast<double>(result.sums[c]), kFactor * sums[c], 100 * step * kFactor * sizes[c])
+        << "channel " << c;
+  }
+}
+
+// Rows shorter and longer than a warp, a segment and a block; channels that fill a tile of columns and that do not.
+const Layout kLayouts[] = {{1, 1, 1},  {1, 1, 5000}, {3, 5, 49},   {2, 2, 2049}, {37, 4, 32}, {1, 300, 33},
+                           {70, 3, 1}, {9, 40, 1},   {100, 64, 1}, {17, 5, 9},   {1, 7, 9},   {5, 1, 31}};
+
+template <typename S>
+class SumChannels : public ::testing::Test {};
+TYPED_TEST_SUITE(SumChannels, FloatingTypes);
+
+TYPED_TEST(SumChannels, ChannelGateEqualsFloat64) {
+  using S = TypeParam;
+  using T = Math<S>;
+  for (const Layout& l : kLayouts) {
+    const int64_t numel = l.outer * l.channels * l.inner;
+    const auto grad = normal<S>(numel, 1), x = normal<S>(numel, 2);
+    const auto gates = normal<T>(l.channels, 3);
+    for (const int64_t blocks : {1, 12}) {
+      SCOPED_TRACE(::testing::Message() << l.outer << " x " << l.channels << " x " << l.inner << ", " << blocks);
+      const auto result = run(formula::ChannelGate<T>{}, l, grad, x, gates, blocks, 2);
+      expect_gradients(result, l, grad, x, gates,
+                       [](double g, double x, double gate) { return std::pair(g * gate, g * x); });
+    }
+  }
+}
+
+TYPED_TEST(SumChannels, FakeQuantEqualsFloat64) {
+  using S = TypeParam;
+  using T = Math<S>;
+  for (const Layout& l : {Layout{3, 5, 49}, Layout{9, 40, 1}}) {
+    const int64_t numel = l.outer * l.channels * l.inner;
+    const auto grad = normal<S>(numel, 1);
+    // Off the halves between two levels and off the ends of the grid, so that rounding cannot decide differently.
+    std::vector<S> x(numel);
+    std::mt19937 random(2);
+    for (S& value : x) value = static_cast<S>((static_cast<double>(random() % 14) - 7 + 0.25) * 0.5);
+    const std::vector<T> log_scales(l.channels, static_cast<T>(std::log(0.5)));
+    const formula::LogFakeQuant<T> lsq{{static_cast<T>(kQmin), static_cast<T>(kQmax)}};
+    const auto result = run(lsq, l, grad, x, log_scales, 12, 2);
+    expect_gradients(result, l, grad, x, log_scales, [](double g, double x, double log_scale) {
+      const double s = std::exp(log_scale), v = x / s;
+      if (v < kQmin) return std::pair(0.0, g * s * kQmin);
+      if (v > kQmax) return std::pair(0.0, g * s * kQmax);
+      return std::pair(g, g * s * (std::round(v) - v));
+    });
+  }
+}
+
+TEST(SumChannelsOrder, DoesNotDependOnTheSchedule) {
+  for (const Layout& l : {Layout{3, 5, 49}, Layout{100, 64, 1}}) {
+    const int64_t numel = l.outer * l.channels * l.inner;
+    const auto grad = normal<float>(numel, 1), x = normal<float>(numel, 2), gates = normal<float>(l.channels, 3);
+    const auto expected = run(formula::ChannelGate<float>{}, l, grad, x, gates, 12, 0).sums;
+    for (const uint32_t seed : {1, 2, 3}) {
+      EXPECT_EQ(run(formula::ChannelGate<float>{}, l, grad, x, gates, 12, seed).sums, expected) << "seed " << seed;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cctorch::device
