@@ -4,7 +4,7 @@
 #include "bindings.h"
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The C++ library's plan, channel graph and solver; python/cctorch/_C.pyi has the types.";
+  module.doc() = "The C++ library's plan, channel graph, solver and repair; python/cctorch/_C.pyi has the types.";
   module.attr("TORCH_VERSION") = TORCH_VERSION;
 #ifdef CCTORCH_CUDA_BUILT
   module.attr("CUDA_BUILT") = true;
@@ -16,4 +16,5 @@ PYBIND11_MODULE(_C, module) {
       "Tell glibc to keep freed memory for the process. On CPU a training step then spends no time on page faults.");
   cctorch::python::bind_plan(module);
   cctorch::python::bind_collaborative(module);
+  cctorch::python::bind_repair(module);
 }

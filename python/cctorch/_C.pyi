@@ -1,4 +1,4 @@
-"""The C++ library's plan, channel graph and solver. Same names and meanings as in csrc/include/cctorch/."""
+"""The C++ library's plan, channel graph, solver and repair. Same names and meanings as in csrc/include/cctorch/."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -155,3 +155,38 @@ def unit_scores(
     weight: Tensor, gradient: Tensor, running: Tensor, rank: int, options: SolverOptions
 ) -> list[float]: ...
 def factorize(weight: Tensor, kept_in: Sequence[int], rank: int) -> tuple[Tensor, Tensor]: ...
+
+class Window:
+    def __init__(
+        self,
+        kernel: tuple[int, int] = (1, 1),
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+    ) -> None: ...
+
+class Moments:
+    samples: int
+    input_mean: Tensor
+    output_mean: Tensor
+    input_moment: Tensor
+    cross_moment: Tensor
+    output_square: Tensor
+    def __init__(self, inputs: int, outputs: int) -> None: ...
+    def add(self, x: Tensor, y: Tensor) -> None: ...
+    def add_conv2d(self, x: Tensor, y: Tensor, window: Window, step: int = 1) -> None: ...
+
+class Fit:
+    weight: Tensor
+    intercept: Tensor
+    before: float
+    after: float
+
+def input_samples(x: Tensor, window: Window, step: int = 1, first_image: int = 0) -> Tensor: ...
+def output_samples(y: Tensor, step: int = 1, first_image: int = 0) -> Tensor: ...
+def least_squares(
+    moments: Moments, weight: Tensor, constant: Tensor, ridge: float = 1e-5, intercept: bool = True
+) -> Fit: ...
+def reduced_rank(
+    moments: Moments, weight: Tensor, constant: Tensor, rank: int, ridge: float = 1e-5, intercept: bool = True
+) -> Fit: ...

@@ -29,6 +29,7 @@ from cctorch.apply import apply  # noqa: E402
 from cctorch.collaborative import Compression, compress  # noqa: E402
 from cctorch.plan import CompressionPlan, LayerPlan, LayerSpec, MaskPlan, load_plan, save_plan  # noqa: E402
 from cctorch.prepare import convert, prepare  # noqa: E402
+from cctorch.repair import repair  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -49,5 +50,6 @@ __all__ = [
     "nn",
     "ops",
     "prepare",
+    "repair",
     "save_plan",
 ]

@@ -22,6 +22,7 @@ from cctorch import _C, batch_norm, collaborative, data, export, measure, models
 from cctorch.apply import apply
 from cctorch.config import Config, ConfigError, Training, expand
 from cctorch.log import Log, duration
+from cctorch.repair import repair
 from cctorch.store import Architecture, Events, Folder, State, build, load_model
 from cctorch.train import make_optimizer, momentum_by_name, restore_momentum, train_epoch
 
@@ -54,6 +55,8 @@ class Summary:
     heuristic_seconds: float
     layers: list[dict[str, Any]]
     warnings: list[str]
+    top1_repaired: float | None = None
+    repair_seconds: float | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -113,6 +116,8 @@ def show(summary: Summary, log: Log) -> None:
         if summary.top1_reestimated is not None
         else ""
     )
+    if summary.top1_repaired is not None:
+        restored += f", {summary.top1_repaired:.2f} % repaired in {summary.repair_seconds:.1f} s"
     log.line(f"right after compression: {summary.top1_compressed:.2f} %{restored}")
     log.line(
         f"reduction of MACs: {1 - summary.nominal_macs / before.macs:.1%} nominal, "
@@ -276,6 +281,7 @@ class _Run:
         self.state.stage = "finetune"
         self.optimizer = self._optimizer(momentum)
         self._reestimate()
+        self._repair(found.plan)
         self._save("finetune", 0)
 
     def _reestimate(self) -> None:
@@ -291,6 +297,22 @@ class _Run:
             self.events.add("reestimated", "compress", accuracy=top1)
             self.log.line(f"BatchNorm statistics re-estimated: test top-1 {top1:.2f} %")
             self.state.results["top1_reestimated"] = top1
+
+    def _repair(self, plan: _C.CompressionPlan) -> None:
+        self.state.results |= {"top1_repaired": None, "repair_seconds": None}
+        settings = self.config.compress
+        if not settings.repair:
+            return
+        dense = self._place(load_model(self.folder.dense)[0])
+        batches = self._batches(self.data.train, self.config.train.batch_size).head(
+            settings.repair_images, self.config.seed
+        )
+        with self.log.stages() as progress:
+            seconds = repair(self.model, dense, plan, batches, progress=progress).seconds
+        top1 = self._accuracy(self.data.test)
+        self.events.add("repaired", "compress", accuracy=top1, seconds=seconds)
+        self.log.line(f"weights fitted to the dense model's outputs in {seconds:.1f} s: test top-1 {top1:.2f} %")
+        self.state.results |= {"top1_repaired": top1, "repair_seconds": seconds}
 
     def _finish_compressed(self) -> None:
         top1 = self._accuracy(self.data.test)

@@ -9,3 +9,4 @@
 #include <cctorch/memory.h>
 #include <cctorch/nn.h>
 #include <cctorch/plan.h>
+#include <cctorch/repair.h>
