@@ -132,13 +132,14 @@ def main() -> None:
     record = {**settings, "seed": experiment.seed, "threads": torch.get_num_threads(), "variants": []}
     for name in arguments.variants or chosen:
         model = experiment.compressed()
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         for step in chosen[name]:
             step(model)
-        seconds = time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
         top1 = experiment.top1(model)
-        record["variants"].append({"name": name, "seconds": round(seconds, 1), "top1": round(top1, 2)})
-        print(f"{name:<36} {top1:6.2f} %  {seconds:6.1f} s", flush=True)
+        times = {"seconds": round(seconds, 1), "cpu_seconds": round(busy, 1)}
+        record["variants"].append({"name": name, "top1": round(top1, 2), **times})
+        print(f"{name:<36} {top1:6.2f} %  {seconds:6.1f} s, {busy:6.1f} s of CPU", flush=True)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 

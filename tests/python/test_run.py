@@ -260,17 +260,20 @@ def test_fresh_deletes_a_runs_own_files_only(dataset: Path, tmp_path: Path, monk
     assert not list(settings.folder.iterdir())
 
 
-def test_starts_from_published_weights(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("repairs", [True, False])
+def test_starts_from_published_weights(dataset: Path, tmp_path: Path, repairs: bool) -> None:
     torch.save(models.create("resnet8", 1, 4).state_dict(), tmp_path / "weights.th")
     changes = {"model": {"name": "resnet8", "weights": str(tmp_path / "weights.th")}}
     for part in ("train", "finetune"):
         changes[part] = {**tree(dataset, tmp_path)[part], "epochs": 0}
+    changes["compress"] = {**tree(dataset, tmp_path)["compress"], "repair": repairs}
     settings = config(dataset, tmp_path, **changes)
     summary = run(settings, console=_quiet())
     dense, _ = store.load_model(settings.folder / "checkpoints" / "dense.pt")
     expected = models.load_tensors(tmp_path / "weights.th")
     assert all(torch.equal(value, expected[key]) for key, value in dense.state_dict().items())
-    assert summary.after.top1 == summary.top1_repaired
+    assert (summary.top1_repaired is not None) == repairs
+    assert summary.after.top1 == (summary.top1_repaired if repairs else summary.top1_reestimated)
 
 
 def test_weights_of_another_model_are_refused_before_training(dataset: Path, tmp_path: Path) -> None:
