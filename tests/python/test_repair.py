@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from cctorch._C import CompressionPlan, LayerPlan
 from cctorch.graph import trace
 from cctorch.nn import GatherChannels, LowRankLinear
+from cctorch.repair.places import Place, find
 from torch import Tensor, nn
 
 NETWORKS = {
@@ -356,3 +357,38 @@ def test_batches_may_be_an_iterator() -> None:
     cctorch.repair(model, dense, plan, once())
     cctorch.repair(other, dense, plan, batches(shape))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class Places(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.activated = nn.Conv2d(4, 4, 1)
+        self.bn = nn.BatchNorm2d(4)
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.depthwise = nn.Conv2d(4, 4, 1, groups=4)
+        self.plain = nn.Conv2d(4, 4, 1)
+        self.shared_bn = nn.BatchNorm2d(4)
+        self.other = nn.Conv2d(4, 4, 1)
+        self.unused = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.activated(x)), inplace=True) + x
+        x = self.depthwise(self.twice(self.twice(x))) + x
+        x = self.shared_bn(self.plain(x)) + 1
+        return torch.add(x, self.shared_bn(self.other(x)))
+
+
+def test_places_are_found_by_what_happens_to_the_outputs() -> None:
+    assert find(Places().eval(), torch.randn(2, 4, 3, 3)) == [
+        # An activation lies between this one's norm and the addition.
+        Place("activated", "bn", joins=False),
+        Place("plain", None, joins=False),
+        # Its norm runs twice, and only the norm's output is added.
+        Place("other", None, joins=False),
+    ]
+    assert find(Projected().eval(), torch.randn(2, 3, 6, 6)) == [
+        Place("stem"),
+        Place("conv", "bn", joins=False),
+        Place("down", "down_bn", joins=True),
+        Place("last"),
+    ]

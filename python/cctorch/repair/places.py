@@ -60,18 +60,25 @@ def find(model: nn.Module, example: Tensor) -> list[Place]:
     norms = {name: module for name, module in model.named_modules() if _holds_an_intercept(module)}
     order: list[str] = []
     normed: list[tuple[str, str]] = []
-    joined: list[str] = []
+    joined: list[tuple[str, str | None]] = []
     with watching(
         layers,
         norms,
         on_output=lambda layer, _: order.append(layer),
         on_norm=lambda layer, norm, _: normed.append((layer, norm)),
-        on_join=lambda layer, *_: joined.append(layer),
+        on_join=lambda layer, norm, *_: joined.append((layer, norm)),
     ):
         model(example)
-    norm_calls = [norm for _, norm in normed]
-    read_by = {layer: norm for layer, norm in normed if norm_calls.count(norm) == 1}
-    return [Place(layer, read_by.get(layer), joined.count(layer) == 1) for layer in order if order.count(layer) == 1]
+    return [_place(layer, normed, joined) for layer in order if order.count(layer) == 1]
+
+
+def _place(layer: str, normed: list[tuple[str, str]], joined: list[tuple[str, str | None]]) -> Place:
+    norms = [norm for source, norm in normed if source == layer]
+    joins = [norm for source, norm in joined if source == layer]
+    # A norm that runs for others too, one of several, or one beside which the output is used as it is.
+    shared = len(norms) != 1 or [norm for _, norm in normed].count(norms[0]) != 1 or None in joins
+    norm = None if shared else norms[0]
+    return Place(layer, norm, joins=joins == [norm])
 
 
 def _holds_an_intercept(module: nn.Module) -> bool:
@@ -90,26 +97,27 @@ def watching(
     on_input: Callable[[str, Tensor], None] = _ignore,
     on_output: Callable[[str, Tensor], None] = _ignore,
     on_norm: Callable[[str, str, Tensor], None] = _ignore,
-    on_join: Callable[[str, Tensor, Tensor], None] = _ignore,
+    on_join: Callable[[str, str | None, Tensor, Tensor], None] = _ignore,
     on_joined: Callable[[str, Tensor], None] = _ignore,
 ) -> Iterator[None]:
     """Reports what happens to the layers' outputs while a model runs.
 
     on_input(layer, x) before a layer runs, on_output(layer, y) after; on_norm(layer, norm, y) after a norm that read a
-    layer's output; on_join(layer, y, other) before y, which came out of the layer or its norm, is added to a tensor of
-    the same shape, and on_joined(layer, sum) after.
+    layer's output; on_join(layer, norm, y, other) before y, which came out of the norm, or of the layer if that is
+    None, is added to a tensor of the same shape, and on_joined(layer, sum) after.
     """
     sources = WeakTensorKeyDictionary()
     executed: dict[str, int] = {}
     clock = itertools.count()
 
-    def mark(y: Tensor, layer: str) -> None:
-        sources[y] = (layer, y._version)
+    def mark(y: Tensor, layer: str, norm: str | None = None) -> None:
+        sources[y] = (layer, norm, y._version)
 
-    def source(x: Tensor) -> str | None:
-        layer, version = sources.get(x, (None, 0))  # type: ignore[no-untyped-call]
-        # Changed in place since (an activation, another addition): no longer what the layer gave.
-        return layer if version == x._version else None
+    def source(x: Tensor) -> tuple[str | None, str | None]:
+        """Layer, and the norm after it, that gave x."""
+        layer, norm, version = sources.get(x, (None, None, 0))  # type: ignore[no-untyped-call]
+        # Changed in place since (an activation, another addition): no longer what they gave.
+        return (layer, norm) if version == x._version else (None, None)
 
     def entered(layer: str) -> Callable[..., None]:
         return lambda _, inputs: on_input(layer, inputs[0])
@@ -124,15 +132,15 @@ def watching(
 
     def normalized(norm: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-            layer = source(inputs[0])
+            layer, _before = source(inputs[0])
             if layer is not None:
-                mark(y, layer)
+                mark(y, layer, norm)
                 on_norm(layer, norm, y)
 
         return hook
 
     def latest(tensors: Sequence[Tensor]) -> int:
-        return max((0, 1), key=lambda i: executed.get(source(tensors[i]) or "", -1))
+        return max((0, 1), key=lambda i: executed.get(source(tensors[i])[0] or "", -1))
 
     class Additions(TorchFunctionMode):
         def __torch_function__(
@@ -141,10 +149,10 @@ def watching(
             if func not in _ADDITIONS or kwargs or not _same_shape(args):
                 return func(*args, **(kwargs or {}))
             mine = latest(args)
-            layer = source(args[mine])
+            layer, norm = source(args[mine])
             if layer is None:
                 return func(*args)
-            on_join(layer, args[mine], args[1 - mine])
+            on_join(layer, norm, args[mine], args[1 - mine])
             total = func(*args)
             on_joined(layer, total)
             return total

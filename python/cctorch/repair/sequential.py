@@ -177,7 +177,7 @@ class _Pass:
         else:
             self._fit(layer, x, self.targets.pop(layer))
 
-    def _on_join(self, layer: str, y: Tensor, shortcut: Tensor) -> None:
+    def _on_join(self, layer: str, _: str | None, y: Tensor, shortcut: Tensor) -> None:
         """Only now is the shortcut known: fit, and compute the output again."""
         x = self.waiting.pop(layer, None)
         if x is None:
