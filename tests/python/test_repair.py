@@ -265,6 +265,19 @@ def test_a_training_step_starts_from_the_fitted_function() -> None:
         torch.testing.assert_close(training(x), evaluated, rtol=0.02, atol=0.02)
 
 
+@torch.no_grad()
+def test_a_channel_that_its_norm_silences_can_speak_again() -> None:
+    dense, model, plan, shape = compressed("padded_resnet")
+    for network in (dense, model):
+        network.layer1[1].bn2.weight[::2] = 0
+    data = batches(shape)
+    found = cctorch.repair(model, dense, plan, data, step=1)
+    fit = next(layer for layer in found.layers if layer.name == "layer1.1.conv2")
+    assert fit.after < fit.before
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    assert (model.layer1[1].bn2.weight != 0).all()
+
+
 def test_only_the_weights_of_the_compressed_model_change() -> None:
     dense, model, plan, shape = compressed("padded_resnet")
     model.train()
