@@ -7,5 +7,6 @@ namespace cctorch::python {
 void bind_plan(pybind11::module_& module);
 void bind_collaborative(pybind11::module_& module);
 void bind_regularize(pybind11::module_& module);
+void bind_repair(pybind11::module_& module);
 
 }  // namespace cctorch::python

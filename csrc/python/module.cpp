@@ -4,8 +4,7 @@
 #include "bindings.h"
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() =
-      "The C++ library's plan, channel graph, solver and regularization events; python/cctorch/_C.pyi has the types.";
+  module.doc() = "The C++ library without its operators; python/cctorch/_C.pyi has the types.";
   module.attr("TORCH_VERSION") = TORCH_VERSION;
 #ifdef CCTORCH_CUDA_BUILT
   module.attr("CUDA_BUILT") = true;
@@ -18,4 +17,5 @@ PYBIND11_MODULE(_C, module) {
   cctorch::python::bind_plan(module);
   cctorch::python::bind_collaborative(module);
   cctorch::python::bind_regularize(module);
+  cctorch::python::bind_repair(module);
 }

@@ -1,4 +1,4 @@
-"""The C++ library: plan, channel graph, solver, regularization events. Same names and meanings as in its headers."""
+"""The C++ library without its operators. Same names and meanings as in csrc/include/cctorch/."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -270,3 +270,38 @@ class RegularizationEvents:
     def as_if_at_event(self) -> AsIfAtEvent: ...
     def state_dict(self) -> RegularizerState: ...
     def load_state_dict(self, state: RegularizerState) -> None: ...
+
+class Window:
+    def __init__(
+        self,
+        kernel: tuple[int, int] = (1, 1),
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+    ) -> None: ...
+
+class Moments:
+    samples: int
+    input_mean: Tensor
+    output_mean: Tensor
+    input_moment: Tensor
+    cross_moment: Tensor
+    output_square: Tensor
+    def __init__(self, inputs: int, outputs: int) -> None: ...
+    def add(self, x: Tensor, y: Tensor) -> None: ...
+    def add_conv2d(self, x: Tensor, y: Tensor, window: Window, step: int = 1) -> None: ...
+
+class Fit:
+    weight: Tensor
+    intercept: Tensor
+    before: float
+    after: float
+
+def input_samples(x: Tensor, window: Window, step: int = 1, first_image: int = 0) -> Tensor: ...
+def output_samples(y: Tensor, step: int = 1, first_image: int = 0) -> Tensor: ...
+def least_squares(
+    moments: Moments, weight: Tensor, constant: Tensor, ridge: float = 1e-5, intercept: bool = True
+) -> Fit: ...
+def reduced_rank(
+    moments: Moments, weight: Tensor, constant: Tensor, rank: int, ridge: float = 1e-5, intercept: bool = True
+) -> Fit: ...

@@ -29,6 +29,7 @@ from cctorch.apply import apply  # noqa: E402
 from cctorch.collaborative import Compression, compress  # noqa: E402
 from cctorch.plan import CompressionPlan, LayerPlan, LayerSpec, MaskPlan, load_plan, save_plan  # noqa: E402
 from cctorch.prepare import convert, prepare  # noqa: E402
+from cctorch.repair import repair  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -50,5 +51,6 @@ __all__ = [
     "ops",
     "prepare",
     "regularize",
+    "repair",
     "save_plan",
 ]

@@ -101,6 +101,9 @@ class Compress(Section):
     gradient_images: int | None = Field(default=None, ge=1)
     # 0: keep the running statistics of the dense model.
     bn_reestimate_images: int = Field(default=4000, ge=0)
+    # Fit the weights of the compressed model to the outputs of the dense one before fine-tuning, on so many images.
+    repair: bool = True
+    repair_images: int = Field(default=4000, ge=1)
 
 
 class Regularize(Training):

@@ -23,6 +23,7 @@ from cctorch.config import Compress, Config, ConfigError, Training, expand
 from cctorch.graph import trace
 from cctorch.log import Log, duration
 from cctorch.regularize_stage import RegularizeStage, select
+from cctorch.repair import repair
 from cctorch.store import Architecture, Events, Folder, State, build, load_model
 from cctorch.summary import Figures, Summary, show
 from cctorch.train import make_optimizer, momentum_by_name, restore_momentum, train_epoch
@@ -229,6 +230,7 @@ class _Run:
         self.state.results |= _search_results(found)
         self.model = self._place(apply(self.model, found.plan, self.optimizer))
         self._reestimate(settings.bn_reestimate_images)
+        self._repair(found.plan, settings)
         self._begin("finetune")
 
     def _reestimate(self, count: int) -> None:
@@ -243,6 +245,20 @@ class _Run:
             self.events.add("reestimated", "compress", accuracy=top1)
             self.log.line(f"BatchNorm statistics re-estimated: test top-1 {top1:.2f} %")
             self.state.results["top1_reestimated"] = top1
+
+    def _repair(self, plan: _C.CompressionPlan, settings: Compress) -> None:
+        if not settings.repair:
+            return
+        dense = self._place(load_model(self.folder.dense)[0])
+        batches = self._batches(self.data.train, self.config.train.batch_size).head(
+            settings.repair_images, self.config.seed
+        )
+        with self.log.stages() as progress:
+            seconds = repair(self.model, dense, plan, batches, progress=progress).seconds
+        top1 = self._accuracy(self.data.test)
+        self.events.add("repaired", "compress", accuracy=top1, seconds=seconds)
+        self.log.line(f"weights fitted to the dense model's outputs in {seconds:.1f} s: test top-1 {top1:.2f} %")
+        self.state.results |= {"top1_repaired": top1, "repair_seconds": seconds}
 
     def _finish_compressed(self) -> None:
         top1 = self._accuracy(self.data.test)

@@ -37,6 +37,8 @@ class Summary:
     # Of Collaborative Compression, where there was one.
     top1_compressed: float | None = None
     top1_reestimated: float | None = None
+    top1_repaired: float | None = None
+    repair_seconds: float | None = None
     gradient_seconds: float = 0.0
     curve_seconds: float = 0.0
     heuristic_seconds: float = 0.0
@@ -88,6 +90,8 @@ def _show_search(summary: Summary, log: Log) -> None:
         if summary.top1_reestimated is not None
         else ""
     )
+    if summary.top1_repaired is not None:
+        restored += f", {summary.top1_repaired:.2f} % repaired in {summary.repair_seconds:.1f} s"
     log.line(f"right after compression: {summary.top1_compressed:.2f} %{restored}")
     log.line(
         f"reduction of MACs: {1 - summary.nominal_macs / summary.before.macs:.1%} nominal, "

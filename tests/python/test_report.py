@@ -52,7 +52,7 @@ def _record(folder: Path, *, epochs: int = 2, accuracy: float | None = 80.0, **c
     events = [_epoch("train", epoch + 1, accuracy) for epoch in range(epochs)]
     events += [
         {"event": kind, "stage": "compress", "accuracy": value}
-        for kind, value in (("dense", 91.25), ("compressed", 31.7), ("reestimated", 79.0))
+        for kind, value in (("dense", 91.25), ("compressed", 31.7), ("reestimated", 79.0), ("repaired", 90.5))
     ]
     events += [_epoch("finetune", epoch + 1, accuracy) for epoch in range(epochs)]
     events.append({"event": "finetuned", "stage": "finetune", "accuracy": 91.0})
@@ -65,6 +65,8 @@ def _record(folder: Path, *, epochs: int = 2, accuracy: float | None = 80.0, **c
         "nominal_macs": 21_000_000,
         "top1_compressed": 31.7,
         "top1_reestimated": 79.0,
+        "top1_repaired": 90.5,
+        "repair_seconds": 31.25,
         "gradient_seconds": 12.0,
         "curve_seconds": 0.5,
         "heuristic_seconds": 0.7,

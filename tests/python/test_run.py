@@ -98,7 +98,7 @@ def test_a_run_leaves_all_its_files(finished: tuple[Config, Summary, str]) -> No
     assert parse_config(yaml.safe_load((folder / "config.yaml").read_text())) == settings
     assert Summary.from_json((folder / "summary.json").read_text()) == summary
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kinds = ["epoch", "epoch", "dense", "compressed", "reestimated", "epoch", "epoch", "finetuned"]
+    kinds = ["epoch", "epoch", "dense", "compressed", "reestimated", "repaired", "epoch", "epoch", "finetuned"]
     assert [event["event"] for event in events] == kinds
     for event in events:
         if event["event"] == "epoch":
@@ -134,6 +134,7 @@ def test_a_run_says_what_it_found(finished: tuple[Config, Summary, str]) -> None
             assert row in text
         assert f"right after compression: {summary.top1_compressed:.2f} %" in text
         assert f"{summary.top1_reestimated:.2f} % with BatchNorm re-estimated" in text
+        assert f"{summary.top1_repaired:.2f} % repaired in {summary.repair_seconds:.1f} s" in text
         assert "train 1/2" in text
         assert "finetune 2/2" in text
 
@@ -146,6 +147,7 @@ INTERRUPTIONS = [
     ("search", collaborative, "compress", 1),
     ("surgery", driver, "apply", 1),
     ("re-estimation", batch_norm, "reestimate", 1),
+    ("repair", driver, "repair", 1),
     ("first fine-tuning epoch", driver, "train_epoch", 3),
     ("second fine-tuning epoch", driver, "train_epoch", 4),
     ("measurement", measure, "latency", 2),
@@ -280,17 +282,20 @@ def test_fresh_deletes_a_runs_own_files_only(dataset: Path, tmp_path: Path, monk
     assert [item.name for item in settings.folder.iterdir()] == [".lock"]
 
 
-def test_starts_from_published_weights(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("repairs", [True, False])
+def test_starts_from_published_weights(dataset: Path, tmp_path: Path, repairs: bool) -> None:
     torch.save(models.create("resnet8", 1, 4).state_dict(), tmp_path / "weights.th")
     changes = {"model": {"name": "resnet8", "weights": str(tmp_path / "weights.th")}}
     for part in ("train", "finetune"):
         changes[part] = {**tree(dataset, tmp_path)[part], "epochs": 0}
+    changes["compress"] = {**tree(dataset, tmp_path)["compress"], "repair": repairs}
     settings = config(dataset, tmp_path, **changes)
     summary = run(settings, console=_quiet())
     dense, _ = store.load_model(settings.folder / "checkpoints" / "dense.pt")
     expected = models.load_tensors(tmp_path / "weights.th")
     assert all(torch.equal(value, expected[key]) for key, value in dense.state_dict().items())
-    assert summary.after.top1 == summary.top1_reestimated
+    assert (summary.top1_repaired is not None) == repairs
+    assert summary.after.top1 == (summary.top1_repaired if repairs else summary.top1_reestimated)
 
 
 def test_weights_of_another_model_are_refused_before_training(dataset: Path, tmp_path: Path) -> None:

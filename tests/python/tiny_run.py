@@ -46,7 +46,7 @@ def tree(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "data": {"kind": "fashion_mnist", "root": str(data), "validation": 16},
         "model": {"name": "resnet8"},
         "train": dict(training),
-        "compress": {"target": 0.4, "bn_reestimate_images": 32},
+        "compress": {"target": 0.4, "bn_reestimate_images": 32, "repair_images": 32},
         "finetune": dict(training),
         "measure": {"batch_sizes": [1, 4], "repeats": 1},
         "export": False,

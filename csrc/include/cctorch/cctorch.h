@@ -10,3 +10,4 @@
 #include <cctorch/nn.h>
 #include <cctorch/plan.h>
 #include <cctorch/regularize.h>
+#include <cctorch/repair.h>

@@ -140,6 +140,9 @@ def _note(summary: dict[str, Any]) -> str:
     text = f"Right after compression: {summary['top1_compressed']:.2f} %"
     if summary["top1_reestimated"] is not None:
         text += f", {summary['top1_reestimated']:.2f} % with BatchNorm statistics re-estimated"
+    # Runs of before there was a repair have none.
+    if summary.get("top1_repaired") is not None:
+        text += f", {summary['top1_repaired']:.2f} % repaired in {summary['repair_seconds']:.1f} s"
     nominal = 1 - summary["nominal_macs"] / summary["before"]["macs"]
     return (
         f"{text}. MACs removed: {nominal:.1%} nominal; the table counts dead filters too. Search: gradients "

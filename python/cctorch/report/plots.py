@@ -17,6 +17,7 @@ _EVENTS = {
     "dense": "trained",
     "compressed": "compressed",
     "reestimated": "BatchNorm re-estimated",
+    "repaired": "repaired",
     "finetuned": "fine-tuned",
     "regularized": "after the last event",
 }
@@ -37,9 +38,9 @@ def accuracy(events: list[dict[str, Any]]) -> str:
         if event["event"] == "epoch":
             epochs.append(event)
             continue
-        # Two events between the same epochs would hide each other.
-        shift = shift + 0.12 if event["event"] == "reestimated" else 0.0
-        color = ORANGE if event["event"] in ("compressed", "reestimated") else INK
+        # Events between the same epochs would hide each other.
+        shift = shift + 0.12 if event["event"] in ("reestimated", "repaired") else 0.0
+        color = ORANGE if event["event"] in ("compressed", "reestimated", "repaired") else INK
         place = len(epochs) + shift
         top.plot(place, event["accuracy"], "o", color=color, zorder=4)
         low = event["event"] != "compressed"

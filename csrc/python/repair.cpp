@@ -1,0 +1,63 @@
+#include <cctorch/repair.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace cctorch::python {
+
+using repair::Fit;
+using repair::Moments;
+using repair::Options;
+using repair::Window;
+
+void bind_repair(py::module_& module) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  const Window one_by_one;
+  py::class_<Window>(module, "Window")
+      .def(py::init<std::array<int64_t, 2>, std::array<int64_t, 2>, std::array<int64_t, 2>, std::array<int64_t, 2>>(),
+           py::arg("kernel") = one_by_one.kernel, py::arg("stride") = one_by_one.stride,
+           py::arg("padding") = one_by_one.padding, py::arg("dilation") = one_by_one.dilation);
+  py::class_<Moments>(module, "Moments")
+      .def(py::init<int64_t, int64_t>(), py::arg("inputs"), py::arg("outputs"))
+      .def("add", &Moments::add, py::arg("x"), py::arg("y"), Release())
+      .def(
+          "add_conv2d",
+          [](Moments& self, const at::Tensor& x, const at::Tensor& y, const Window& window, int64_t step) {
+            self.add_conv2d(x, y, window, step);
+          },
+          py::arg("x"), py::arg("y"), py::arg("window"), py::arg("step") = 1, Release())
+      .def_property_readonly("samples", &Moments::samples)
+      .def_property_readonly("input_mean", &Moments::input_mean)
+      .def_property_readonly("output_mean", &Moments::output_mean)
+      .def_property_readonly("input_moment", &Moments::input_moment)
+      .def_property_readonly("cross_moment", &Moments::cross_moment)
+      .def_property_readonly("output_square", &Moments::output_square);
+  py::class_<Fit>(module, "Fit")
+      .def_readonly("weight", &Fit::weight)
+      .def_readonly("intercept", &Fit::intercept)
+      .def_readonly("before", &Fit::before)
+      .def_readonly("after", &Fit::after);
+  module.def("input_samples", &repair::input_samples, py::arg("x"), py::arg("window"), py::arg("step") = 1,
+             py::arg("first_image") = 0, Release());
+  module.def("output_samples", &repair::output_samples, py::arg("y"), py::arg("step") = 1, py::arg("first_image") = 0,
+             Release());
+  module.def(
+      "least_squares",
+      [](const Moments& moments, const at::Tensor& weight, const at::Tensor& constant, double ridge, bool intercept) {
+        return repair::least_squares(moments, weight, constant, {ridge, intercept});
+      },
+      py::arg("moments"), py::arg("weight"), py::arg("constant"), py::arg("ridge") = Options{}.ridge,
+      py::arg("intercept") = true, Release());
+  module.def(
+      "reduced_rank",
+      [](const Moments& moments, const at::Tensor& weight, const at::Tensor& constant, int64_t rank, double ridge,
+         bool intercept) { return repair::reduced_rank(moments, weight, constant, rank, {ridge, intercept}); },
+      py::arg("moments"), py::arg("weight"), py::arg("constant"), py::arg("rank"), py::arg("ridge") = Options{}.ridge,
+      py::arg("intercept") = true, Release());
+}
+
+}  // namespace cctorch::python

@@ -1,0 +1,119 @@
+#include <ATen/ATen.h>
+#include <cctorch/repair.h>
+
+#include <algorithm>
+#include <tuple>
+
+namespace cctorch::repair {
+
+namespace {
+
+// The moments that the weight sees: around the means where an intercept takes care of those, else around zero.
+struct Problem {
+  at::Tensor input, cross, target;  // x x^T, y x^T, the sum of y^2 for each output: sums over the samples
+  at::Tensor regularized;           // input + ridge
+  double ridge;
+};
+
+at::Tensor unfolded(const at::Tensor& weight) { return weight.detach().to(at::kDouble).flatten(1); }
+
+void check(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept, const Options& options) {
+  TORCH_CHECK_VALUE(moments.samples() > 0, "repair: no samples, expected at least one");
+  TORCH_CHECK_VALUE(options.ridge > 0, "repair: ridge = ", options.ridge, ", expected above 0");
+  const at::Tensor& cross = moments.cross_moment();
+  TORCH_CHECK_VALUE(weight.dim() >= 2 && weight.size(0) == cross.size(0) &&
+                        weight.numel() == cross.size(0) * cross.size(1) && intercept.dim() == 1 &&
+                        intercept.size(0) == cross.size(0),
+                    "repair: a weight of shape ", weight.sizes(), " and an intercept of shape ", intercept.sizes(),
+                    ", expected ", cross.size(0), " x ", cross.size(1), " and ", cross.size(0));
+  for (const at::Tensor& sums : {moments.input_moment(), cross, moments.input_mean(), moments.output_mean()}) {
+    TORCH_CHECK_VALUE(at::isfinite(sums).all().item<bool>(),
+                      "repair: the inputs or the wanted outputs hold NaN or infinite values");
+  }
+  for (const at::Tensor& given : {weight, intercept}) {
+    TORCH_CHECK_VALUE(at::isfinite(given).all().item<bool>(),
+                      "repair: the weight or what follows it holds NaN or infinite values");
+  }
+}
+
+Problem problem(const Moments& moments, const at::Tensor& intercept, const Options& options) {
+  Problem p{moments.input_moment(), moments.cross_moment(), moments.output_square(), {}, 0.0};
+  const auto samples = static_cast<double>(moments.samples());
+  p.ridge = options.ridge * p.input.diagonal().mean().item<double>();
+  if (!options.intercept) {
+    const at::Tensor wanted = moments.output_mean() - intercept;
+    p.input = at::addr(p.input, moments.input_mean(), moments.input_mean(), 1, samples);
+    p.cross = at::addr(p.cross, wanted, moments.input_mean(), 1, samples);
+    p.target = at::addcmul(p.target, wanted, wanted, samples);
+    p.ridge = options.ridge * p.input.diagonal().mean().item<double>();
+  }
+  return p;
+}
+
+// The factor of input + ridge. Sums of float32 products can make a singular matrix indefinite by more than a small
+// ridge: then the ridge grows.
+at::Tensor factor(Problem& p) {
+  while (true) {
+    p.regularized = p.input.clone();
+    p.regularized.diagonal().add_(p.ridge);
+    const auto [lower, failed] = at::linalg_cholesky_ex(p.regularized);
+    if (failed.item<int>() == 0) return lower;
+    p.ridge *= 10;
+  }
+}
+
+// The sum of squares that W leaves.
+double residual(const Problem& p, const at::Tensor& weight) {
+  const at::Tensor made = at::mm(weight, p.input) - 2 * p.cross;
+  return std::max(0.0, (p.target.sum() + made.mul_(weight).sum()).item<double>());
+}
+
+at::Tensor minimizer(Problem& p, const at::Tensor& before, int64_t rank) {
+  // Inputs that never change say nothing about the weight.
+  if (p.ridge == 0) return before;
+  const at::Tensor lower = factor(p);
+  const at::Tensor best = at::cholesky_solve((p.cross + p.ridge * before).t(), lower).t();
+  if (rank >= std::min(best.size(0), best.size(1))) return best;
+  // |W' - W|^2 in the metric of the inputs is |(W' - W) L|^2, so the best W' of a rank is a truncation of W L.
+  const at::Tensor seen = at::mm(best, lower);
+  const at::Tensor basis = std::get<1>(at::linalg_eigh(at::mm(seen, seen.t()))).narrow(1, best.size(0) - rank, rank);
+  return at::mm(basis, at::mm(basis.t(), best));
+}
+
+Fit fit(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept, int64_t rank,
+        const Options& options) {
+  check(moments, weight, intercept, options);
+  const at::Tensor before = unfolded(weight), constant = intercept.detach().to(at::kDouble);
+  Problem p = problem(moments, constant, options);
+  Fit found{minimizer(p, before, rank), constant, 0.0, 0.0};
+  double without = residual(p, before), with = residual(p, found.weight);
+  // Rounding: an exact weight has nothing to gain.
+  if (!(with <= without)) {
+    found.weight = before;
+    with = without;
+  }
+  if (options.intercept) {
+    const at::Tensor error = moments.output_mean() - at::mv(before, moments.input_mean()) - constant;
+    without += static_cast<double>(moments.samples()) * error.square().sum().item<double>();
+    found.intercept = moments.output_mean() - at::mv(found.weight, moments.input_mean());
+  }
+  const double variance = moments.output_square().sum().item<double>();
+  found.before = variance > 0 ? without / variance : 0.0;
+  found.after = variance > 0 ? with / variance : 0.0;
+  return found;
+}
+
+}  // namespace
+
+Fit least_squares(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept,
+                  const Options& options) {
+  return fit(moments, weight, intercept, weight.size(0), options);
+}
+
+Fit reduced_rank(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept, int64_t rank,
+                 const Options& options) {
+  TORCH_CHECK_VALUE(rank >= 1, "repair: rank = ", rank, ", expected at least 1");
+  return fit(moments, weight, intercept, rank, options);
+}
+
+}  // namespace cctorch::repair

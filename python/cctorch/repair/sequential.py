@@ -1,0 +1,208 @@
+"""Layer after layer, each on the inputs that the repaired layers before it now give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cctorch import _C
+from cctorch._C import CompressionPlan
+from cctorch.modes import evaluating
+from cctorch.repair.affine import Affine, as_image, as_map
+from cctorch.repair.places import Layer, Place, find, is_repairable, unwrapped, watching
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How far a layer is from what the dense model gives at its place: mean square error over that of a constant."""
+
+    name: str
+    samples: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Repair:
+    layers: list[LayerFit]
+    seconds: float
+
+
+def repair(
+    model: nn.Module,
+    dense: nn.Module,
+    plan: CompressionPlan,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    step: int = 8,
+    ridge: float = 1e-5,
+    shortcuts: bool = True,
+    progress: Progress | None = None,
+) -> Repair:
+    """Fits the weights of a compressed model to the outputs of the dense one, in place, without a gradient step.
+
+    In order of execution, each layer's weight becomes the minimizer over all weights of the layer's shape (or rank) of
+
+        sum |W x + b - y|^2 + ridge |W - W_0|^2
+
+    where x are the unfolded inputs that the compressed and already repaired layers before it give, y the outputs of the
+    dense layer, both behind the BatchNorm if there is one, which then also takes the intercept b. Where the output is
+    added to a shortcut, y is the dense model's sum minus the compressed shortcut, so that errors do not add up along
+    the blocks. BatchNorm statistics become those of the new outputs. Convolutions and linear layers from the first
+    that the plan changes on take part; grouped, shared and repeatedly executed ones are left alone.
+
+    Args:
+        model: `apply(copy of dense, plan)`.
+        dense: the model that `plan` was made for; it is not changed.
+        batches: (inputs, targets) of the un-augmented training set, on any device; the targets are not used. All of
+            them pass through the compressed model as one batch, which must fit into memory; some thousands are enough.
+        step: one of `step` positions of each feature map is a sample.
+        ridge: relative to the mean variance of the layer's inputs.
+        shortcuts: correct the sum instead of the layer's own output.
+        progress: called with ("repair", done, total).
+
+    Returns:
+        The error of each layer on its samples before and after; the one after is never the higher.
+
+    Raises:
+        ValueError: `batches` is empty, `model` is not what `plan` makes of `dense`, or a layer's inputs or wanted
+            outputs are NaN or infinite (the layer is named). The model is unchanged.
+    """
+    start = time.perf_counter()
+    parts = [inputs for inputs, _ in batches]
+    if not parts:
+        raise ValueError("repair: batches is empty, expected at least one (inputs, targets)")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        with evaluating(dense) as device:
+            places = _from_first_change(find(dense, parts[0][:1].to(device)), plan)
+            targets = _targets(dense, places, [part.to(device) for part in parts], plan, step, shortcuts)
+        with evaluating(model) as device:
+            pass_ = _Pass(model, places, targets, step, ridge, shortcuts, progress)
+            pass_.run(torch.cat(parts).to(device))
+    except BaseException:
+        model.load_state_dict(state)
+        raise
+    return Repair(pass_.fits, time.perf_counter() - start)
+
+
+def _from_first_change(places: list[Place], plan: CompressionPlan) -> list[Place]:
+    changed = {layer.name for layer in plan.layers if not layer.is_unchanged}
+    first = next((i for i, place in enumerate(places) if place.layer in changed), len(places))
+    return places[first:]
+
+
+def _targets(
+    dense: nn.Module,
+    places: list[Place],
+    parts: list[Tensor],
+    plan: CompressionPlan,
+    step: int,
+    shortcuts: bool,
+) -> dict[str, Tensor]:
+    """For each place, what the dense model gives behind it at the samples: kept outputs x samples."""
+    samples: dict[str, list[Tensor]] = {place.layer: [] for place in places}
+    by_layer = {place.layer: place for place in places}
+    images = 0
+
+    def record(layer: str, y: Tensor) -> None:
+        kept = plan.find(layer)
+        y = as_map(y)
+        if kept is not None and len(kept.kept_out) < kept.out_channels:
+            y = y[:, kept.kept_out]
+        samples[layer].append(_C.output_samples(y, step, images))
+
+    def on_output(layer: str, y: Tensor) -> None:
+        place = by_layer[layer]
+        if place.norm is None and not (place.joins and shortcuts):
+            record(layer, y)
+
+    def on_norm(layer: str, norm: str, y: Tensor) -> None:
+        place = by_layer[layer]
+        if place.norm == norm and not (place.joins and shortcuts):
+            record(layer, y)
+
+    def on_joined(layer: str, total: Tensor) -> None:
+        if by_layer[layer].joins and shortcuts:
+            record(layer, total)
+
+    layers = {place.layer: dense.get_submodule(place.layer) for place in places}
+    norms = {place.norm: dense.get_submodule(place.norm) for place in places if place.norm is not None}
+    with watching(layers, norms, on_output=on_output, on_norm=on_norm, on_joined=on_joined):
+        for part in parts:
+            dense(part)
+            images += len(part)
+    return {layer: torch.cat(found, 1) for layer, found in samples.items()}
+
+
+class _Pass:
+    """One forward pass of the compressed model, during which every layer is fitted before its output is used."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        places: list[Place],
+        targets: dict[str, Tensor],
+        step: int,
+        ridge: float,
+        shortcuts: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.targets, self.step, self.ridge = model, targets, step, ridge
+        self.progress = progress
+        self.places = {place.layer: place for place in places}
+        self.joins = {place.layer for place in places if place.joins and shortcuts}
+        self.layers = {place.layer: unwrapped(model, place.layer) for place in places}
+        self.norms = {place.norm: model.get_submodule(place.norm) for place in places if place.norm is not None}
+        for name, layer in self.layers.items():
+            if not is_repairable(layer):
+                raise ValueError(f"repair: layer '{name}' of the compressed model is a {type(layer).__name__}")
+        self.waiting: dict[str, Tensor] = {}
+        self.fits: list[LayerFit] = []
+
+    def run(self, inputs: Tensor) -> None:
+        with watching(self.layers, self.norms, on_input=self._on_input, on_join=self._on_join):
+            self.model(inputs)
+
+    def _on_input(self, layer: str, x: Tensor) -> None:
+        if layer in self.joins:
+            self.waiting[layer] = x
+        else:
+            self._fit(layer, x, self.targets.pop(layer))
+
+    def _on_join(self, layer: str, _: str | None, y: Tensor, shortcut: Tensor) -> None:
+        """Only now is the shortcut known: fit, and compute the output again."""
+        x = self.waiting.pop(layer, None)
+        if x is None:
+            return
+        target = self.targets.pop(layer)
+        self._fit(layer, x, target.sub_(_C.output_samples(as_map(shortcut), self.step)))
+        again = self.layers[layer].forward(x)
+        norm = self.places[layer].norm
+        y.copy_(again if norm is None else self.norms[norm].forward(again))
+
+    def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
+        layer: Layer = self.layers[name]  # type: ignore[assignment]
+        norm = self.places[name].norm
+        batch_norm: _BatchNorm | None = None if norm is None else self.norms[norm]  # type: ignore[assignment]
+        affine = Affine(layer, batch_norm)
+        image, window = as_image(layer, x)
+        moments = _C.Moments(affine.weight.shape[1], affine.weight.shape[0])
+        try:
+            moments.add_conv2d(image, target, window, self.step)
+            fit = affine.fit(moments, self.ridge)
+        except ValueError as error:
+            message = str(error).removeprefix("repair: ")
+            raise ValueError(f"repair: layer '{name}': {message}") from None
+        if fit.after < fit.before:
+            affine.set(fit, moments)
+        self.fits.append(LayerFit(name, moments.samples, fit.before, fit.after))
+        if self.progress:
+            self.progress("repair", len(self.fits), len(self.layers))

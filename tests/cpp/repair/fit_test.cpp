@@ -1,0 +1,160 @@
+#include <ATen/ATen.h>
+#include <cctorch/repair.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+namespace cctorch::repair {
+namespace {
+
+struct Samples {
+  at::Tensor x, y, weight, constant;
+  Moments moments;
+};
+
+// Correlated inputs of unequal size, outputs that no weight gives exactly.
+Samples samples(int64_t inputs, int64_t outputs, int64_t count) {
+  at::manual_seed(0);
+  const at::Tensor mix = at::randn({inputs, inputs}, at::kDouble) / at::arange(1, inputs + 1);
+  const at::Tensor x = at::mm(mix, at::randn({inputs, count}, at::kDouble)) + 2;
+  const at::Tensor y = at::mm(at::randn({outputs, inputs}, at::kDouble), x).tanh() + 1;
+  Samples s{x, y, at::randn({outputs, inputs}, at::kDouble), at::randn({outputs}, at::kDouble),
+            Moments(inputs, outputs)};
+  s.moments.add(x, y);
+  return s;
+}
+
+double error(const Samples& s, const at::Tensor& weight, const at::Tensor& constant) {
+  return (at::mm(weight, s.x) + constant.unsqueeze(1) - s.y).square().sum().item<double>();
+}
+
+double variance(const Samples& s) { return (s.y - s.y.mean(1, true)).square().sum().item<double>(); }
+
+TEST(RepairFit, IsTheLeastSquaresSolution) {
+  const Samples s = samples(7, 4, 200);
+  const Fit fit = least_squares(s.moments, s.weight, s.constant, {.ridge = 1e-13});
+  const at::Tensor design = at::cat({s.x, at::ones({1, 200}, at::kDouble)}).t();
+  const at::Tensor expected = std::get<0>(at::linalg_lstsq(design, s.y.t())).t();
+  EXPECT_TRUE(at::allclose(fit.weight, expected.slice(1, 0, 7), 1e-6, 1e-8));
+  EXPECT_TRUE(at::allclose(fit.intercept, expected.select(1, 7), 1e-6, 1e-8));
+  EXPECT_NEAR(fit.before, error(s, s.weight, s.constant) / variance(s), 1e-9 * fit.before);
+  EXPECT_NEAR(fit.after, error(s, fit.weight, fit.intercept) / variance(s), 1e-9);
+}
+
+TEST(RepairFit, WithoutAnInterceptKeepsTheConstant) {
+  const Samples s = samples(7, 4, 200);
+  const Fit fit = least_squares(s.moments, s.weight, s.constant, {.ridge = 1e-13, .intercept = false});
+  const at::Tensor wanted = s.y - s.constant.unsqueeze(1);
+  const at::Tensor expected = std::get<0>(at::linalg_lstsq(s.x.t(), wanted.t())).t();
+  EXPECT_TRUE(at::allclose(fit.weight, expected, 1e-6, 1e-8));
+  EXPECT_TRUE(at::equal(fit.intercept, s.constant));
+  EXPECT_NEAR(fit.after, error(s, fit.weight, s.constant) / variance(s), 1e-9);
+}
+
+TEST(RepairFit, OfReducedRankIsTheTruncationOfWhitenedOutputs) {
+  const Samples s = samples(8, 6, 300);
+  const at::Tensor x = s.x - s.x.mean(1, true), y = s.y - s.y.mean(1, true);
+  const at::Tensor full = std::get<0>(at::linalg_lstsq(x.t(), y.t())).t();
+  // y's projection on the inputs, truncated by an SVD of the explicit samples.
+  const auto [u, values, vh] = at::linalg_svd(at::mm(full, x), /*full_matrices=*/false);
+  for (const int64_t rank : {1, 3, 5}) {
+    const at::Tensor basis = u.slice(1, 0, rank);
+    const at::Tensor low = at::mm(s.weight.slice(1, 0, rank), s.weight.slice(0, 0, rank));
+    const Fit fit = reduced_rank(s.moments, low, s.constant, rank, {.ridge = 1e-13});
+    EXPECT_TRUE(at::allclose(fit.weight, at::mm(basis, at::mm(basis.t(), full)), 1e-6, 1e-8)) << rank;
+    EXPECT_EQ(at::linalg_matrix_rank(fit.weight, 1e-8).item<int64_t>(), rank);
+  }
+}
+
+TEST(RepairFit, IsNotImprovedByAnyChangeOfTheFactors) {
+  const Samples s = samples(8, 6, 300);
+  const int64_t rank = 2;
+  const at::Tensor low = at::mm(s.weight.slice(1, 0, rank), s.weight.slice(0, 0, rank));
+  const Fit fit = reduced_rank(s.moments, low, s.constant, rank, {.ridge = 1e-13});
+  const auto [u, values, vh] = at::linalg_svd(fit.weight, /*full_matrices=*/false);
+  const at::Tensor first = vh.slice(0, 0, rank), second = u.slice(1, 0, rank) * values.slice(0, 0, rank);
+  const double best = error(s, fit.weight, fit.intercept);
+  for (int trial = 0; trial < 200; ++trial) {
+    const double size = std::pow(10.0, -(trial % 4));
+    const at::Tensor changed = at::mm(second + size * at::randn_like(second), first + size * at::randn_like(first));
+    EXPECT_GE(error(s, changed, (s.y - at::mm(changed, s.x)).mean(1)), best * (1 - 1e-9));
+  }
+}
+
+TEST(RepairFit, KeepsWhatNoSampleShows) {
+  Samples s = samples(6, 3, 40);
+  s.x.slice(0, 4, 6).fill_(1.5);  // two inputs that never change
+  s.moments = Moments(6, 3);
+  s.moments.add(s.x, s.y);
+  const Fit fit = least_squares(s.moments, s.weight, s.constant);
+  EXPECT_TRUE(at::allclose(fit.weight.slice(1, 4, 6), s.weight.slice(1, 4, 6), 1e-9));
+  EXPECT_LT(fit.after, fit.before);
+
+  s.x.fill_(1.5);
+  s.moments = Moments(6, 3);
+  s.moments.add(s.x, s.y);
+  const Fit constant = least_squares(s.moments, s.weight, s.constant);
+  EXPECT_TRUE(at::equal(constant.weight, s.weight));
+  EXPECT_NEAR(constant.after, 1.0, 1e-9);
+}
+
+TEST(RepairFit, IsNeverWorseThanWhatWasThere) {
+  for (const int64_t count : {1, 2, 5, 9, 100}) {  // fewer samples than inputs, and more
+    const Samples s = samples(9, 5, count);
+    const at::Tensor low = at::mm(s.weight.slice(1, 0, 2), s.weight.slice(0, 0, 2));
+    for (const bool intercept : {true, false}) {
+      for (const double ridge : {1e-9, 1e-3, 1.0}) {
+        const Options options{ridge, intercept};
+        const Fit full = least_squares(s.moments, s.weight, s.constant, options);
+        const Fit reduced = reduced_rank(s.moments, low, s.constant, 2, options);
+        EXPECT_LE(error(s, full.weight, full.intercept), error(s, s.weight, s.constant) * (1 + 1e-9) + 1e-12);
+        EXPECT_LE(error(s, reduced.weight, reduced.intercept), error(s, low, s.constant) * (1 + 1e-9) + 1e-12);
+      }
+    }
+  }
+}
+
+TEST(RepairFit, FindsAWeightThatGivesTheOutputsExactly) {
+  Samples s = samples(8, 6, 300);
+  const at::Tensor truth = at::mm(at::randn({6, 3}, at::kDouble), at::randn({3, 8}, at::kDouble));
+  s.moments = Moments(8, 6);
+  s.moments.add(s.x, at::mm(truth, s.x) + 7);
+  const at::Tensor low = at::mm(s.weight.slice(1, 0, 3), s.weight.slice(0, 0, 3));
+  const Fit fit = reduced_rank(s.moments, low, s.constant, 3, {.ridge = 1e-13});
+  EXPECT_TRUE(at::allclose(fit.weight, truth, 1e-6, 1e-7));
+  EXPECT_LT(fit.after, 1e-10);
+  const Fit again = reduced_rank(s.moments, fit.weight, fit.intercept, 3);
+  EXPECT_TRUE(at::allclose(again.weight, fit.weight, 1e-6, 1e-8));
+}
+
+// The moments of float32 samples of nearly equal inputs can be indefinite by more than the ridge.
+TEST(RepairFit, TakesSingularMomentsOfSingleSamples) {
+  at::manual_seed(0);
+  const at::Tensor x = at::randn({1, 500}).repeat({50, 1}) + 1e-4 * at::randn({50, 500});
+  const at::Tensor y = at::randn({3, 500}), weight = at::randn({3, 50}, at::kDouble);
+  Moments moments(50, 3);
+  moments.add(x, y);
+  const Fit fit = least_squares(moments, weight, at::zeros({3}, at::kDouble), {.ridge = 1e-16});
+  EXPECT_TRUE(at::isfinite(fit.weight).all().item<bool>());
+  EXPECT_LE(fit.after, fit.before);
+}
+
+TEST(RepairFit, RefusesWhatItCannotFit) {
+  const Samples s = samples(4, 3, 10);
+  EXPECT_THROW(least_squares(Moments(4, 3), s.weight, s.constant), c10::Error);
+  EXPECT_THROW(least_squares(s.moments, s.weight.t(), s.constant), c10::Error);
+  EXPECT_THROW(least_squares(s.moments, s.weight, s.constant, {.ridge = 0}), c10::Error);
+  EXPECT_THROW(reduced_rank(s.moments, s.weight, s.constant, 0), c10::Error);
+  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    Moments moments(4, 3);
+    moments.add(s.x, s.y.index_fill(1, at::zeros({1}, at::kLong), bad));
+    EXPECT_THROW(least_squares(moments, s.weight, s.constant), c10::Error);
+    EXPECT_THROW(least_squares(s.moments, s.weight, at::full_like(s.constant, bad)), c10::Error);
+    EXPECT_THROW(least_squares(s.moments, at::full_like(s.weight, bad), s.constant), c10::Error);
+  }
+}
+
+}  // namespace
+}  // namespace cctorch::repair

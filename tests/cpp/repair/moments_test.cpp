@@ -1,0 +1,106 @@
+#include <ATen/ATen.h>
+#include <cctorch/repair.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace cctorch::repair {
+namespace {
+
+struct Case {
+  Window window;
+  int64_t height, width;
+};
+
+const std::vector<Case> cases{
+    {{{3, 3}, {1, 1}, {1, 1}, {1, 1}}, 6, 5}, {{{3, 2}, {2, 1}, {1, 0}, {1, 1}}, 7, 6},
+    {{{3, 3}, {2, 2}, {2, 2}, {2, 2}}, 8, 9}, {{}, 4, 4},
+    {{{1, 1}, {2, 2}, {0, 0}, {1, 1}}, 5, 5},
+};
+
+at::Tensor unfold(const at::Tensor& x, const Window& window) {
+  return at::im2col(x, window.kernel, window.dilation, window.padding, window.stride);  // B x P x positions
+}
+
+// Columns of image i at the positions that a loop over the definition gives.
+at::Tensor sampled(const at::Tensor& columns, int64_t step, int64_t first_image) {
+  const int64_t positions = columns.size(2);
+  step = std::min(step, positions);
+  std::vector<at::Tensor> samples;
+  for (int64_t image = 0; image < columns.size(0); ++image) {
+    for (int64_t sample = 0; sample < positions / step; ++sample) {
+      samples.push_back(columns[image].select(1, (first_image + image) % step + sample * step));
+    }
+  }
+  return at::stack(samples, 1);
+}
+
+TEST(RepairSamples, AreThoseOfTheUnfoldedInput) {
+  at::manual_seed(0);
+  for (const Case& c : cases) {
+    const at::Tensor x = at::randn({5, 3, c.height, c.width}, at::kDouble);
+    const at::Tensor columns = unfold(x, c.window);
+    for (const int64_t step : {1, 3, 4, 1000}) {
+      EXPECT_TRUE(at::equal(input_samples(x, c.window, step, 2), sampled(columns, step, 2))) << step;
+    }
+    EXPECT_TRUE(
+        at::equal(input_samples(x.contiguous(at::MemoryFormat::ChannelsLast), c.window, 3), sampled(columns, 3, 0)));
+  }
+}
+
+TEST(RepairSamples, OfTheOutputAreInTheSameOrder) {
+  at::manual_seed(0);
+  for (const Case& c : cases) {
+    const at::Tensor x = at::randn({7, 3, c.height, c.width}, at::kDouble);
+    const at::Tensor weight = at::randn({4, 3, c.window.kernel[0], c.window.kernel[1]}, at::kDouble);
+    const at::Tensor y = at::conv2d(x, weight, {}, c.window.stride, c.window.padding, c.window.dilation);
+    for (const int64_t step : {1, 3, 8}) {
+      const at::Tensor made = at::mm(weight.flatten(1), input_samples(x, c.window, step, 1));
+      EXPECT_TRUE(at::allclose(made, output_samples(y, step, 1), 1e-12, 1e-12));
+    }
+  }
+}
+
+TEST(RepairMoments, AreThoseOfAllSamplesTogether) {
+  at::manual_seed(0);
+  const Window window{{3, 3}, {1, 1}, {1, 1}, {1, 1}};
+  const at::Tensor x = at::randn({6, 2, 5, 5}, at::kDouble) + 3;
+  const at::Tensor y = at::randn({4, 6 * 12}, at::kDouble) - 5;
+  const at::Tensor columns = sampled(unfold(x, window), 2, 0);
+  const at::Tensor x_mean = columns.mean(1, true), y_mean = y.mean(1, true);
+  for (const int64_t bytes : {1, 20000, 1 << 20}) {  // one image at a time, some, all
+    Moments moments(18, 4);
+    moments.add_conv2d(x, y, window, 2, bytes);
+    EXPECT_EQ(moments.samples(), 72);
+    EXPECT_TRUE(at::allclose(moments.input_mean(), x_mean.squeeze(1), 1e-12));
+    EXPECT_TRUE(at::allclose(moments.output_mean(), y_mean.squeeze(1), 1e-12));
+    EXPECT_TRUE(at::allclose(moments.input_moment(), at::mm(columns - x_mean, (columns - x_mean).t()), 1e-10, 1e-10));
+    EXPECT_TRUE(at::allclose(moments.cross_moment(), at::mm(y - y_mean, (columns - x_mean).t()), 1e-10, 1e-10));
+    EXPECT_TRUE(at::allclose(moments.output_square(), (y - y_mean).square().sum(1), 1e-10));
+  }
+}
+
+TEST(RepairMoments, OfHalfPrecisionSamplesAreTakenInFloat) {
+  at::manual_seed(0);
+  const at::Tensor x = (at::randn({3, 400}) + 100).to(at::kHalf), y = at::randn({2, 400}).to(at::kHalf);
+  Moments moments(3, 2);
+  moments.add(x, y);
+  const at::Tensor exact = x.to(at::kDouble);
+  const at::Tensor central = exact - exact.mean(1, true);
+  EXPECT_TRUE(at::allclose(moments.input_moment(), at::mm(central, central.t()), 1e-4, 1e-3));
+}
+
+TEST(RepairMoments, RefuseSamplesThatDoNotMatch) {
+  Moments moments(9, 2);
+  EXPECT_THROW(moments.add(at::zeros({9, 5}), at::zeros({2, 6})), c10::Error);
+  EXPECT_THROW(moments.add(at::zeros({8, 5}), at::zeros({2, 5})), c10::Error);
+  const Window window{{3, 3}};
+  EXPECT_THROW(moments.add_conv2d(at::zeros({2, 1, 4, 4}), at::zeros({2, 7}), window, 1), c10::Error);
+  EXPECT_THROW(moments.add_conv2d(at::zeros({2, 1, 2, 2}), at::zeros({2, 8}), window, 1), c10::Error);
+  EXPECT_THROW(moments.add_conv2d(at::zeros({2, 1, 4, 4}), at::zeros({2, 8}), window, 0), c10::Error);
+  EXPECT_EQ(moments.samples(), 0);
+}
+
+}  // namespace
+}  // namespace cctorch::repair
