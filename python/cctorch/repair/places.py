@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from cctorch.graph.model_graph import owners, runs_its_own_forward
 from cctorch.nn import GatherChannels, LowRankConv2d, LowRankLinear
 
-Layer = nn.Conv2d | nn.Linear | LowRankConv2d | LowRankLinear
+Layer: TypeAlias = nn.Conv2d | nn.Linear | LowRankConv2d | LowRankLinear
 
 _ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.add_}
 
