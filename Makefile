@@ -6,7 +6,7 @@ BUILD := build
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test build test-build test-cpp test-python lint format wheel gpu sanitize clean help
+.PHONY: demo test build test-build test-cpp test-python lint format tidy wheel gpu sanitize clean help
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,12 @@ format:  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+# Minutes of work for every file, so not a part of `make test`. FILES=... checks some.
+tidy: FILES ?= $(shell git ls-files 'csrc/*.cpp')
+tidy: test-build  ## clang-tidy over the library's C++ sources
+	$(BIN)/pip install -q clang-tidy==23.1.4
+	printf '%s\n' $(FILES) | xargs -P 2 -n 1 $(BIN)/clang-tidy -p $(BUILD) --quiet
 
 # The wheel must import on a machine without compiler or source tree: install it aside and import it from there.
 wheel: test-build  ## build the wheel into dist/ and import it

@@ -77,6 +77,8 @@ class _Reference:
             total = self.output(self.dense, original.bn2, x) + self.shortcut(
                 original, self.seen(self.dense, original, x)
             )
+            if self.plan.find(f"{name}.conv2"):
+                total = total[:, self.plan.find(f"{name}.conv2").kept_out]
             self.solve(block.conv2, block.bn2, hidden, total - self.shortcut(block, before))
         self.solve(self.model.linear, None, self.seen(self.model, self.model.linear, x), self.dense(x))
 
