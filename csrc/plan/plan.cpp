@@ -180,4 +180,14 @@ int64_t final_macs(const std::vector<LayerSpec>& model, const CompressionPlan& p
 
 int64_t dense_macs(const std::vector<LayerSpec>& model) { return model_macs(model, nullptr, false); }
 
+void drop_idle_ranks(const std::vector<LayerSpec>& model, CompressionPlan& plan) {
+  for (const LayerSpec& spec : model) {
+    LayerPlan* const factored = plan.find(spec.name);
+    if (factored == nullptr || !factored->rank) continue;
+    LayerPlan exact = *factored;
+    exact.rank.reset();
+    if (layer_macs(spec, &exact, true) <= layer_macs(spec, factored, true)) *factored = std::move(exact);
+  }
+}
+
 }  // namespace cctorch

@@ -134,6 +134,7 @@ void bind_compression_plan(py::module_& module) {
 }
 
 void bind_macs(py::module_& module) {
+  module.def("drop_idle_ranks", &drop_idle_ranks, py::arg("model"), py::arg("plan"));
   module.def("dense_macs", &dense_macs, py::arg("model"));
   module.def("nominal_macs", &nominal_macs, py::arg("model"), py::arg("plan"));
   module.def("final_macs", &final_macs, py::arg("model"), py::arg("plan"));

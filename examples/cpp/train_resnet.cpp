@@ -75,8 +75,13 @@ Measurements measure(ResNet& model, const Images& images, int64_t macs, const fs
   return measured;
 }
 
-cctorch::CompressionPlan search(ResNet& model, const Images& images, const std::vector<cctorch::LayerSpec>& specs,
-                                const Options& options) {
+struct Search {
+  cctorch::CompressionPlan plan;
+  int64_t nominal_macs = 0;
+};
+
+Search search(ResNet& model, const Images& images, const std::vector<cctorch::LayerSpec>& specs,
+              const Options& options) {
   const auto layers = cctorch::collaborative::mean_gradients(*model, cctorch::collaborative::participants(specs),
                                                              losses(model, images, options.batch));
   cctorch::collaborative::Options solver;
@@ -85,13 +90,14 @@ cctorch::CompressionPlan search(ResNet& model, const Images& images, const std::
   for (const std::string& warning : solution.warnings) fmt::print("warning: {}\n", warning);
   fmt::print("search: rate optimization {:.2f} s, heuristic {:.2f} s\n", solution.curve_seconds,
              solution.heuristic_seconds);
+  const int64_t nominal_macs = cctorch::nominal_macs(specs, solution.plan);
   model->channel_graph().resolve(solution.plan);
-  return std::move(solution.plan);
+  cctorch::drop_idle_ranks(specs, solution.plan);
+  return {std::move(solution.plan), nominal_macs};
 }
 
-void check_target(const std::vector<cctorch::LayerSpec>& specs, const cctorch::CompressionPlan& plan, double target) {
-  const auto dense = static_cast<double>(cctorch::dense_macs(specs));
-  const double removed = 1.0 - static_cast<double>(cctorch::nominal_macs(specs, plan)) / dense;
+void check_target(int64_t dense_macs, int64_t nominal_macs, double target) {
+  const double removed = 1.0 - static_cast<double>(nominal_macs) / static_cast<double>(dense_macs);
   if (removed >= target - 0.01) return;
   throw std::runtime_error(
       fmt::format("the plan removes {:.1f} % of the multiply-accumulates, expected {:.1f} %: lower "
@@ -152,8 +158,8 @@ void run(const Options& options) {
       *model, [&] { accuracy(model, {data.test.pixels.narrow(0, 0, 1), data.test.labels.narrow(0, 0, 1)}, 1); });
   const Measurements before = measure(model, data.test, cctorch::dense_macs(specs), out / "dense.pt");
 
-  const cctorch::CompressionPlan plan = search(model, data.train, specs, options);
-  check_target(specs, plan, options.target);
+  const auto [plan, nominal_macs] = search(model, data.train, specs, options);
+  check_target(before.macs, nominal_macs, options.target);
   cctorch::apply(*model, plan, &optimizer);
   const double uncorrected = accuracy(model, data.test, 256);
   reestimate(model, data.train, options.batch, 4000);
@@ -167,11 +173,11 @@ void run(const Options& options) {
     throw std::runtime_error(
         fmt::format("reloaded from {}: top-1 {} %, expected {} %", out.string(), reloaded, after.top1));
   }
-  write_text(out / "summary.json", fmt::format("{{\"top1_before\": {}, \"top1_compressed\": {}, \"top1_reestimated\": "
-                                               "{}, \"top1_after\": {}, \"macs_before\": {}, "
-                                               "\"macs_nominal\": {}, \"macs_after\": {}}}\n",
-                                               before.top1, uncorrected, reestimated, after.top1, before.macs,
-                                               cctorch::nominal_macs(specs, plan), after.macs));
+  write_text(out / "summary.json",
+             fmt::format("{{\"top1_before\": {}, \"top1_compressed\": {}, \"top1_reestimated\": "
+                         "{}, \"top1_after\": {}, \"macs_before\": {}, "
+                         "\"macs_nominal\": {}, \"macs_after\": {}}}\n",
+                         before.top1, uncorrected, reestimated, after.top1, before.macs, nominal_macs, after.macs));
   print_table(before, after, uncorrected, reestimated);
   fmt::print("written to {}: plan.json, dense.pt, compressed.pt (reloaded: same top-1), summary.json\n", out.string());
 }

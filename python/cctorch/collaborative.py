@@ -136,6 +136,7 @@ def solve(
             "model's multiply-accumulates; lower the target"
         )
     graph.channels.resolve(plan)
+    _C.drop_idle_ranks(graph.specs, plan)
     return Compression(
         plan=plan,
         curves=solution.curves,

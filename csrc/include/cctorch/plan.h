@@ -90,4 +90,8 @@ int64_t nominal_macs(const std::vector<LayerSpec>& model, const CompressionPlan&
 int64_t final_macs(const std::vector<LayerSpec>& model, const CompressionPlan& plan);
 int64_t dense_macs(const std::vector<LayerSpec>& model);
 
+// Drops the rank of every layer that has, once dead filters are gone, as many multiply-accumulates factored as it would
+// have with its exact weight. Call it after ChannelGraph::resolve(); the nominal count is that of before.
+void drop_idle_ranks(const std::vector<LayerSpec>& model, CompressionPlan& plan);
+
 }  // namespace cctorch

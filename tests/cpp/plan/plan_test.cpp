@@ -83,6 +83,29 @@ TEST(Plan, CountsMultiplyAccumulatesByHand) {
   EXPECT_EQ(final_macs(model, plan), 3 * 3 * 9 * 100 + 8 * 3);
 }
 
+TEST(Plan, DropsRanksThatSaveNothingOnceFiltersAreGone) {
+  const std::vector<LayerSpec> model = {
+      {.name = "a", .in_channels = 16, .out_channels = 16, .kernel_height = 3, .kernel_width = 3},
+      {.name = "b", .kind = LayerKind::linear, .in_channels = 8, .out_channels = 12}};
+  CompressionPlan plan;
+  plan.layers = {LayerPlan::unchanged("a", LayerKind::conv2d, 16, 16),
+                 LayerPlan::unchanged("b", LayerKind::linear, 8, 12)};
+  plan.layers[0].kept_in = {0, 1, 2, 3, 4, 5, 6, 7};
+  plan.layers[0].rank = 10;
+  plan.layers[1].rank = 4;
+  const auto ranks = [&] {
+    CompressionPlan dropped = plan;
+    drop_idle_ranks(model, dropped);
+    return std::pair(dropped.layers[0].rank, dropped.layers[1].rank);
+  };
+  // a: 10 (72 + 16) < 16 * 72. b: 4 (8 + 12) < 8 * 12.
+  EXPECT_EQ(ranks(), std::pair(std::optional<int64_t>(10), std::optional<int64_t>(4)));
+  plan.layers[0].kept_out.resize(11);  // 10 (72 + 11) > 11 * 72
+  EXPECT_EQ(ranks(), std::pair(std::optional<int64_t>(), std::optional<int64_t>(4)));
+  plan.layers[1].kept_out.resize(8);  // 4 (8 + 8) = 8 * 8
+  EXPECT_EQ(ranks().second, std::nullopt);
+}
+
 TEST(Plan, PrintsOnlyWhatChanges) {
   CompressionPlan plan = example();
   plan.layers[1].mask.reset();
