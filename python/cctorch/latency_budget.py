@@ -207,8 +207,8 @@ def _chosen(rounds: list[tuple[_C.Solution, Latency]], wanted: float) -> Found:
     if not met:
         reached = min(measured for _, measured in history)
         raise ValueError(
-            f"compress: target = {1 - wanted:g} of the latency at batch {rounds[0][1].batch}: the fastest of "
-            f"{len(rounds)} plans takes {reached:.3f} of the dense time, wanted {wanted:.3f}; lower the target"
+            f"compress: target = {1 - wanted:g} of the latency at batch {rounds[0][1].batch}: the fastest plan "
+            f"(of {len(rounds)}) takes {reached:.3f} of the dense time, wanted {wanted:.3f}; lower the target"
         )
     solution, latency = max(met, key=lambda found: found[1].ratio)
     latency.rounds = history

@@ -114,24 +114,44 @@ def test_choices_fall_in_cost_and_rise_in_loss():
             assert next_one.loss > one.loss
 
 
-def test_selection_is_close_to_the_best_of_all_combinations():
-    """By brute force over every combination of three layers' choices, on the objective of E2."""
-    layers = with_tables(network(5, shapes=((16, 8, 3, 3), (8, 16, 1, 1), (16, 8, 3, 3))), 4)
+def removed_and_objective(found, combination):
+    """What is removed of the cost, and the objective of E2, for the index of a choice in each layer."""
+    chosen = [(layer, layer.choices[0].cost, layer.choices[c]) for layer, c in zip(found, combination, strict=True)]
+    removed = sum(dense - choice.cost for _, dense, choice in chosen)
+    return removed, sum(dense * choice.loss / layer.largest_loss for layer, dense, choice in chosen)
+
+
+def chosen_by(found, solution):
+    return tuple(
+        [choice.plan for choice in layer.choices].index(plan)
+        for layer, plan in zip(found, solution.plan.layers, strict=True)
+    )
+
+
+@pytest.mark.parametrize("multiple", [2, 4])
+def test_selection_against_all_combinations(multiple):
+    """Where the convex hull has a point on the budget the optimum is found; elsewhere the budget is used up."""
+    layers = with_tables(network(5, shapes=((16, 8, 3, 3), (8, 16, 1, 1), (16, 8, 3, 3))), multiple)
     found = _C.layer_choices(layers, _C.SolverOptions(budget="table"))
-    whole = total(layers)
-    terms = [[(c.cost, layer.choices[0].cost * c.loss / layer.largest_loss) for c in layer.choices] for layer in found]
-    for target in (0.2, 0.4, 0.6):
-        plan = _C.select(found, whole, target).plan
-        allowed = [combo for combo in itertools.product(*terms) if whole - sum(c for c, _ in combo) >= target * whole]
-        best = min(sum(loss for _, loss in combo) for combo in allowed)
-        chosen = [
-            next(term for c, term in zip(layer.choices, own, strict=True) if c.plan == planned)
-            for layer, own, planned in zip(found, terms, plan.layers, strict=True)
-        ]
-        assert whole - sum(c for c, _ in chosen) >= target * whole * (1 - 1e-12)
-        # The multiplier finds the convex hull's points; the optimum can lie between two of them.
-        gap = max(b[1] - a[1] for own in terms for a, b in itertools.pairwise(own))
-        assert best <= sum(loss for _, loss in chosen) <= best + gap
+    points = {c: removed_and_objective(found, c) for c in itertools.product(*(range(len(f.choices)) for f in found))}
+    tested = set()
+    for exponent in range(-40, 20):
+        lagrangian = min(points, key=lambda c: points[c][1] - 2.0 ** (exponent / 4) * points[c][0])
+        budget, objective = points[lagrangian]
+        if budget == 0 or lagrangian in tested:
+            continue
+        tested.add(lagrangian)
+        chosen = chosen_by(found, _C.select(found, total(layers), budget * (1 - 1e-12) / total(layers)))
+        assert points[chosen][1] == pytest.approx(objective, rel=1e-12)
+    assert len(tested) > 4
+    for target in (0.15, 0.35, 0.55):
+        budget = target * total(layers)
+        chosen = chosen_by(found, _C.select(found, total(layers), target))
+        assert points[chosen][0] >= budget * (1 - 1e-12)
+        for layer, index in enumerate(chosen):
+            for less in range(index):
+                with_less = (*chosen[:layer], less, *chosen[layer + 1 :])
+                assert points[with_less][0] < budget
 
 
 def test_unreachable_and_misfitting_tables_are_refused():
@@ -141,7 +161,7 @@ def test_unreachable_and_misfitting_tables_are_refused():
     layers[2].table = _C.CostTable([1, 2], [], [1.0, 2.0], [])
     with pytest.raises(ValueError, match="cost table of layer 'layer2'"):
         solve(layers, model_macs=total(layers), target=0.3, budget="table")
-    with pytest.raises(ValueError, match="cost table of layer 'layer0' is for 0 channel counts"):
+    with pytest.raises(ValueError, match=r"cost table of layer 'layer.' is for 0 channel counts"):
         solve(network(), model_macs=total(network()), target=0.3, budget="table")
 
 
