@@ -98,12 +98,16 @@ def test_what_was_timed_is_remembered_for_the_same_conditions_only(cache: Path) 
     assert len(list(cache.iterdir())) == 5
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 99, "conditions": {}, "seconds": {}}', "negative"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"format": 99, "conditions": {}, "seconds": {}}', "negative", "elsewhere"]
+)
 def test_a_damaged_cache_is_ignored_with_a_warning_and_replaced(cache: Path, text: str) -> None:
     table = LatencyTable(timer=FakeTimer())
     seconds = table.seconds(SHAPE)
     if text == "negative":
         text = table.path.read_text().replace(str(seconds), str(-seconds))
+    if text == "elsewhere":
+        text = table.path.read_text().replace('"batch": 1', '"batch": 2')
     table.path.write_text(text)
     with pytest.warns(UserWarning, match="is ignored"):
         fresh = LatencyTable(timer=FakeTimer())
