@@ -37,6 +37,14 @@ void remove_units(RunningLayer& layer, const std::vector<int64_t>& units) {
 
 }  // namespace
 
+bool remove_best_units(RunningLayer& layer, const Options& options) {
+  const int64_t step = std::max<int64_t>(
+      1, static_cast<int64_t>(std::floor(options.step_fraction * static_cast<double>(layer.units()))));
+  const std::vector<int64_t> units = best_units(layer.scores(options), step);
+  if (!units.empty()) remove_units(layer, units);
+  return !units.empty();
+}
+
 LayerPlan compress_layer(const Layer& layer, double rate, const Options& options) {
   const LayerSpec& spec = layer.spec;
   LayerPlan plan = LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels);
@@ -44,12 +52,8 @@ LayerPlan compress_layer(const Layer& layer, double rate, const Options& options
 
   RunningLayer running(layer.weight, layer.gradient);
   const double goal = (1.0 - rate) * static_cast<double>(running.dense_macs()) * (1 + 1e-12);
-  const int64_t step = std::max<int64_t>(
-      1, static_cast<int64_t>(std::floor(options.step_fraction * static_cast<double>(running.units()))));
   while (std::min(running.macs(), running.pruned_macs()) > goal) {
-    const std::vector<int64_t> units = best_units(running.scores(options), step);
-    if (units.empty()) break;
-    remove_units(running, units);
+    if (!remove_best_units(running, options)) break;
   }
   plan.kept_in = running.kept_channels();
   // Channels alone suffice: the weight is not decomposed, and loses nothing else.

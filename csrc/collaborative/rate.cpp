@@ -48,6 +48,24 @@ void trace_removals(RunningLayer& layer, const std::vector<int64_t>& order, Rate
   }
 }
 
+}  // namespace
+
+int64_t dense_cost(const LayerSpec& spec, Budget budget) {
+  return budget == Budget::parameters ? spec.parameters() : spec.macs();
+}
+
+std::string_view to_string(Budget budget) {
+  switch (budget) {
+    case Budget::macs:
+      return "multiply-accumulates";
+    case Budget::parameters:
+      return "parameters";
+    case Budget::table:
+      break;
+  }
+  return "cost";
+}
+
 void fit_exponential(RateCurve& curve) {
   const double largest = curve.loss.empty() ? 0.0 : *std::max_element(curve.loss.begin(), curve.loss.end());
   if (!(largest > 0)) return;
@@ -73,8 +91,6 @@ void fit_exponential(RateCurve& curve) {
   curve.a = std::exp(mean_log - curve.b * mean_rate);
 }
 
-}  // namespace
-
 RateCurve rate_curve(const Layer& layer, Units units) {
   RateCurve curve;
   curve.name = layer.spec.name;
@@ -93,7 +109,7 @@ double highest_rate(const LayerSpec& spec, const Options& options) {
   return std::clamp(1.0 - static_cast<double>(smallest) / dense, 0.0, options.max_rate);
 }
 
-double allocate(std::vector<RateCurve>& curves, const std::vector<LayerSpec>& specs, int64_t model_macs,
+double allocate(std::vector<RateCurve>& curves, const std::vector<LayerSpec>& specs, double model_cost,
                 const Options& options) {
   std::vector<double> highest(curves.size());
   double low = std::numeric_limits<double>::infinity(), high = -low, reachable = 0;
@@ -103,13 +119,13 @@ double allocate(std::vector<RateCurve>& curves, const std::vector<LayerSpec>& sp
     const double log_at_zero = std::log(curves[l].a * curves[l].b);
     low = std::min(low, log_at_zero);
     high = std::max(high, log_at_zero + curves[l].b * highest[l]);
-    reachable += static_cast<double>(specs[l].macs()) * highest[l];
+    reachable += static_cast<double>(dense_cost(specs[l], options.budget)) * highest[l];
   }
-  const double budget = options.target * static_cast<double>(model_macs);
+  const double budget = options.target * model_cost;
   TORCH_CHECK_VALUE(budget <= reachable, "compress: target = ", options.target, " cannot be reached: with at most ",
                     options.max_rate, " of each layer removed, the ", specs.size(), " compressible layers can give up ",
-                    reachable / static_cast<double>(model_macs),
-                    " of the model's multiply-accumulates; lower the target or leave fewer layers out");
+                    reachable / model_cost, " of the model's ", to_string(options.budget),
+                    "; lower the target or leave fewer layers out");
 
   const auto allocation = [&](double log_lambda, size_t l) {
     if (!(curves[l].b > 0)) return 0.0;
@@ -118,7 +134,8 @@ double allocate(std::vector<RateCurve>& curves, const std::vector<LayerSpec>& sp
   for (int iteration = 0; iteration < 200; ++iteration) {
     const double middle = 0.5 * (low + high);
     double removed = 0;
-    for (size_t l = 0; l < curves.size(); ++l) removed += static_cast<double>(specs[l].macs()) * allocation(middle, l);
+    for (size_t l = 0; l < curves.size(); ++l)
+      removed += static_cast<double>(dense_cost(specs[l], options.budget)) * allocation(middle, l);
     (removed < budget ? low : high) = middle;
   }
   for (size_t l = 0; l < curves.size(); ++l) curves[l].allocated = allocation(high, l);

@@ -2,9 +2,18 @@
 
 #include <cctorch/collaborative.h>
 
+#include <string_view>
 #include <vector>
 
 namespace cctorch::collaborative {
+
+// Of a layer, in the unit of a budget that has a closed form; such a unit's name.
+int64_t dense_cost(const LayerSpec& spec, Budget budget);
+std::string_view to_string(Budget budget);
+
+// Divides the losses by the largest and fits loss ~ a exp(b rate), weighted by the root of the loss. Leaves a = b = 0
+// where no rising exponential fits.
+void fit_exponential(RateCurve& curve);
 
 // Loss against rate while a layer's units go one by one, the least harmful first, and the exponential fitted to it. The
 // fit has b = 0 where the loss does not respond to the layer at all.
@@ -13,8 +22,8 @@ RateCurve rate_curve(const Layer& layer, Units units);
 // The highest rate that removing units can bring a layer to.
 double highest_rate(const LayerSpec& spec, const Options& options);
 
-// Eq. (E2): sets `allocated` of every curve so that sum F_l c_l = target * model_macs; returns lambda.
-double allocate(std::vector<RateCurve>& curves, const std::vector<LayerSpec>& specs, int64_t model_macs,
+// Eq. (E2): sets `allocated` of every curve so that sum F_l c_l = target * model_cost; returns lambda.
+double allocate(std::vector<RateCurve>& curves, const std::vector<LayerSpec>& specs, double model_cost,
                 const Options& options);
 
 }  // namespace cctorch::collaborative

@@ -67,6 +67,8 @@ at::Tensor RunningLayer::per_channel(const at::Tensor& matrix) const {
 
 double RunningLayer::loss() const { return (running_ - original_).square_().mul_(weighting_).sum().item<double>(); }
 
+double RunningLayer::largest_loss() const { return channel_dense_.sum().item<double>(); }
+
 void RunningLayer::decompose() {
   if (decomposition_current_) return;
   const bool left_is_smaller = outputs_ <= channels_ * kernel_size_;
@@ -191,6 +193,7 @@ at::Tensor RunningLayer::next_terms_right(const at::Tensor& candidates) {
 void RunningLayer::remove_channel(int64_t channel) {
   running_.narrow(1, channel * kernel_size_, kernel_size_).zero_();
   kept_[channel] = 0;
+  removed_channels_.push_back(channel);
   --channels_left_;
   decomposition_current_ = false;
 }

@@ -27,6 +27,8 @@ class RunningLayer {
   const std::vector<char>& kept() const { return kept_; }
   std::vector<int64_t> kept_channels() const;
 
+  const std::vector<int64_t>& removed_channels() const { return removed_channels_; }  // in the order they went
+
   // Singular values that X can still have: what was asked to remain, or what the channels left allow.
   int64_t rank() const;
   bool decomposed() const { return removed_values_; }
@@ -37,6 +39,7 @@ class RunningLayer {
   int64_t dense_macs() const { return outputs_ * channels_ * kernel_size_; }
 
   double loss() const;                 // (E1) of X
+  double largest_loss() const;         // (E1) of X = 0
   std::vector<double> losses_alone();  // (E1) of each unit removed alone: channels, then singular values
   std::vector<double> scores(const Options& options);  // (E3) of each unit: channels, then the rank() singular values
 
@@ -57,6 +60,7 @@ class RunningLayer {
   int64_t outputs_, channels_, kernel_size_, full_rank_, values_left_, channels_left_;
   bool removed_values_ = false;
   std::vector<char> kept_;
+  std::vector<int64_t> removed_channels_;
   at::Tensor original_, weighting_, running_;  // W, G, X
   at::Tensor channel_dense_;                   // w of the closed forms, sum of G∘W^2 for each channel
   at::Tensor left_, right_;                    // N x r, Ck x r

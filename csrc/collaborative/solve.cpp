@@ -1,13 +1,12 @@
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <cctorch/collaborative.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <mutex>
-#include <numeric>
 
+#include "csrc/collaborative/checks.h"
+#include "csrc/collaborative/choices.h"
+#include "csrc/collaborative/for_each_layer.h"
 #include "csrc/collaborative/heuristic.h"
 #include "csrc/collaborative/rate.h"
 #include "csrc/collaborative/running_layer.h"
@@ -19,73 +18,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-void check_options(const Options& options) {
-  TORCH_CHECK_VALUE(options.target > 0 && options.target < 1, "compress: target = ", options.target,
-                    ", expected a fraction of multiply-accumulates to remove, above 0 and below 1");
-  TORCH_CHECK_VALUE(options.gamma >= 0, "compress: gamma = ", options.gamma, ", expected at least 0");
-  TORCH_CHECK_VALUE(options.step_fraction > 0 && options.step_fraction <= 1,
-                    "compress: step_fraction = ", options.step_fraction, ", expected above 0 and at most 1");
-  TORCH_CHECK_VALUE(options.max_rate > 0 && options.max_rate < 1, "compress: max_rate = ", options.max_rate,
-                    ", expected above 0 and below 1");
-}
-
-void check_layer(const Layer& layer) {
-  const LayerSpec& spec = layer.spec;
-  const bool convolution = spec.kind == LayerKind::conv2d && layer.weight.dim() == 4;
-  const bool linear = spec.kind == LayerKind::linear && layer.weight.dim() == 2;
-  TORCH_CHECK_VALUE(convolution || linear, "compress: layer '", spec.name, "' is a ", to_string(spec.kind),
-                    " with a weight of ", layer.weight.dim(),
-                    " dimensions, expected a conv2d with 4 or a linear layer with 2");
-  TORCH_CHECK_VALUE(spec.groups == 1, "compress: layer '", spec.name, "' has ", spec.groups,
-                    " groups, expected 1; leave grouped convolutions out");
-  TORCH_CHECK_VALUE(layer.weight.size(0) == spec.out_channels && layer.weight.size(1) == spec.in_channels &&
-                        layer.weight.numel() == spec.parameters() && spec.positions > 0,
-                    "compress: layer '", spec.name, "' has a weight of shape ", layer.weight.sizes(), ", expected ",
-                    spec.out_channels, " x ", spec.in_channels, " and a kernel of ", spec.kernel_size());
-  TORCH_CHECK_VALUE(layer.gradient.defined() && layer.gradient.sizes() == layer.weight.sizes(), "compress: layer '",
-                    spec.name, "': the gradient's shape differs from the weight's, ", layer.weight.sizes());
-  for (const auto& [what, tensor] : {std::pair{"weight", &layer.weight}, {"gradient", &layer.gradient}}) {
-    const int64_t bad = tensor->numel() - at::isfinite(*tensor).sum().item<int64_t>();
-    TORCH_CHECK_VALUE(bad == 0, "compress: layer '", spec.name, "': ", bad, " of ", tensor->numel(), " ", what,
-                      " elements are NaN or infinite; was the model trained with too high a learning rate?");
-  }
-}
-
-// Layers are independent: each thread takes the next one, the largest first, so that no thread is left with the last.
-template <class Function>
-void for_each_layer(const std::vector<Layer>& layers, std::string_view stage, const Progress& progress,
-                    const Function& function) {
-  std::vector<size_t> order(layers.size());
-  std::iota(order.begin(), order.end(), 0);
-  const auto cost = [&](size_t l) {
-    const LayerSpec& spec = layers[l].spec;
-    return spec.parameters() * std::min(spec.out_channels, spec.in_channels * spec.kernel_size()) *
-           (spec.in_channels + spec.out_channels);
-  };
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return cost(a) > cost(b); });
-
-  std::atomic<size_t> next{0};
-  std::mutex report;
-  int64_t done = 0;
-  const auto total = static_cast<int64_t>(layers.size());
-  if (progress) progress(stage, 0, total);
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), total), 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView without_autograd;
-    for (int64_t worker = begin; worker < end; ++worker) {
-      try {
-        for (size_t taken = next++; taken < order.size(); taken = next++) {
-          function(order[taken]);
-          const std::lock_guard lock(report);
-          if (progress) progress(stage, ++done, total);
-        }
-      } catch (...) {
-        next = order.size();
-        throw;
-      }
-    }
-  });
-}
 
 }  // namespace
 
@@ -105,16 +37,26 @@ std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs) {
   return chosen;
 }
 
-Solution solve(const std::vector<Layer>& layers, int64_t model_macs, const Options& options, const Progress& progress) {
+Solution solve(const std::vector<Layer>& layers, double model_cost, const Options& options, const Progress& progress) {
+  if (options.budget == Budget::table) {
+    const auto start = Clock::now();
+    const std::vector<LayerChoices> choices = layer_choices(layers, options, progress);
+    const double seconds = seconds_since(start);
+    Solution solution = select(choices, model_cost, options.target);
+    solution.heuristic_seconds = seconds;
+    return solution;
+  }
   check_options(options);
   TORCH_CHECK_VALUE(!layers.empty(), "compress: the model has no layer that can be compressed");
   std::vector<LayerSpec> specs;
+  int64_t total = 0;
   for (const Layer& layer : layers) {
     check_layer(layer);
     specs.push_back(layer.spec);
+    total += dense_cost(layer.spec, options.budget);
   }
-  TORCH_CHECK_VALUE(model_macs >= dense_macs(specs), "compress: model_macs = ", model_macs,
-                    ", but the layers alone have ", dense_macs(specs));
+  TORCH_CHECK_VALUE(model_cost >= static_cast<double>(total), "compress: model_cost = ", model_cost, " ",
+                    to_string(options.budget), ", but the layers alone have ", total);
 
   Solution solution;
   solution.plan.method = "collaborative";
@@ -126,10 +68,9 @@ Solution solve(const std::vector<Layer>& layers, int64_t model_macs, const Optio
   for_each_layer(layers, "rate optimization", progress,
                  [&](size_t l) { solution.curves[l] = rate_curve(layers[l], options.units); });
   for (const RateCurve& curve : solution.curves) {
-    if (curve.b > 0) continue;
-    solution.warnings.push_back("layer '" + curve.name + "' is left alone: the loss does not respond to its weights");
+    if (!(curve.b > 0)) solution.warnings.push_back(left_alone(curve.name));
   }
-  solution.lambda = allocate(solution.curves, specs, model_macs, options);
+  solution.lambda = allocate(solution.curves, specs, model_cost, options);
   solution.curve_seconds = seconds_since(start);
 
   start = Clock::now();

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace cctorch {
 
@@ -139,6 +140,24 @@ void ChannelGraph::resolve(CompressionPlan& plan) const {
     }
   }
   plan.layers.insert(plan.layers.end(), std::make_move_iterator(added.begin()), std::make_move_iterator(added.end()));
+}
+
+std::vector<std::string> ChannelGraph::producers(const std::string& layer) const {
+  const auto reader = std::find_if(nodes_.begin(), nodes_.end(), [&](const Node& node) { return node.name == layer; });
+  TORCH_CHECK_VALUE(reader != nodes_.end(), "channel graph: there is no layer '", layer, "'");
+  std::unordered_set<int64_t> inputs;
+  for (const int64_t channel : reader->in) {
+    if (pinned_[root(channel)] || !inputs.insert(root(channel)).second) return {};
+  }
+  const auto carries = [&](int64_t channel) { return inputs.contains(root(channel)); };
+  std::vector<std::string> names;
+  for (auto node = nodes_.begin(); node != nodes_.end(); ++node) {
+    if (node == reader) continue;
+    const bool reads = std::any_of(node->in.begin(), node->in.end(), carries);
+    if (reads && !passes_channels_on(node->kind)) return {};
+    if (std::any_of(node->out.begin(), node->out.end(), carries)) names.push_back(node->name);
+  }
+  return names;
 }
 
 }  // namespace cctorch

@@ -18,6 +18,8 @@ namespace cctorch::python {
 namespace {
 
 using collaborative::Basis;
+using collaborative::Budget;
+using collaborative::CostTable;
 using collaborative::Options;
 using collaborative::Units;
 
@@ -25,34 +27,46 @@ constexpr Names<Units, 3> units_names{
     {{"both", Units::both}, {"channels", Units::channels}, {"singular_values", Units::singular_values}}};
 constexpr Names<Basis, 2> basis_names{{{"exact", Basis::exact}, {"fixed", Basis::fixed}}};
 
+constexpr Names<Budget, 3> budget_names{
+    {{"macs", Budget::macs}, {"parameters", Budget::parameters}, {"table", Budget::table}}};
+
 using PythonProgress = std::function<void(const std::string&, int64_t, int64_t)>;
 
-collaborative::Solution solve(const std::vector<collaborative::Layer>& layers, int64_t model_macs,
+// pybind11's function wrapper takes the GIL; an exception it throws (Ctrl-C among them) stops the search.
+collaborative::Progress forwarded(const std::optional<PythonProgress>& progress) {
+  if (!progress) return {};
+  return [&progress](std::string_view stage, int64_t done, int64_t total) {
+    (*progress)(std::string(stage), done, total);
+  };
+}
+
+collaborative::Solution solve(const std::vector<collaborative::Layer>& layers, double model_cost,
                               const Options& options, const std::optional<PythonProgress>& progress) {
-  collaborative::Progress forward;
-  if (progress) {
-    // pybind11's function wrapper takes the GIL; an exception it throws (Ctrl-C among them) stops the search.
-    forward = [&](std::string_view stage, int64_t done, int64_t total) {
-      (*progress)(std::string(stage), done, total);
-    };
-  }
   const py::gil_scoped_release release;
-  return collaborative::solve(layers, model_macs, options, forward);
+  return collaborative::solve(layers, model_cost, options, forwarded(progress));
+}
+
+std::vector<collaborative::LayerChoices> layer_choices(const std::vector<collaborative::Layer>& layers,
+                                                       const Options& options,
+                                                       const std::optional<PythonProgress>& progress) {
+  const py::gil_scoped_release release;
+  return collaborative::layer_choices(layers, options, forwarded(progress));
 }
 
 void bind_options(py::module_& module) {
   py::class_<Options>(module, "SolverOptions")
       .def(py::init([](double target, double gamma, double step_fraction, double max_rate, const std::string& units,
-                       const std::string& basis) {
+                       const std::string& basis, const std::string& budget) {
              return Options{target,
                             gamma,
                             step_fraction,
                             max_rate,
                             parse(units_names, "units", units),
-                            parse(basis_names, "basis", basis)};
+                            parse(basis_names, "basis", basis),
+                            parse(budget_names, "budget", budget)};
            }),
            py::arg("target") = 0.5, py::arg("gamma") = 0.9, py::arg("step_fraction") = 0.01, py::arg("max_rate") = 0.95,
-           py::arg("units") = "both", py::arg("basis") = "fixed")
+           py::arg("units") = "both", py::arg("basis") = "fixed", py::arg("budget") = "macs")
       .def_readwrite("target", &Options::target)
       .def_readwrite("gamma", &Options::gamma)
       .def_readwrite("step_fraction", &Options::step_fraction)
@@ -62,21 +76,52 @@ void bind_options(py::module_& module) {
           [](Options& self, const std::string& text) { self.units = parse(units_names, "units", text); })
       .def_property(
           "basis", [](const Options& self) { return name_of(basis_names, self.basis); },
-          [](Options& self, const std::string& text) { self.basis = parse(basis_names, "basis", text); });
+          [](Options& self, const std::string& text) { self.basis = parse(basis_names, "basis", text); })
+      .def_property(
+          "budget", [](const Options& self) { return name_of(budget_names, self.budget); },
+          [](Options& self, const std::string& text) { self.budget = parse(budget_names, "budget", text); });
+}
+
+void bind_choices(py::module_& module) {
+  py::class_<CostTable>(module, "CostTable")
+      .def(py::init([](std::vector<int64_t> channels, std::vector<int64_t> ranks, std::vector<double> pruned,
+                       std::vector<double> factored, int64_t multiple) {
+             return CostTable{std::move(channels), std::move(ranks), std::move(pruned), std::move(factored), multiple};
+           }),
+           py::arg("channels"), py::arg("ranks"), py::arg("pruned"), py::arg("factored"), py::arg("multiple") = 1)
+      .def_readonly("channels", &CostTable::channels)
+      .def_readonly("ranks", &CostTable::ranks)
+      .def_readonly("pruned", &CostTable::pruned)
+      .def_readonly("factored", &CostTable::factored)
+      .def_readonly("multiple", &CostTable::multiple);
+  py::class_<collaborative::Choice>(module, "Choice")
+      .def_readonly("cost", &collaborative::Choice::cost)
+      .def_readonly("loss", &collaborative::Choice::loss)
+      .def_readonly("plan", &collaborative::Choice::plan);
+  py::class_<collaborative::LayerChoices>(module, "LayerChoices")
+      .def_readonly("name", &collaborative::LayerChoices::name)
+      .def_readonly("largest_loss", &collaborative::LayerChoices::largest_loss)
+      .def_readonly("choices", &collaborative::LayerChoices::choices);
+  module.def("layer_choices", &layer_choices, py::arg("layers"), py::arg("options"), py::arg("progress") = py::none());
+  module.def("select", &collaborative::select, py::arg("layers"), py::arg("model_cost"), py::arg("target"),
+             py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
 
 void bind_collaborative(py::module_& module) {
   bind_options(module);
+  bind_choices(module);
   py::class_<collaborative::Layer>(module, "SolverLayer")
-      .def(py::init([](LayerSpec spec, at::Tensor weight, at::Tensor gradient) {
-             return collaborative::Layer{std::move(spec), std::move(weight), std::move(gradient)};
+      .def(py::init([](LayerSpec spec, at::Tensor weight, at::Tensor gradient, std::optional<CostTable> table) {
+             return collaborative::Layer{std::move(spec), std::move(weight), std::move(gradient),
+                                         std::move(table).value_or(CostTable{})};
            }),
-           py::arg("spec"), py::arg("weight"), py::arg("gradient"))
+           py::arg("spec"), py::arg("weight"), py::arg("gradient"), py::arg("table") = py::none())
       .def_readwrite("spec", &collaborative::Layer::spec)
       .def_readwrite("weight", &collaborative::Layer::weight)
-      .def_readwrite("gradient", &collaborative::Layer::gradient);
+      .def_readwrite("gradient", &collaborative::Layer::gradient)
+      .def_readwrite("table", &collaborative::Layer::table);
   py::class_<collaborative::RateCurve>(module, "RateCurve")
       .def_readonly("name", &collaborative::RateCurve::name)
       .def_readonly("rate", &collaborative::RateCurve::rate)
@@ -92,7 +137,7 @@ void bind_collaborative(py::module_& module) {
       .def_readonly("heuristic_seconds", &collaborative::Solution::heuristic_seconds)
       .def_readonly("warnings", &collaborative::Solution::warnings);
   module.def("participants", &collaborative::participants, py::arg("specs"));
-  module.def("solve", &solve, py::arg("layers"), py::arg("model_macs"), py::arg("options"),
+  module.def("solve", &solve, py::arg("layers"), py::arg("model_cost"), py::arg("options"),
              py::arg("progress") = py::none());
   module.def("unit_scores", &collaborative::unit_scores, py::arg("weight"), py::arg("gradient"), py::arg("running"),
              py::arg("rank"), py::arg("options"), py::call_guard<py::gil_scoped_release>());

@@ -103,6 +103,7 @@ class ChannelGraph:
     @staticmethod
     def concat(parts: Sequence[Sequence[int]]) -> list[int]: ...
     def pin(self, channels: Sequence[int]) -> None: ...
+    def producers(self, layer: str) -> list[str]: ...
     def resolve(self, plan: CompressionPlan) -> None: ...
 
 class SolverOptions:
@@ -112,6 +113,7 @@ class SolverOptions:
     max_rate: float
     units: Literal["both", "channels", "singular_values"]
     basis: Literal["exact", "fixed"]
+    budget: Literal["macs", "parameters", "table"]
     def __init__(
         self,
         target: float = 0.5,
@@ -120,13 +122,40 @@ class SolverOptions:
         max_rate: float = 0.95,
         units: Literal["both", "channels", "singular_values"] = "both",
         basis: Literal["exact", "fixed"] = "fixed",
+        budget: Literal["macs", "parameters", "table"] = "macs",
+    ) -> None: ...
+
+class CostTable:
+    channels: list[int]
+    ranks: list[int]
+    pruned: list[float]
+    factored: list[float]
+    multiple: int
+    def __init__(
+        self,
+        channels: Sequence[int],
+        ranks: Sequence[int],
+        pruned: Sequence[float],
+        factored: Sequence[float],
+        multiple: int = 1,
     ) -> None: ...
 
 class SolverLayer:
     spec: LayerSpec
     weight: Tensor
     gradient: Tensor
-    def __init__(self, spec: LayerSpec, weight: Tensor, gradient: Tensor) -> None: ...
+    table: CostTable
+    def __init__(self, spec: LayerSpec, weight: Tensor, gradient: Tensor, table: CostTable | None = None) -> None: ...
+
+class Choice:
+    cost: float
+    loss: float
+    plan: LayerPlan
+
+class LayerChoices:
+    name: str
+    largest_loss: float
+    choices: list[Choice]
 
 class RateCurve:
     name: str
@@ -146,9 +175,13 @@ class Solution:
     warnings: list[str]
 
 def participants(specs: Sequence[LayerSpec]) -> list[LayerSpec]: ...
+def layer_choices(
+    layers: Sequence[SolverLayer], options: SolverOptions, progress: Callable[[str, int, int], None] | None = None
+) -> list[LayerChoices]: ...
+def select(layers: Sequence[LayerChoices], model_cost: float, target: float) -> Solution: ...
 def solve(
     layers: Sequence[SolverLayer],
-    model_macs: int,
+    model_cost: float,
     options: SolverOptions,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Solution: ...

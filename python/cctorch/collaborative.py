@@ -1,9 +1,10 @@
 """Collaborative Compression (Li et al., "Towards Compact CNNs via Collaborative Compression", CVPR 2021).
 
-Input channels and singular values of every layer compete in one ranking, on one budget of multiply-accumulates. The
-solver is in C++ (`csrc/collaborative`); this module feeds it a PyTorch model.
+Input channels and singular values of every layer compete in one ranking, on one budget: multiply-accumulates,
+parameters or measured latency. The solver is in C++ (`csrc/collaborative`); this module feeds it a PyTorch model.
 """
 
+import fnmatch
 import time
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
@@ -13,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cctorch import _C
+from cctorch import _C, latency_budget
 from cctorch.graph import ModelGraph, trace
+from cctorch.latency import LatencyTable
+from cctorch.latency_budget import Latency
 from cctorch.plan import CompressionPlan, LayerSpec
 
-__all__ = ["Compression", "compress", "mean_gradients", "solve"]
+__all__ = ["Compression", "compress", "mean_gradients", "solve", "solve_latency"]
 
 Progress = Callable[[str, int, int], None]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -39,6 +42,8 @@ class Compression:
     curve_seconds: float
     heuristic_seconds: float
     warnings: list[str] = field(default_factory=list)
+    latency: Latency | None = None
+    """Predicted and measured, where latency was the budget."""
 
     @property
     def nominal_reduction(self) -> float:
@@ -119,36 +124,83 @@ def solve(
 
     Raises:
         ValueError: a weight or gradient is not finite, no allocation reaches the target, or what was reached falls
-            short of the target by more than 1 % of the model's multiply-accumulates.
+            short of the target by more than 1 % of the model's budget.
     """
-    layers = [
+    dense = _dense(graph.specs, options.budget)
+    solution = _C.solve(_solver_layers(model, graph, gradients), dense, options, progress)
+    reduction = 1.0 - _nominal(graph.specs, solution.plan, options.budget) / dense
+    if reduction < options.target - 0.01:
+        raise ValueError(
+            f"compress: target = {options.target:g}, but the plan removes only {reduction:.4f} of the model's "
+            f"{options.budget}; lower the target"
+        )
+    nominal_macs = _C.nominal_macs(graph.specs, solution.plan)
+    graph.channels.resolve(solution.plan)
+    _C.drop_idle_ranks(graph.specs, solution.plan)
+    return _compression(graph, solution, nominal_macs, gradient_seconds)
+
+
+def solve_latency(
+    model: nn.Module,
+    graph: ModelGraph,
+    gradients: dict[str, Tensor],
+    options: _C.SolverOptions,
+    example: Tensor,
+    table: LatencyTable,
+    *,
+    progress: Progress | None = None,
+    gradient_seconds: float = 0.0,
+) -> Compression:
+    """Turns the gradients of a traced model's layers into a plan that removes ``options.target`` of the measured time.
+
+    Raises:
+        ValueError: a weight or gradient is not finite, or no plan is that fast; the message states what was reached.
+    """
+    start = time.perf_counter()
+    options.budget = "table"
+    layers = _solver_layers(model, graph, gradients)
+    found = latency_budget.search(model, graph, layers, options, example, table, progress)
+    found.solution.plan.target = options.target
+    nominal_macs = _C.nominal_macs(graph.specs, found.solution.plan)
+    compression = _compression(graph, found.solution, nominal_macs, gradient_seconds)
+    compression.heuristic_seconds = time.perf_counter() - start
+    compression.warnings += found.warnings
+    compression.latency = found.latency
+    return compression
+
+
+def _solver_layers(model: nn.Module, graph: ModelGraph, gradients: dict[str, Tensor]) -> list[_C.SolverLayer]:
+    return [
         _C.SolverLayer(spec, _weight(model, spec.name).detach(), gradients[spec.name])
         for spec in graph.specs
         if spec.name in gradients
     ]
-    dense = _C.dense_macs(graph.specs)
-    solution = _C.solve(layers, dense, options, progress)
-    plan = solution.plan
-    nominal = _C.nominal_macs(graph.specs, plan)
-    if 1.0 - nominal / dense < options.target - 0.01:
-        raise ValueError(
-            f"compress: target = {options.target:g}, but the plan removes only {1.0 - nominal / dense:.4f} of the "
-            "model's multiply-accumulates; lower the target"
-        )
-    graph.channels.resolve(plan)
-    _C.drop_idle_ranks(graph.specs, plan)
+
+
+def _compression(graph: ModelGraph, solution: _C.Solution, nominal_macs: int, gradient_seconds: float) -> Compression:
     return Compression(
-        plan=plan,
+        plan=solution.plan,
         curves=solution.curves,
         model_specs=graph.specs,
-        dense_macs=dense,
-        nominal_macs=nominal,
-        final_macs=_C.final_macs(graph.specs, plan),
+        dense_macs=_C.dense_macs(graph.specs),
+        nominal_macs=nominal_macs,
+        final_macs=_C.final_macs(graph.specs, solution.plan),
         gradient_seconds=gradient_seconds,
         curve_seconds=solution.curve_seconds,
         heuristic_seconds=solution.heuristic_seconds,
         warnings=[*graph.warnings, *solution.warnings],
     )
+
+
+def _dense(specs: list[LayerSpec], budget: str) -> int:
+    return _C.dense_macs(specs) if budget == "macs" else sum(spec.parameters for spec in specs)
+
+
+def _nominal(specs: list[LayerSpec], plan: CompressionPlan, budget: str) -> int:
+    if budget == "macs":
+        return _C.nominal_macs(specs, plan)
+    # A layer's multiply-accumulates are its parameters at every position.
+    return sum(_C.layer_macs(spec, plan.find(spec.name), False) // spec.positions for spec in specs)
 
 
 def compress(
@@ -162,10 +214,16 @@ def compress(
     gamma: float = 0.9,
     step_fraction: float = 0.01,
     max_rate: float = 0.95,
+    budget: Literal["macs", "parameters", "latency"] = "macs",
+    latency_batch: int = 1,
+    latency_table: LatencyTable | None = None,
+    exclude: Sequence[str] = (),
     loss: LossFunction = F.cross_entropy,
     progress: Progress | None = None,
 ) -> Compression:
-    """Finds a plan that removes a fraction of the model's multiply-accumulates. The model is not changed: see `apply`.
+    """Finds a plan that removes a fraction of a model's multiply-accumulates, parameters or latency.
+
+    The model is not changed: see `apply`.
 
     The loss that a unit's removal causes is estimated to first order from the mean gradient g over the training set,
 
@@ -177,15 +235,22 @@ def compress(
     Args:
         batches: (images, labels) of the un-augmented training set, on the model's device.
         example: one batch of inputs, to trace the model with; N x C x H x W.
-        target: fraction of multiply-accumulates to remove, in (0, 1).
+        target: fraction of the budget to remove, in (0, 1): 0.4 of the latency leaves 0.6 of the dense time.
         units: what may be removed: input channels, singular values, or both.
         basis: `exact` decomposes the weight anew for every candidate channel, `fixed` keeps its singular vectors.
         step_fraction: share of a layer's units removed between two rankings.
         max_rate: no layer gives up more than this share.
+        budget: ``macs`` and ``parameters`` count what the layers' removed inputs and singular values save. ``latency``
+            is measured on the device of `example`, with its dtype and layout and as many threads as torch uses now:
+            layers are timed by their shapes, forms that don't pay are left out, and the whole model is measured.
+        latency_batch: examples in the forward pass whose latency counts.
+        latency_table: times of layers made before, in place of `latency_batch`.
+        exclude: patterns of names, such as ``layer1.*``, of layers that keep their inputs and rank.
         progress: called with (stage, done, total).
 
     Raises:
-        ValueError: a bad argument, weights or gradients that are not finite, or a target that cannot be reached.
+        ValueError: a bad argument, a pattern that names no layer, weights or gradients that are not finite, or a target
+            that cannot be reached.
 
     Example:
         >>> import cctorch, torch
@@ -198,13 +263,35 @@ def compress(
         >>> compression.nominal_reduction > 0.39
         True
     """
-    options = _C.SolverOptions(target, gamma, step_fraction, max_rate, units, basis)
+    counted: Literal["macs", "parameters"] = "macs" if budget == "latency" else budget
+    options = _C.SolverOptions(target, gamma, step_fraction, max_rate, units, basis, counted)
+    if budget == "latency" and latency_table is None:
+        latency_table = latency_budget.table_for(example, latency_batch)
     graph = trace(model, example)
     start = time.perf_counter()
-    layers = [spec.name for spec in _C.participants(graph.specs) if spec.name not in graph.left_alone]
-    gradients = mean_gradients(model, batches, layers, loss=loss, progress=progress)
+    gradients = mean_gradients(model, batches, _candidates(graph, exclude), loss=loss, progress=progress)
     seconds = time.perf_counter() - start
-    return solve(model, graph, gradients, options, progress=progress, gradient_seconds=seconds)
+    if latency_table is None:
+        return solve(model, graph, gradients, options, progress=progress, gradient_seconds=seconds)
+    return solve_latency(
+        model, graph, gradients, options, example, latency_table, progress=progress, gradient_seconds=seconds
+    )
+
+
+def _candidates(graph: ModelGraph, exclude: Sequence[str]) -> list[str]:
+    names = [spec.name for spec in graph.specs]
+    for pattern in exclude:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"compress: exclude = {pattern!r} names no layer of the model, expected a pattern such as "
+                f"{names[0]!r} or '{names[0].split('.')[0]}*'"
+            )
+    excluded = {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
+    return [
+        spec.name
+        for spec in _C.participants(graph.specs)
+        if spec.name not in graph.left_alone and spec.name not in excluded
+    ]
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -1,9 +1,10 @@
 """What a model costs and how good it is: accuracy, latency, time of each layer, parameters, bytes."""
 
+import contextlib
 import io
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -40,6 +41,36 @@ def latency(model: nn.Module, example: Tensor, repeats: int = 50, warmup: int = 
         for _ in range(warmup):
             model(example)
         return statistics.median(_seconds(lambda: model(example), device) for _ in range(repeats))
+
+
+def interleaved(
+    models: Sequence[nn.Module], example: Tensor, repeats: int = 30, warmup: int = 3, seconds: float = 0.05
+) -> list[list[float]]:
+    """Seconds of forward passes of several models, which take turns: what else the machine does hits all of them alike.
+
+    Args:
+        models: on the device of ``example``.
+        repeats: at most so many runs of each model, and at least 5.
+        warmup: runs of each model that do not count.
+        seconds: stops after so long, once each model had its 5 runs.
+
+    Returns:
+        For each model, its runs in order: run i of one was made beside run i of another.
+    """
+    _check_repeats("interleaved", repeats)
+    runs: list[list[float]] = [[] for _ in models]
+    with contextlib.ExitStack() as modes:
+        for model in models:
+            modes.enter_context(evaluating(model))
+        begin = time.perf_counter()
+        for turn in range(-warmup, repeats):
+            if turn >= min(repeats, 5) and time.perf_counter() - begin > seconds:
+                break
+            for model, of_model in zip(models, runs, strict=True):
+                taken = _seconds(lambda model=model: model(example), example.device)  # type: ignore[misc]
+                if turn >= 0:
+                    of_model.append(taken)
+    return runs
 
 
 def layer_times(model: nn.Module, example: Tensor, repeats: int = 20, warmup: int = 5) -> dict[str, float]:

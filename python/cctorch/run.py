@@ -33,7 +33,7 @@ def run(config: Config, *, fresh: bool = False, console: Console | None = None) 
     """Runs, resumes, or (if it is finished) reads the run of `config`. `fresh` starts over.
 
     Raises ConfigError, data.DataError and models.CheckpointError before any training, TrainingError where the loss is
-    not finite, ValueError where the target is missed by more than 1 % of the model's MACs.
+    not finite, ValueError where the target is missed by more than 1 % of the budget.
     """
     folder = Folder(config.folder)
     with folder.locked():
@@ -216,6 +216,9 @@ class _Run:
                 gamma=settings.gamma,
                 step_fraction=settings.step_fraction,
                 max_rate=settings.max_rate,
+                budget=settings.budget,
+                latency_batch=settings.latency_batch,
+                exclude=settings.exclude,
                 progress=progress,
             )
         for warning in found.warnings:
@@ -322,6 +325,7 @@ class _Run:
             name=self.config.name,
             device=self.device_name,
             target=self.config.compress.target if self.config.compress else 0.0,
+            budget=self.config.compress.budget if self.config.compress else "macs",
             before=before,
             after=after,
             **shared,
@@ -384,5 +388,8 @@ def _layers(specs: list[_C.LayerSpec], whole: _C.CompressionPlan | None) -> list
 
 def _search_results(found: collaborative.Compression) -> dict[str, Any]:
     names = ("dense_macs", "nominal_macs", "final_macs", "gradient_seconds", "curve_seconds", "heuristic_seconds")
-    layers = _layers(found.model_specs, found.plan)
-    return {name: getattr(found, name) for name in names} | {"layers": layers, "warnings": list(found.warnings)}
+    return {name: getattr(found, name) for name in names} | {
+        "layers": _layers(found.model_specs, found.plan),
+        "warnings": list(found.warnings),
+        "latency_budget": asdict(found.latency) if found.latency else None,
+    }

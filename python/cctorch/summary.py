@@ -43,6 +43,10 @@ class Summary:
     curve_seconds: float = 0.0
     heuristic_seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    # What `target` is a share of: macs, parameters or latency.
+    budget: str = "macs"
+    # Latency, as a dict, where that was the budget.
+    latency_budget: dict[str, Any] | None = None
     # Regularized, as a dict.
     regularized: dict[str, Any] | None = None
 
@@ -84,6 +88,15 @@ def show(summary: Summary, log: Log) -> None:
         )
 
 
+def predicted_against_measured(target: float, latency: dict[str, Any]) -> str:
+    """The latency that was asked for, that the layers' times promised, and that the search measured."""
+    return (
+        f"latency at batch {latency['batch']}: {latency['ratio']:.3f} of the dense time measured, "
+        f"{latency['predicted_ratio']:.3f} predicted, {1 - target:.3f} wanted; {len(latency['rounds'])} plans, "
+        f"{latency['dense_seconds'] * 1e3:.2f} ms -> {latency['seconds'] * 1e3:.2f} ms"
+    )
+
+
 def _show_search(summary: Summary, log: Log) -> None:
     restored = (
         f", {summary.top1_reestimated:.2f} % with BatchNorm re-estimated"
@@ -95,8 +108,14 @@ def _show_search(summary: Summary, log: Log) -> None:
     log.line(f"right after compression: {summary.top1_compressed:.2f} %{restored}")
     log.line(
         f"reduction of MACs: {1 - summary.nominal_macs / summary.before.macs:.1%} nominal, "
-        f"{1 - summary.after.macs / summary.before.macs:.1%} final (dead filters removed); target {summary.target:.1%}"
+        f"{1 - summary.after.macs / summary.before.macs:.1%} final (dead filters removed)"
+        + (f"; target {summary.target:.1%}" if summary.budget == "macs" else "")
     )
+    if summary.budget == "parameters":
+        kept = summary.after.parameters / summary.before.parameters
+        log.line(f"reduction of parameters: {1 - kept:.1%}; target {summary.target:.1%} of the weights")
+    if summary.latency_budget is not None:
+        log.line(predicted_against_measured(summary.target, summary.latency_budget))
     log.line(
         f"search: gradients {summary.gradient_seconds:.1f} s, rate curves {summary.curve_seconds:.1f} s, "
         f"heuristic {summary.heuristic_seconds:.1f} s"

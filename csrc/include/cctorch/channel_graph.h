@@ -46,6 +46,11 @@ class ChannelGraph {
   // they are added to the plan where they lose filters or need a gather.
   void resolve(CompressionPlan& plan) const;
 
+  // The layers that would lose filters with the inputs that `layer` gives up, in order of execution: those that make
+  // its inputs, and the normalizations and depthwise convolutions on the way. Empty where giving up an input costs a
+  // gather instead: another layer reads the same channels, or one of them cannot be removed or arrives more than once.
+  std::vector<std::string> producers(const std::string& layer) const;
+
  private:
   struct Node {
     std::string name;

@@ -14,10 +14,22 @@
 // ranking, on one budget of multiply-accumulates.
 namespace cctorch::collaborative {
 
+// What a layer costs by what is left of it, in any unit: measured seconds, bytes. Linear between the counts given; a
+// count that is no multiple of `multiple` costs what the next multiple does; more never costs less, because whoever may
+// keep less may keep more.
+struct CostTable {
+  std::vector<int64_t> channels;  // kept inputs, rising; the last is all of them
+  std::vector<int64_t> ranks;     // rising; a rank above the last is not considered, none at all: never factored
+  std::vector<double> pruned;     // one layer that reads channels[i] inputs
+  std::vector<double> factored;   // reads channels[i] inputs, rank ranks[j]: at i * ranks.size() + j
+  int64_t multiple = 1;
+};
+
 struct Layer {
   LayerSpec spec;
-  at::Tensor weight;    // N x C x kh x kw, or N x C for a linear layer; any floating dtype, any device
-  at::Tensor gradient;  // same shape: gradient of the mean loss over the training set
+  at::Tensor weight;     // N x C x kh x kw, or N x C for a linear layer; any floating dtype, any device
+  at::Tensor gradient;   // same shape: gradient of the mean loss over the training set
+  CostTable table = {};  // for Budget::table
 };
 
 enum class Units { both, channels, singular_values };
@@ -26,16 +38,21 @@ enum class Units { both, channels, singular_values };
 // running weight's singular vectors.
 enum class Basis { exact, fixed };
 
+// What there is a budget of: multiply-accumulates, parameters of the weights, or the unit of the layers' cost tables.
+enum class Budget { macs, parameters, table };
+
 struct Options {
-  double target = 0.5;          // reduction of the model's multiply-accumulates, in (0, 1)
+  double target = 0.5;          // share of the model's budget to remove, in (0, 1)
   double gamma = 0.9;           // weight of the look-ahead in eq. (E3)
   double step_fraction = 0.01;  // of a layer's units removed between two rankings
   double max_rate = 0.95;       // no layer is asked to give up more than this
   Units units = Units::both;
   Basis basis = Basis::fixed;
+  Budget budget = Budget::macs;
 };
 
-// Loss against rate for one layer, and what the budget made of it: loss ~ a exp(b rate).
+// Loss against rate for one layer, and what the budget made of it: loss ~ a exp(b rate). With a table, the points are
+// the layer's choices and the fit is for show.
 struct RateCurve {
   std::string name;
   std::vector<double> rate;
@@ -54,6 +71,21 @@ struct Solution {
   std::vector<std::string> warnings;
 };
 
+// One form of a layer: what it costs, in the table's unit, and what it loses (E1).
+struct Choice {
+  double cost = 0.0;
+  double loss = 0.0;
+  LayerPlan plan;
+};
+
+// The forms of a layer of which none costs and loses more than another; the first is the dense layer, costs fall and
+// losses rise from there. Only the dense one where the loss does not respond to the weights.
+struct LayerChoices {
+  std::string name;
+  double largest_loss = 0.0;  // all of the weight removed
+  std::vector<Choice> choices;
+};
+
 // Those that take part in the search: convolutions and linear layers, without the first convolution, the last linear
 // layer, and depthwise or grouped convolutions.
 std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs);
@@ -61,10 +93,17 @@ std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs);
 // Called from any thread, never from two at once; may throw to stop the search.
 using Progress = std::function<void(std::string_view stage, int64_t done, int64_t total)>;
 
-// `model_macs` counts the whole network. Throws c10::Error when a weight or gradient is not finite (naming the layer)
-// or when no allocation reaches the target (stating the highest that can be reached).
-Solution solve(const std::vector<Layer>& layers, int64_t model_macs, const Options& options,
+// `model_cost` is that of the whole network, in the unit of the budget: its multiply-accumulates, its weights'
+// parameters, or seconds. Throws c10::Error when a weight or gradient is not finite (naming the layer), when a table
+// does not fit its layer, or when no allocation reaches the target (stating the highest that can be reached).
+Solution solve(const std::vector<Layer>& layers, double model_cost, const Options& options,
                const Progress& progress = {});
+
+// solve() for Budget::table in two steps, so that one search serves several targets. `select` minimizes the objective
+// of eq. (E2), sum_l F_l loss_l / largest_loss_l, over the choices under sum_l (F_l - cost_l) >= target * model_cost.
+std::vector<LayerChoices> layer_choices(const std::vector<Layer>& layers, const Options& options,
+                                        const Progress& progress = {});
+Solution select(const std::vector<LayerChoices>& layers, double model_cost, double target);
 
 // Scores (eq. E3) of all remaining units of a layer whose running weight is `running`: first the in_channels channels,
 // infinite where already removed, then the `rank` largest singular values, largest first.

@@ -64,7 +64,7 @@ struct LayerPlan {
 // tensors.
 struct CompressionPlan {
   std::string method;   // who made it, e.g. "collaborative"
-  double target = 0.0;  // requested reduction of multiply-accumulates, 0 for none
+  double target = 0.0;  // requested reduction of the budget, 0 for none
   std::vector<LayerPlan> layers;
 
   const LayerPlan* find(std::string_view name) const;

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from cctorch.report import Record, plots
+from cctorch.summary import predicted_against_measured
 
 _STYLE = """
 :root { color-scheme: light; --ink: #26303b; --soft: #66717e; --rule: #e3e7ec; --blue: #2563a8; --orange: #d9772b; }
@@ -128,7 +129,9 @@ def _tiles(summary: dict[str, Any]) -> str:
 def _subtitle(summary: dict[str, Any]) -> str:
     parts = []
     if summary["top1_compressed"] is not None:
-        parts.append(f"Collaborative Compression to {1 - summary['target']:.0%} of the multiply-accumulates")
+        budget = summary.get("budget", "macs")
+        counted = "multiply-accumulates" if budget == "macs" else budget
+        parts.append(f"Collaborative Compression to {1 - summary['target']:.0%} of the {counted}")
     if summary.get("regularized") is not None:
         parts.append(f"{summary['regularized']['events']} regularization events")
     return ", ".join(parts)
@@ -143,6 +146,9 @@ def _note(summary: dict[str, Any]) -> str:
     # Runs of before there was a repair have none.
     if summary.get("top1_repaired") is not None:
         text += f", {summary['top1_repaired']:.2f} % repaired in {summary['repair_seconds']:.1f} s"
+    if summary.get("latency_budget") is not None:
+        searched = predicted_against_measured(summary["target"], summary["latency_budget"])
+        text += f". In the search, {searched}"
     nominal = 1 - summary["nominal_macs"] / summary["before"]["macs"]
     return (
         f"{text}. MACs removed: {nominal:.1%} nominal; the table counts dead filters too. Search: gradients "

@@ -102,5 +102,36 @@ TEST(ChannelGraph, RefusesAPlanOfAnotherModel) {
   EXPECT_THROW(graph.join(graph.input(2), graph.input(3)), c10::Error);
 }
 
+TEST(ChannelGraph, ProducersAreWhoLosesFiltersWithTheInputs) {
+  using Names = std::vector<std::string>;
+  ChannelGraph graph;
+  const auto stream = graph.layer("stem", LayerKind::conv2d, graph.input(3), 4);
+  auto x = graph.layer("a", LayerKind::conv2d, stream, 6);
+  x = graph.layer("bn", LayerKind::batch_norm2d, x, 6);
+  x = graph.layer("depthwise", LayerKind::depthwise_conv2d, x, 6);
+  x = graph.layer("b", LayerKind::conv2d, x, 4);
+  const auto sum = graph.join(stream, x);
+  const auto c = graph.layer("c", LayerKind::conv2d, sum, 5);
+  const auto d = graph.layer("d", LayerKind::linear, ChannelGraph::flatten(c, 2), 2);
+  graph.pin(d);
+  graph.layer("e", LayerKind::linear, d, 2);
+
+  EXPECT_EQ(graph.producers("b"), (Names{"a", "bn", "depthwise"}));
+  EXPECT_EQ(graph.producers("a"), Names{});     // c reads the stream too
+  EXPECT_EQ(graph.producers("stem"), Names{});  // the image stays
+  EXPECT_EQ(graph.producers("d"), Names{});     // every channel arrives twice
+  EXPECT_EQ(graph.producers("e"), Names{});     // pinned
+  EXPECT_THROW(graph.producers("f"), c10::ValueError);
+}
+
+TEST(ChannelGraph, TermsOfASumWithOneReaderAreAllProducers) {
+  ChannelGraph graph;
+  const auto image = graph.input(3);
+  const auto a = graph.layer("a", LayerKind::conv2d, image, 4);
+  const auto b = graph.layer("b", LayerKind::conv2d, image, 4);
+  graph.pin(graph.layer("c", LayerKind::conv2d, graph.join(a, b), 2));
+  EXPECT_EQ(graph.producers("c"), (std::vector<std::string>{"a", "b"}));
+}
+
 }  // namespace
 }  // namespace cctorch

@@ -1,0 +1,41 @@
+#include "csrc/collaborative/checks.h"
+
+#include <ATen/ATen.h>
+
+#include <utility>
+
+namespace cctorch::collaborative {
+
+void check_options(const Options& options) {
+  TORCH_CHECK_VALUE(options.target > 0 && options.target < 1, "compress: target = ", options.target,
+                    ", expected a fraction of the budget to remove, above 0 and below 1");
+  TORCH_CHECK_VALUE(options.gamma >= 0, "compress: gamma = ", options.gamma, ", expected at least 0");
+  TORCH_CHECK_VALUE(options.step_fraction > 0 && options.step_fraction <= 1,
+                    "compress: step_fraction = ", options.step_fraction, ", expected above 0 and at most 1");
+  TORCH_CHECK_VALUE(options.max_rate > 0 && options.max_rate < 1, "compress: max_rate = ", options.max_rate,
+                    ", expected above 0 and below 1");
+}
+
+void check_layer(const Layer& layer) {
+  const LayerSpec& spec = layer.spec;
+  const bool convolution = spec.kind == LayerKind::conv2d && layer.weight.dim() == 4;
+  const bool linear = spec.kind == LayerKind::linear && layer.weight.dim() == 2;
+  TORCH_CHECK_VALUE(convolution || linear, "compress: layer '", spec.name, "' is a ", to_string(spec.kind),
+                    " with a weight of ", layer.weight.dim(),
+                    " dimensions, expected a conv2d with 4 or a linear layer with 2");
+  TORCH_CHECK_VALUE(spec.groups == 1, "compress: layer '", spec.name, "' has ", spec.groups,
+                    " groups, expected 1; leave grouped convolutions out");
+  TORCH_CHECK_VALUE(layer.weight.size(0) == spec.out_channels && layer.weight.size(1) == spec.in_channels &&
+                        layer.weight.numel() == spec.parameters() && spec.positions > 0,
+                    "compress: layer '", spec.name, "' has a weight of shape ", layer.weight.sizes(), ", expected ",
+                    spec.out_channels, " x ", spec.in_channels, " and a kernel of ", spec.kernel_size());
+  TORCH_CHECK_VALUE(layer.gradient.defined() && layer.gradient.sizes() == layer.weight.sizes(), "compress: layer '",
+                    spec.name, "': the gradient's shape differs from the weight's, ", layer.weight.sizes());
+  for (const auto& [what, tensor] : {std::pair{"weight", &layer.weight}, {"gradient", &layer.gradient}}) {
+    const int64_t bad = tensor->numel() - at::isfinite(*tensor).sum().item<int64_t>();
+    TORCH_CHECK_VALUE(bad == 0, "compress: layer '", spec.name, "': ", bad, " of ", tensor->numel(), " ", what,
+                      " elements are NaN or infinite; was the model trained with too high a learning rate?");
+  }
+}
+
+}  // namespace cctorch::collaborative

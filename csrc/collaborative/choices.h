@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cctorch/collaborative.h>
+
+#include <string>
+
+namespace cctorch::collaborative {
+
+// The forms that the multi-step heuristic passes on its way down, each of them rounded up to the largest counts of its
+// cost, and of these the ones that no other beats in both cost and loss.
+LayerChoices removal_choices(const Layer& layer, const Options& options);
+
+// The warning about a layer without a useful gradient.
+std::string left_alone(const std::string& layer);
+
+}  // namespace cctorch::collaborative
