@@ -3,7 +3,8 @@
     python benchmarks/latency_budget.py configs/resnet56_cifar10.yaml [--target 0.4] [--batch 1 128] [--json FILE]
 
 For each batch: the dense model and both plans take turns in one process, and the ratio is the median over their turns.
-Top-1 on the test images as published or trained, right after compression, and with BatchNorm statistics re-estimated.
+Top-1 on the test images as published or trained, right after compression, with BatchNorm statistics re-estimated, and
+repaired, each on 4,000 training images.
 Nothing is fine-tuned.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cctorch import _C, apply, batch_norm, collaborative, data, measure, models
+from cctorch import _C, apply, batch_norm, collaborative, data, measure, models, repair
 from cctorch.config import Config, expand, load_config
 from cctorch.graph import ModelGraph, trace
 from cctorch.latency_budget import table_for
@@ -74,11 +75,13 @@ def main() -> None:
     graph = trace(model, examples[:2])
     gradients = gradients_of(model, graph, batches.head(arguments.images, config.seed), arguments.gradients)
 
-    def compressed(plan: _C.CompressionPlan) -> tuple[nn.Module, float, float]:
+    def compressed(plan: _C.CompressionPlan) -> tuple[nn.Module, float, float, float]:
         smaller = apply(copy.deepcopy(model), plan)
         before = measure.accuracy(smaller, test)
         batch_norm.reestimate(smaller, batches.head(4000, config.seed))
-        return smaller, before, measure.accuracy(smaller, test)
+        reestimated = measure.accuracy(smaller, test)
+        repair(smaller, model, plan, batches.head(4000, config.seed))
+        return smaller, before, reestimated, measure.accuracy(smaller, test)
 
     rows: list[dict[str, Any]] = [{"plan": "dense", "top1": measure.accuracy(model, test)}]
     print(json.dumps(rows[0]), flush=True)
