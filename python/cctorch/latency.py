@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ Timer = Callable[[Sequence[nn.Module], Tensor], list[list[float]]]
 """Seconds of repeated runs of each module on one input, the modules in turn: `measure.interleaved`."""
 
 _FORMAT = 1
+# Processors that others may keep busy. A second thread that waits for its turn costs a small layer ten times over.
+_UNDISTURBED = 0.15
+# Seconds by which processor times, counted in ticks, may be off.
+_CLOCK_TICKS = 0.1
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,7 @@ class LatencyTable:
                 raise ValueError(f"LatencyTable: {name} = {getattr(self, name)}, expected at least 1")
         self.path = _cache_folder() / f"{hashlib.sha256(json.dumps(self.conditions).encode()).hexdigest()[:16]}.json"
         self._seconds = self._read()
+        self._disturbed = False
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -190,9 +196,12 @@ class LatencyTable:
         """Times the shapes that are not known yet and writes the cache.
 
         ``progress`` is called with (stage, done, total). The fastest run counts: what else the machine does only adds
-        time.
+        time. Where others kept it busy all along, a warning says so, and nothing is written.
         """
         missing = list({shape.key: shape for shape in shapes if shape.key not in self._seconds}.values())
+        if not missing:
+            return
+        begin, others = time.perf_counter(), measure.seconds_of_others()
         try:
             for done, shape in enumerate(missing):
                 if progress:
@@ -202,9 +211,9 @@ class LatencyTable:
                 [runs] = self.timer([module], x)
                 self._seconds[shape.key] = min(runs)
         finally:
-            if missing:
-                self._write()
-        if missing and progress:
+            others = measure.seconds_of_others() - others - _CLOCK_TICKS
+            self._keep(others / (time.perf_counter() - begin))
+        if progress:
             progress("latency table", len(missing), len(missing))
 
     def cost_shapes(
@@ -273,6 +282,17 @@ class LatencyTable:
     def _ignored(self, reason: str) -> dict[str, float]:
         warnings.warn(f"the latency table {self.path} is ignored, layers are timed anew: {reason}", stacklevel=4)
         return {}
+
+    def _keep(self, taken: float) -> None:
+        self._disturbed |= self.device.type == "cpu" and taken > _UNDISTURBED
+        if not self._disturbed:
+            self._write()
+        elif taken > _UNDISTURBED:
+            warnings.warn(
+                f"other processes kept {taken:.1f} processors busy while layers were timed: the times are too long and "
+                "are not remembered; search again on an idle machine",
+                stacklevel=3,
+            )
 
     def _write(self) -> None:
         tree = {"format": _FORMAT, "conditions": self.conditions, "seconds": self._seconds}

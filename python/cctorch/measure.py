@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +73,17 @@ def interleaved(
                 if turn >= 0:
                     of_model.append(taken)
     return runs
+
+
+def seconds_of_others() -> float:
+    """Processor seconds that everything but this process has used since the machine started; 0 where none are known."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        user, nice, system, _, _, interrupts, soft_interrupts, steal = (int(field) for field in fields[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    busy = user + nice + system + interrupts + soft_interrupts + steal
+    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def layer_times(model: nn.Module, example: Tensor, repeats: int = 20, warmup: int = 5) -> dict[str, float]:

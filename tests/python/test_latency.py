@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ SHAPE = LayerShape("conv2d", 32, 24, (8, 8), (3, 3), (2, 2), (1, 1))
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measure, "seconds_of_others", lambda: 0.0)
     return tmp_path / "cctorch" / "latency"
 
 
@@ -125,6 +129,18 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, mon
     assert seconds > 0
 
 
+def test_times_of_a_busy_machine_are_used_with_a_warning_and_not_remembered(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "seconds_of_others", itertools.count(0.0, 10.0).__next__)
+    table = LatencyTable(timer=FakeTimer())
+    with pytest.warns(UserWarning, match=r"kept \d+\.\d processors busy while layers were timed"):
+        table.seconds(SHAPE)
+    monkeypatch.setattr(measure, "seconds_of_others", lambda: 0.0)
+    table.seconds(LayerShape("linear", 8, 8, ()))
+    assert not cache.exists()
+
+
 def test_an_interrupted_timing_keeps_what_was_timed() -> None:
     def interrupt(stage: str, done: int, total: int) -> None:
         assert (stage, total) == ("latency table", 2)
@@ -165,3 +181,12 @@ def test_models_take_turns_and_their_modes_stay() -> None:
     assert all(model.training for model in models)
     runs = measure.interleaved(models, torch.randn(2, 3), repeats=100, seconds=0)
     assert [len(of_model) for of_model in runs] == [5, 5]
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no processor times on this system")
+def test_the_processor_time_of_another_process_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    burn = "import time; end = time.process_time() + 0.5\nwhile time.process_time() < end: pass"
+    before = measure.seconds_of_others()
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert measure.seconds_of_others() - before > 0.4

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cctorch import apply, collaborative, compress
+from cctorch import apply, collaborative, compress, measure
 from cctorch.latency import LatencyTable
 from fake_timer import FakeTimer
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measure, "seconds_of_others", lambda: 0.0)
 
 
 def run(timer: FakeTimer, **options: Any) -> tuple[nn.Module, collaborative.Compression]:
