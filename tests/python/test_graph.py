@@ -225,6 +225,21 @@ class Shifted(nn.Module):
         return F.pad(x, (0, 0, 0, 0, 1, -1))
 
 
+@pytest.mark.parametrize("amounts", [(0, 8), (8, 0), (0, 1)])
+def test_channels_may_be_padded_on_one_side(amounts: tuple[int, int]) -> None:
+    class Padded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.pad(x, (0, 0, 0, 0, *amounts))
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), Padded(), nn.Conv2d(8 + sum(amounts), 4, 1), nn.Flatten(), nn.Linear(1024, 2)
+    )
+    graph = trace(model, EXAMPLE)
+    assert graph.warnings == []
+    kept = [*range(amounts[0]), *(amounts[0] + channel for channel in (2, 5)), *range(amounts[0] + 8, 8 + sum(amounts))]
+    assert kept_out(pruned(graph, "2", kept), "0") == [2, 5]
+
+
 class Chunked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, 1)

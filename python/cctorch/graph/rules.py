@@ -180,11 +180,11 @@ def _pad(walker: Walker, node: Node) -> Activation | None:
     before, after = [*amounts[position : position + 2], 0, 0][:2]
     if before == after == 0:
         return found[1]
-    if min(before, after) < 0:
+    if min(before, after) < 0 or (op_of(node) == "pad" and _argument(node, 2, "mode", "constant") != "constant"):
         return None
     # Channels of zeros, as many whatever is removed: the parameter-free shortcut of He et al. 2016.
-    parts = [walker.graph.input(before), found[1].channels, walker.graph.input(after)]
-    return Activation(walker.graph.concat(parts), found[1].dim)
+    first, last = (walker.graph.input(count) if count else [] for count in (before, after))
+    return Activation(walker.graph.concat([first, found[1].channels, last]), found[1].dim)
 
 
 def _dims(node: Node, rank: int) -> list[int] | None:
