@@ -19,32 +19,32 @@ def reestimate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> No
         batches: (inputs, targets), on any device; the targets are not used.
 
     Raises:
-        ValueError: ``batches`` is empty; the statistics are unchanged.
+        ValueError: ``batches`` is empty. The statistics are unchanged then, and when a batch or the model raises.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         return
     device = next(model.parameters()).device
-    momentum = {norm: norm.momentum for norm in norms}
+    before = [(norm, norm.momentum, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
+    seen = 0
     try:
         with modes_restored(model):
             model.eval()
-            seen = 0
+            for norm in norms:
+                norm.reset_running_stats()
+                # None: a cumulative average.
+                norm.momentum = None
+                norm.train()
             for inputs, _ in batches:
-                if seen == 0:
-                    _start(norms)
                 model(inputs.to(device))
                 seen += 1
+        if seen == 0:
+            raise ValueError("reestimate: batches is empty, expected at least one (inputs, targets)")
+    except BaseException:
+        for norm, _, buffers in before:
+            for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        raise
     finally:
-        for norm, value in momentum.items():
-            norm.momentum = value
-    if seen == 0:
-        raise ValueError("reestimate: batches is empty, expected at least one (inputs, targets)")
-
-
-def _start(norms: list[_BatchNorm]) -> None:
-    for norm in norms:
-        norm.reset_running_stats()
-        # None: a cumulative average.
-        norm.momentum = None
-        norm.train()
+        for norm, momentum, _ in before:
+            norm.momentum = momentum

@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -51,6 +52,22 @@ def test_no_batches_change_nothing() -> None:
         reestimate(norm, [])
     assert (norm[0].running_mean == 7).all()
     assert norm[0].momentum == 0.3
+
+
+def test_a_batch_that_fails_leaves_the_statistics() -> None:
+    norm = model().eval()
+    norm[0].running_mean.fill_(7)
+    with pytest.raises(RuntimeError, match="second batch"):
+        reestimate(norm, _failing())
+    assert (norm[0].running_mean == 7).all()
+    assert norm[3].num_batches_tracked == 0
+    assert norm[0].momentum == 0.3
+    assert not norm[0].training
+
+
+def _failing() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    yield batches(1)[0]
+    raise RuntimeError("second batch")
 
 
 def test_model_without_normalization() -> None:
