@@ -101,7 +101,7 @@ def main() -> None:
                 gradients,
                 _C.SolverOptions(**options),
                 example,
-                table_for(example, batch),
+                table_for(model, example, batch),
             )
         except ValueError as error:
             row["latency_plan"] = {"error": str(error)}

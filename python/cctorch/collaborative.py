@@ -266,7 +266,7 @@ def compress(
     counted: Literal["macs", "parameters"] = "macs" if budget == "latency" else budget
     options = _C.SolverOptions(target, gamma, step_fraction, max_rate, units, basis, counted)
     if budget == "latency" and latency_table is None:
-        latency_table = latency_budget.table_for(example, latency_batch)
+        latency_table = latency_budget.table_for(model, example, latency_batch)
     graph = trace(model, example)
     start = time.perf_counter()
     gradients = mean_gradients(model, batches, _candidates(graph, exclude), loss=loss, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,10 +46,15 @@ class Found:
     warnings: list[str]
 
 
-def table_for(example: Tensor, batch: int) -> LatencyTable:
-    """The table of the conditions that ``example`` stands for: its device, dtype and layout."""
-    last = example.dim() == 4 and example.is_contiguous(memory_format=torch.channels_last)
-    channels_last = last and not example.is_contiguous()
+def table_for(model: nn.Module, example: Tensor, batch: int) -> LatencyTable:
+    """The table of the conditions of ``model(example)``: device and dtype of the one, layout of the other's weights."""
+    # An image of one channel, and a kernel of one position, are in both layouts.
+    channels_last = any(
+        parameter.dim() == 4
+        and parameter.is_contiguous(memory_format=torch.channels_last)
+        and not parameter.is_contiguous()
+        for parameter in model.parameters()
+    )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return LatencyTable(example.device, example.dtype, layout, batch)
 
@@ -71,6 +77,17 @@ class Predictor:
 
     def ratio(self, plan: _C.CompressionPlan) -> float:
         return (self.rest + self._layers(plan)) / (self.rest + self.dense)
+
+    def drop_idle_ranks(self, plan: _C.CompressionPlan) -> None:
+        """Where a factored layer is no faster than its exact weight, once filters that nobody reads are gone."""
+        layers = plan.layers
+        for layer in layers:
+            if layer.rank is not None:
+                factored = self.shapes[layer.name].under(layer)
+                exact = dataclasses.replace(factored, rank=None)
+                if self.table.seconds(exact) <= self.table.seconds(factored):
+                    layer.rank = None
+        plan.layers = layers
 
     def _layers(self, plan: _C.CompressionPlan) -> float:
         planned = {layer.name: layer for layer in plan.layers}
@@ -107,6 +124,7 @@ class _Targets:
         solution = _C.select(self.choices, self.cost, target)
         plan = solution.plan
         self.predictor.graph.channels.resolve(plan)
+        self.predictor.drop_idle_ranks(plan)
         return solution, self.predictor.ratio(plan)
 
 
@@ -154,7 +172,7 @@ def search(
         rounds.append((solution, latency))
         if wanted - _TOLERANCE <= latency.ratio <= wanted:
             break
-        aim = _next_aim(aim, [found for _, found in rounds], wanted)
+        aim = _next_aim([found for _, found in rounds], wanted)
     if progress:
         progress("latency rounds", _ROUNDS, _ROUNDS)
     return _chosen(rounds, wanted)
@@ -190,15 +208,21 @@ def _measured(
     return Latency(len(inputs), statistics.median(dense), statistics.median(smaller), ratio, predicted)
 
 
-def _next_aim(aim: float, found: Sequence[Latency], wanted: float) -> float:
-    """Secant through the last two (predicted, measured), towards the middle of the tolerated range."""
+def _next_aim(found: Sequence[Latency], wanted: float) -> float:
+    """Secant through the last two (predicted, measured), towards the middle of the tolerated range.
+
+    Plans are steps: as long as none is fast enough, the aim is below all that were tried.
+    """
     slope = 1.0
     if len(found) > 1:
         before, last = found[-2:]
         step = last.predicted_ratio - before.predicted_ratio
         if abs(step) > 1e-6:
             slope = min(max((last.ratio - before.ratio) / step, 0.3), 3.0)
-    return aim + (wanted - _TOLERANCE / 2 - found[-1].ratio) / slope
+    aim = found[-1].predicted_ratio + (wanted - _TOLERANCE / 2 - found[-1].ratio) / slope
+    if all(latency.ratio > wanted for latency in found):
+        aim = min(aim, min(latency.predicted_ratio for latency in found) - 1e-6)
+    return aim
 
 
 def _chosen(rounds: list[tuple[_C.Solution, Latency]], wanted: float) -> Found:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cctorch import apply, collaborative, compress, measure
+from cctorch import CompressionPlan, apply, collaborative, compress, latency_budget, measure
 from cctorch.latency import LatencyTable
 from fake_timer import FakeTimer
 from torch import Tensor, nn
@@ -92,6 +92,36 @@ def test_what_the_prediction_was_off_by_corrects_the_next_plan() -> None:
     assert len(found.latency.rounds) > 1
     assert found.latency.rounds[0][1] > 0.6
     assert seconds(timer, apply(copy.deepcopy(model), found.plan)) / seconds(timer, model) <= 0.6
+
+
+def test_the_search_goes_on_below_a_plan_that_was_a_little_too_slow() -> None:
+    """Plans are steps. The one predicted at 0.55 measures 0.601: what is asked for next is below it, not beside it."""
+    slow = latency_budget.Latency(1, 1.0, 0.601, ratio=0.601, predicted_ratio=0.55)
+    assert latency_budget._next_aim([slow], wanted=0.6) < 0.55
+    slower = latency_budget.Latency(1, 1.0, 0.7, ratio=0.7, predicted_ratio=0.5)
+    assert latency_budget._next_aim([slow, slower], wanted=0.6) < 0.5
+    fast = latency_budget.Latency(1, 1.0, 0.5, ratio=0.5, predicted_ratio=0.5)
+    assert 0.5 < latency_budget._next_aim([slow, fast], wanted=0.6) < 0.55
+
+
+def test_no_rank_is_kept_that_saves_no_time() -> None:
+    timer = FakeTimer(launch=1e-6, rest=2e-5)
+    model, found = run(timer, target=0.6)
+    for layer in found.plan.layers:
+        if layer.rank is not None:
+            exact = copy.deepcopy(found.plan.layers)
+            next(other for other in exact if other.name == layer.name).rank = None
+            without = apply(copy.deepcopy(model), CompressionPlan(layers=exact))
+            assert seconds(timer, apply(copy.deepcopy(model), found.plan)) < seconds(timer, without), layer.name
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_layers_are_timed_in_the_layout_of_the_model(channels: int) -> None:
+    model = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.Conv2d(8, 8, 3))
+    example = torch.randn(2, channels, 8, 8)
+    assert latency_budget.table_for(model, example, 4).layout == torch.contiguous_format
+    model = model.to(memory_format=torch.channels_last)
+    assert latency_budget.table_for(model, example, 4).layout == torch.channels_last
 
 
 def test_a_target_out_of_reach_states_what_was_reached() -> None:

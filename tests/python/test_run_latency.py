@@ -20,7 +20,7 @@ def test_a_run_reports_predicted_against_measured(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(measure, "seconds_of_others", lambda: 0.0)
     asked: list[int] = []
 
-    def table_for(example: object, batch: int) -> LatencyTable:
+    def table_for(model: object, example: object, batch: int) -> LatencyTable:
         asked.append(batch)
         return LatencyTable(batch=batch, timer=FakeTimer(launch=1e-7))
 
