@@ -21,7 +21,7 @@ import torch
 from cctorch import _C, data, measure, models
 from cctorch import regularize as r
 from cctorch.config import Data, Training, expand
-from cctorch.regularize_stage import select
+from cctorch.regularize_stage import located, select
 from cctorch.train import make_optimizer, train_epoch
 from matplotlib.figure import Figure
 
@@ -64,7 +64,7 @@ def train(setting: dict[str, Any], images: data.Dataset) -> dict[str, Any]:
     training = Training(epochs=1, batch_size=setting["batch"], lr=setting["lr"])
     optimizer = make_optimizer(model, training)
     quantity = QUANTITIES[setting["q"]][setting["strength"]]
-    events = r.Events(select(model, None), quantity, setting["period"], optimizer)
+    events = r.Events(located(model, select(model, None)), quantity, setting["period"], optimizer)
     trace = []
 
     def after_step() -> None:

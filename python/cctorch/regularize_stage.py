@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cctorch.config import ConfigError, Regularize
+from cctorch.nn import LowRankConv2d, LowRankLinear
+from cctorch.nn.gather import unwrapped
 from cctorch.regularize import Compose, Event, Events
 
 # Relative to the largest singular value: what rounding leaves of a weight that was multiplied out of its factors.
@@ -33,19 +35,32 @@ class Regularized:
 
 
 class RegularizeStage:
+    """Events on the parameters of `model` that the dense model knows by `names`.
+
+    `state` and `trace` are those of a stage that was interrupted.
+
+    Raises ConfigError where Q does not fit a parameter.
+    """
+
     def __init__(
         self,
         settings: Regularize,
         model: nn.Module,
+        names: list[str],
         optimizer: torch.optim.Optimizer,
         state: dict[str, Any],
         trace: list[list[float]],
     ) -> None:
-        self.parameters = select(model, settings.parameters)
+        self.parameters = located(model, names)
         quantities = [q.make() for q in settings.q]
         regularizer = quantities[0] if len(quantities) == 1 else Compose(quantities)
         schedule = settings.frequency.make()
-        self.events = Events(self.parameters, regularizer, schedule, optimizer, clear_momentum=settings.clear_momentum)
+        try:
+            self.events = Events(
+                self.parameters, regularizer, schedule, optimizer, clear_momentum=settings.clear_momentum
+            )
+        except ValueError as error:
+            raise ConfigError(f"regularize: {error}") from error
         if state:
             self.events.load_state_dict(state)
         self.trace = trace
@@ -72,27 +87,38 @@ class RegularizeStage:
             self.trace.append([event.step, event.period, event.relative_update, event.bits, event.dense_bits])
 
 
-def select(model: nn.Module, patterns: list[str] | None) -> list[tuple[str, nn.Parameter]]:
-    """Parameters whose name matches one of `patterns`; by default the weights of convolutions and linear layers, the
-    first convolution and the last linear layer left out.
+def select(dense: nn.Module, patterns: list[str] | None) -> list[str]:
+    """Names of the dense model's parameters that match one of `patterns`; by default the weights of convolutions and
+    linear layers, the first convolution and the last linear layer left out.
 
     Raises ConfigError for a pattern that matches nothing.
     """
-    parameters = list(model.named_parameters())
+    names = [name for name, _ in dense.named_parameters()]
     if patterns is None:
-        layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        layers = [(name, m) for name, m in dense.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         convolutions = [name for name, m in layers if isinstance(m, nn.Conv2d)]
         linears = [name for name, m in layers if isinstance(m, nn.Linear)]
         spared = {*convolutions[:1], *linears[-1:]}
-        wanted = {f"{name}.weight" for name, _ in layers if name not in spared}
-        return [(name, parameter) for name, parameter in parameters if name in wanted]
+        return [f"{name}.weight" for name, _ in layers if name not in spared]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name, _ in parameters):
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
                 f"regularize.parameters = {patterns}: {pattern!r} matches no parameter; expected a pattern such as "
-                f"{parameters[len(parameters) // 2][0]!r} or '*.conv?.weight'"
+                f"{names[len(names) // 2]!r} or '*.conv?.weight'"
             )
-    return [(name, p) for name, p in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def located(model: nn.Module, names: list[str]) -> list[tuple[str, Tensor]]:
+    """What became of a dense model's parameters: a factored weight is two, `first` and `second`."""
+    found: list[tuple[str, Tensor]] = []
+    for name in names:
+        path, _, kind = name.rpartition(".")
+        layer = unwrapped(model, path)
+        factored = kind == "weight" and isinstance(layer, LowRankConv2d | LowRankLinear)
+        for part in ("first", "second") if factored else (kind,):
+            found.append((f"{path}.{part}".lstrip("."), layer.get_parameter(part)))
+    return found
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from cctorch.log import Log, duration
 from cctorch.regularize_stage import RegularizeStage, select
 from cctorch.repair import repair
 from cctorch.store import Architecture, Events, Folder, State, build, load_model
-from cctorch.summary import Figures, Summary, show
+from cctorch.summary import Figures, Summary, counted, search_results, show
 from cctorch.train import make_optimizer, momentum_by_name, restore_momentum, train_epoch
 
 
@@ -83,9 +83,8 @@ class _Run:
             log.warning(warning)
         self.state = state or State()
         self.model = self._model()
-        if config.regularize:
-            select(self.model, config.regularize.parameters)
         self.optimizer = self._optimizer(self.state.momentum)
+        self.regularized = self._regularized()
         self.events = Events(folder, self.state.events)
         log.line(
             f"data: {self.data.source}, {len(self.data.train)} training, {len(self.data.validation)} validation, "
@@ -128,6 +127,17 @@ class _Run:
         elif self.config.model.weights is not None:
             models.load_weights(model, expand(self.config.model.weights))
         return self._place(model)
+
+    def _regularized(self) -> list[str]:
+        """Names of the parameters that the regularization events act on, in the dense model."""
+        settings = self.config.regularize
+        if settings is None:
+            return []
+        names = select(build(self.architecture, None), settings.parameters)
+        if self.config.compress is None:
+            # The shapes are known already: one that does not fit Q is refused before any training.
+            RegularizeStage(settings, self.model, names, self.optimizer, {}, [])
+        return names
 
     def _place(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
@@ -190,7 +200,7 @@ class _Run:
         self.state.results["dense_top1"] = top1
         self.folder.save_model(self.folder.dense, self.model, None, self.architecture)
         if not self.config.compress:
-            self.state.results |= _counted(trace(self.model, self._example(2)).specs)
+            self.state.results |= counted(trace(self.model, self._example(2)).specs)
         self._begin("compress" if self.config.compress else "regularize")
 
     def _begin(self, stage: str) -> None:
@@ -230,7 +240,7 @@ class _Run:
             f"{found.heuristic_seconds:.1f} s; MACs {found.dense_macs / 1e6:.2f} M -> {found.final_macs / 1e6:.2f} M"
         )
         self.state.plan = found.plan.to_json()
-        self.state.results |= _search_results(found)
+        self.state.results |= search_results(found)
         self.model = self._place(apply(self.model, found.plan, self.optimizer))
         self._reestimate(settings.bn_reestimate_images)
         self._repair(found.plan, settings)
@@ -279,6 +289,7 @@ class _Run:
         stage = RegularizeStage(
             self.config.regularize,
             self.model,
+            self.regularized,
             self.optimizer,
             self.state.regularization,
             self.state.results.setdefault("trace", []),
@@ -355,41 +366,3 @@ def _seconds_of(layer: str, times: dict[str, float]) -> float:
 
 def _curve(curve: _C.RateCurve) -> dict[str, Any]:
     return {name: getattr(curve, name) for name in ("name", "rate", "loss", "a", "b", "allocated")}
-
-
-def _counted(specs: list[_C.LayerSpec]) -> dict[str, Any]:
-    """The results of a model that was not searched."""
-    macs = _C.dense_macs(specs)
-    return {"dense_macs": macs, "nominal_macs": macs, "final_macs": macs, "layers": _layers(specs, None)}
-
-
-def _layers(specs: list[_C.LayerSpec], whole: _C.CompressionPlan | None) -> list[dict[str, Any]]:
-    layers = []
-    for spec in specs:
-        plan = whole.find(spec.name) if whole else None
-        layers.append(
-            {
-                "name": spec.name,
-                "kind": spec.kind,
-                "in_channels": spec.in_channels,
-                "out_channels": spec.out_channels,
-                "kept_in": len(plan.kept_in) if plan else spec.in_channels,
-                "kept_out": len(plan.kept_out) if plan else spec.out_channels,
-                "rank": plan.rank if plan else None,
-                "full_rank": min(
-                    spec.out_channels, spec.in_channels // spec.groups * spec.kernel_height * spec.kernel_width
-                ),
-                "macs_before": spec.macs,
-                "macs_after": _C.layer_macs(spec, plan, True),
-            }
-        )
-    return layers
-
-
-def _search_results(found: collaborative.Compression) -> dict[str, Any]:
-    names = ("dense_macs", "nominal_macs", "final_macs", "gradient_seconds", "curve_seconds", "heuristic_seconds")
-    return {name: getattr(found, name) for name in names} | {
-        "layers": _layers(found.model_specs, found.plan),
-        "warnings": list(found.warnings),
-        "latency_budget": asdict(found.latency) if found.latency else None,
-    }

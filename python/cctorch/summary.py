@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from cctorch import _C, collaborative
 from cctorch.log import Log
 
 
@@ -120,3 +121,42 @@ def _show_search(summary: Summary, log: Log) -> None:
         f"search: gradients {summary.gradient_seconds:.1f} s, rate curves {summary.curve_seconds:.1f} s, "
         f"heuristic {summary.heuristic_seconds:.1f} s"
     )
+
+
+def counted(specs: list[_C.LayerSpec]) -> dict[str, Any]:
+    """The results of a model that was not searched."""
+    macs = _C.dense_macs(specs)
+    return {"dense_macs": macs, "nominal_macs": macs, "final_macs": macs, "layers": _layers(specs, None)}
+
+
+def _layers(specs: list[_C.LayerSpec], whole: _C.CompressionPlan | None) -> list[dict[str, Any]]:
+    layers = []
+    for spec in specs:
+        plan = whole.find(spec.name) if whole else None
+        layers.append(
+            {
+                "name": spec.name,
+                "kind": spec.kind,
+                "in_channels": spec.in_channels,
+                "out_channels": spec.out_channels,
+                "kept_in": len(plan.kept_in) if plan else spec.in_channels,
+                "kept_out": len(plan.kept_out) if plan else spec.out_channels,
+                "rank": plan.rank if plan else None,
+                "full_rank": min(
+                    spec.out_channels, spec.in_channels // spec.groups * spec.kernel_height * spec.kernel_width
+                ),
+                "macs_before": spec.macs,
+                "macs_after": _C.layer_macs(spec, plan, True),
+            }
+        )
+    return layers
+
+
+def search_results(found: collaborative.Compression) -> dict[str, Any]:
+    """What a run keeps of its search."""
+    names = ("dense_macs", "nominal_macs", "final_macs", "gradient_seconds", "curve_seconds", "heuristic_seconds")
+    return {name: getattr(found, name) for name in names} | {
+        "layers": _layers(found.model_specs, found.plan),
+        "warnings": list(found.warnings),
+        "latency_budget": asdict(found.latency) if found.latency else None,
+    }

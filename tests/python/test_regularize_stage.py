@@ -13,7 +13,7 @@ import torch
 from cctorch import models, report, store
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
-from cctorch.regularize_stage import describe, select
+from cctorch.regularize_stage import describe, located, select
 from cctorch.report import page
 from cctorch.run import Summary, run
 from rich.console import Console
@@ -87,8 +87,15 @@ def test_events_follow_fine_tuning_of_a_smaller_network(dataset: Path, tmp_path:
     summary = _run(settings)
     assert summary.regularized is not None
     assert summary.after.macs < summary.before.macs
+    dense, _ = store.load_model(settings.folder / "checkpoints" / "dense.pt")
     model, _ = store.load_model(settings.folder / "checkpoints" / "compressed.pt")
-    for name, parameter in select(model, None):
+    names = select(dense, None)
+    regularized = located(model, names)
+    # Every weight has its place, also behind a gather, and as two factors.
+    assert {name.rpartition(".")[0] for name, _ in regularized} == {name.rpartition(".")[0] for name in names}
+    assert any(name.endswith(".second") for name, _ in regularized)
+    assert [entry["name"] for entry in summary.regularized["parameters"]] == [name for name, _ in regularized]
+    for name, parameter in regularized:
         assert describe(parameter)["sparsity"] == pytest.approx(0.75, abs=1 / parameter.numel()), name
 
 
@@ -158,9 +165,16 @@ def test_a_pattern_that_matches_nothing_is_refused_before_any_training(dataset: 
     assert not (settings.folder / "checkpoints").exists()
 
 
+def test_a_shape_that_does_not_fit_is_refused_before_any_training(dataset: Path, tmp_path: Path) -> None:
+    settings = _config(dataset, tmp_path, q=[{"kind": "nm_pruning", "n": 2, "m": 5}])
+    with pytest.raises(ConfigError, match=r"regularize: NMPruning: parameter 'layer1\.0\.conv1\.weight' has shape"):
+        _run(settings)
+    assert not (settings.folder / "checkpoints").exists()
+
+
 def test_patterns_choose_parameters() -> None:
     model = models.create("resnet8")
-    assert [name for name, _ in select(model, ["layer3.*.weight", "linear.*"])] == [
+    assert select(model, ["layer3.*.weight", "linear.*"]) == [
         "layer3.0.conv1.weight",
         "layer3.0.bn1.weight",
         "layer3.0.conv2.weight",

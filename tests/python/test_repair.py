@@ -167,6 +167,34 @@ def test_one_pass_equals_running_from_the_start_for_each_layer(seed: int) -> Non
         torch.testing.assert_close(model(fresh), reference(fresh), rtol=1e-5, atol=1e-5)
 
 
+class ChannelsLastBlock(nn.Module):
+    """Linear layers on B x H x W x C, as in ConvNeXt; H may be any number, that of the channels too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.wide, self.narrow, self.head = nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(F.relu(self.stem(x))).permute(0, 2, 3, 1)
+        return self.head(self.narrow(F.gelu(self.wide(y))).mean((1, 2)))
+
+
+@pytest.mark.parametrize("size", [5, 8, 32])
+def test_linear_layers_on_feature_maps(size: int) -> None:
+    torch.manual_seed(0)
+    dense = ChannelsLastBlock().double().eval()
+    graph = trace(dense, torch.randn(2, 3, size, size, dtype=torch.float64))
+    plan = networks.random_plan(graph, 0, True)
+    model = cctorch.apply(copy.deepcopy(dense), plan).eval()
+    data = batches((3, size, size))
+    before = error(model, dense, data)
+    found = cctorch.repair(model, dense, plan, data, step=1)
+    assert {"wide", "narrow"} <= {layer.name for layer in found.layers}
+    assert all(layer.after <= layer.before for layer in found.layers)
+    assert error(model, dense, data) < 0.5 * before
+
+
 class Duplicates(nn.Module):
     """The second half of the filters repeat the first with another scale, so half of the inputs say all."""
 

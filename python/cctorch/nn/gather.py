@@ -31,3 +31,11 @@ class GatherChannels(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={self.index.numel()}"
+
+
+def unwrapped(model: nn.Module, path: str) -> nn.Module:
+    """The layer at a dense model's path, behind the gather that may have come before it."""
+    module = model.get_submodule(path)
+    if not isinstance(module, GatherChannels):
+        return module
+    return module.layer

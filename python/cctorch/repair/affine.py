@@ -12,9 +12,9 @@ from cctorch.nn import LowRankConv2d, LowRankLinear
 from cctorch.repair.places import Layer
 
 
-def as_map(y: Tensor) -> Tensor:
-    """B x N, B x ... x N (of linear layers) or B x N x H x W as the last of these."""
-    if y.dim() == 4:
+def as_map(layer: nn.Module, y: Tensor) -> Tensor:
+    """What a convolution (B x N x H x W) or a linear layer (B x N, B x ... x N) reads or gives, as B x N x H x W."""
+    if not isinstance(layer, nn.Linear | LowRankLinear):
         return y
     return y.flatten(1, -2).transpose(1, 2).unsqueeze(3) if y.dim() > 2 else y[:, :, None, None]
 
@@ -22,7 +22,7 @@ def as_map(y: Tensor) -> Tensor:
 def as_image(layer: Layer, x: Tensor) -> tuple[Tensor, _C.Window]:
     """The layer's input as B x C x H x W, padded where the window can't do it, and how the layer reads it."""
     if isinstance(layer, nn.Linear | LowRankLinear):
-        return as_map(x), _C.Window()
+        return as_map(layer, x), _C.Window()
     kernel, stride = _pair(layer.kernel_size), _pair(layer.stride)
     dilation = _pair(layer.dilation)
     sides = layer._sides if isinstance(layer, LowRankConv2d) else layer._reversed_padding_repeated_twice

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cctorch.graph.model_graph import owners, runs_its_own_forward
-from cctorch.nn import GatherChannels, LowRankConv2d, LowRankLinear
+from cctorch.nn import LowRankConv2d, LowRankLinear
 
 Layer: TypeAlias = nn.Conv2d | nn.Linear | LowRankConv2d | LowRankLinear
 
@@ -29,13 +29,6 @@ class Place:
     layer: str
     norm: str | None = None
     joins: bool = False
-
-
-def unwrapped(model: nn.Module, path: str) -> nn.Module:
-    module = model.get_submodule(path)
-    if not isinstance(module, GatherChannels):
-        return module
-    return module.layer
 
 
 def is_repairable(module: nn.Module) -> bool:

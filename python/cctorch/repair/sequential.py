@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cctorch import _C
 from cctorch._C import CompressionPlan
 from cctorch.modes import evaluating
+from cctorch.nn.gather import unwrapped
 from cctorch.repair.affine import Affine, as_image, as_map
-from cctorch.repair.places import Layer, Place, find, is_repairable, unwrapped, watching
+from cctorch.repair.places import Layer, Place, find, is_repairable, watching
 
 Progress = Callable[[str, int, int], None]
 
@@ -110,11 +111,12 @@ def _targets(
     """For each place, what the dense model gives behind it at the samples: kept outputs x samples."""
     samples: dict[str, list[Tensor]] = {place.layer: [] for place in places}
     by_layer = {place.layer: place for place in places}
+    layers = {place.layer: dense.get_submodule(place.layer) for place in places}
     images = 0
 
     def record(layer: str, y: Tensor) -> None:
         kept = plan.find(layer)
-        y = as_map(y)
+        y = as_map(layers[layer], y)
         if kept is not None and len(kept.kept_out) < kept.out_channels:
             y = y[:, kept.kept_out]
         samples[layer].append(_C.output_samples(y, step, images))
@@ -133,7 +135,6 @@ def _targets(
         if by_layer[layer].joins and shortcuts:
             record(layer, total)
 
-    layers = {place.layer: dense.get_submodule(place.layer) for place in places}
     norms = {place.norm: dense.get_submodule(place.norm) for place in places if place.norm is not None}
     with watching(layers, norms, on_output=on_output, on_norm=on_norm, on_joined=on_joined):
         for part in parts:
@@ -183,7 +184,7 @@ class _Pass:
         if x is None:
             return
         target = self.targets.pop(layer)
-        self._fit(layer, x, target.sub_(_C.output_samples(as_map(shortcut), self.step)))
+        self._fit(layer, x, target.sub_(_C.output_samples(as_map(self.layers[layer], shortcut), self.step)))
         again = self.layers[layer].forward(x)
         norm = self.places[layer].norm
         y.copy_(again if norm is None else self.norms[norm].forward(again))
