@@ -48,7 +48,7 @@ REFUSED = [
     ("regularize={epochs: 1, q: [], frequency: {kind: constant, period: 5}}", "regularize.q = []: "),
     (
         "regularize={epochs: 1, q: [{kind: svd}], frequency: {kind: constant, period: 5}}",
-        "regularize.q[0] = {'kind': 'svd'}: expected exactly one of rank and ratio",
+        "regularize.q[0] = {'kind': 'svd'}: SVD: expected either a rank or a ratio, got neither",
     ),
     (
         "regularize={epochs: 1, q: [{kind: pruning}], frequency: {kind: constant, period: 5}}",
@@ -56,7 +56,7 @@ REFUSED = [
     ),
     (
         "regularize={epochs: 1, q: [{kind: magnitude_pruning, sparsity: 2}], frequency: {kind: constant, period: 5}}",
-        "regularize.q[0].sparsity = 2: expected a value less than 1",
+        "regularize.q[0] = {'kind': 'magnitude_pruning', 'sparsity': 2}: MagnitudePruning: sparsity = 2, expected",
     ),
     (
         "regularize={epochs: 1, q: [{kind: svd, ratio: 2, size: 1}], frequency: {kind: constant, period: 5}}",
@@ -64,11 +64,19 @@ REFUSED = [
     ),
     (
         "regularize={epochs: 1, q: [{kind: svd, ratio: 2}], frequency: {kind: constant, period: 0}}",
-        "regularize.frequency.period = 0: expected a value greater than or equal to 1",
+        "regularize.frequency = {'kind': 'constant', 'period': 0}: ConstantPeriod: period = 0, expected at least 1",
     ),
     (
         "regularize={epochs: 1, q: [{kind: svd, ratio: 2}], frequency: {kind: stepwise, periods: [[5, 2]]}}",
-        "expected the steps of periods to begin with 0",
+        "StepwisePeriod: the first step is not 0, expected (step, period) pairs that begin at step 0",
+    ),
+    (
+        "regularize={epochs: 1, q: [{kind: tiled_svd, tile: 8, rank: 4}], frequency: {kind: constant, period: 5}}",
+        "TiledSVD: rank = 4 for tile = 8, expected at least 1 and below tile / 2",
+    ),
+    (
+        "regularize={epochs: 1, q: [{kind: nm_pruning, n: 5}], frequency: {kind: constant, period: 5}}",
+        "NMPruning: n = 5 and m = 4, expected 1 <= n <= m",
     ),
     ("compress.budget=seconds", "compress.budget = 'seconds': expected one of macs, parameters, latency"),
     ("compress.latency_batch=0", "compress.latency_batch = 0: expected a value greater than or equal to 1"),
