@@ -104,6 +104,19 @@ struct Digit {
   int width;
 };
 
+// What a pass over all weights works with.
+template <typename Bits>
+struct Pass {
+  List list;
+  Workspace workspace;
+  formula::MagnitudeOrNan<Bits> key;
+};
+
+// Shared memory of those that count over the block.
+struct WarpSums {
+  Count warp_sums[kWarps];
+};
+
 // Adds to the histogram the digits of the magnitudes that agree with the threshold above the digit.
 template <typename Bits>
 struct CountDigits {
@@ -111,24 +124,23 @@ struct CountDigits {
     unsigned counts[kBins];
   };
 
-  List list;
-  Workspace workspace;
-  formula::MagnitudeOrNan<Bits> key;
+  Pass<Bits> pass;
   Digit digit;
 
   __device__ void operator()(Shared& shared) const {
+    const Workspace& workspace = pass.workspace;
     for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) shared.counts[bin] = 0;
     __syncthreads();
     const int above = digit.shift + digit.width;
     const Bits agreed = static_cast<Bits>(workspace.state->threshold) >> above;
     const unsigned digit_mask = (1u << digit.width) - 1;
-    list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
+    pass.list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
       const auto* weight = static_cast<const Bits*>(entry.weight);
       // Weights that were pruned are equal: a run of one digit is added at once.
       unsigned bin = 0;
       unsigned run = 0;
       for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-        const Bits magnitude = key(weight[i]);
+        const Bits magnitude = pass.key(weight[i]);
         if (static_cast<Bits>(magnitude >> above) != agreed) continue;
         const unsigned next = static_cast<unsigned>(magnitude >> digit.shift) & digit_mask;
         if (next != bin && run > 0) {
@@ -150,9 +162,7 @@ struct CountDigits {
 // One block: the digit of the threshold is the one where the counts, from the largest digit down, reach `wanted`.
 // Leaves the histogram at 0.
 struct ChooseDigit {
-  struct Shared {
-    Count warp_sums[kWarps];
-  };
+  using Shared = WarpSums;
   static constexpr unsigned kBinsPerThread = kBins / kThreads;
 
   Workspace workspace;
@@ -179,21 +189,18 @@ struct ChooseDigit {
 // Marks what is above the threshold, and counts what equals it.
 template <typename Bits>
 struct MarkAbove {
-  struct Shared {
-    Count warp_sums[kWarps];
-  };
+  using Shared = WarpSums;
 
-  List list;
-  Workspace workspace;
-  formula::MagnitudeOrNan<Bits> key;
+  Pass<Bits> pass;
 
   __device__ void operator()(Shared& shared) const {
+    const Workspace& workspace = pass.workspace;
     const Bits threshold = static_cast<Bits>(workspace.state->threshold);
     Count equal = 0;
-    list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
+    pass.list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
       const auto* weight = static_cast<const Bits*>(entry.weight);
       for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-        const Bits magnitude = key(weight[i]);
+        const Bits magnitude = pass.key(weight[i]);
         entry.mask[i] = magnitude > threshold;
         equal += magnitude == threshold;
       }
@@ -206,26 +213,23 @@ struct MarkAbove {
 // Marks the first `wanted` of those that equal the threshold. Few blocks have any, the others leave at once.
 template <typename Bits>
 struct MarkTies {
-  struct Shared {
-    Count warp_sums[kWarps];
-  };
+  using Shared = WarpSums;
 
-  List list;
-  Workspace workspace;
-  formula::MagnitudeOrNan<Bits> key;
+  Pass<Bits> pass;
 
   __device__ void operator()(Shared& shared) const {
+    const Workspace& workspace = pass.workspace;
     const Bits threshold = static_cast<Bits>(workspace.state->threshold);
     const Count wanted = workspace.state->wanted;
     if (workspace.ties[blockIdx.x] == 0) return;
     Count part = 0;
     for (unsigned block = threadIdx.x; block < blockIdx.x; block += kThreads) part += workspace.ties[block];
     Count marked = block_scan(part, shared.warp_sums).total;
-    list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
+    pass.list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
       const auto* weight = static_cast<const Bits*>(entry.weight);
       for (int64_t first = begin; first < end && marked < wanted; first += kThreads) {
         const int64_t i = first + threadIdx.x;
-        const bool tie = i < end && key(weight[i]) == threshold;
+        const bool tie = i < end && pass.key(weight[i]) == threshold;
         const Scan<Count> scan = block_scan(static_cast<Count>(tie), shared.warp_sums);
         if (tie && marked + scan.before < wanted) entry.mask[i] = true;
         marked += scan.total;
@@ -256,7 +260,7 @@ void mark_largest(const Launch& launch, const std::vector<Entry>& entries, int64
   const auto size = static_cast<int64_t>(entries.size());
   const List list{workspace.entries, size - 1, entries.back().first, span};
   const int64_t blocks = ceil_div(list.total, span);
-  const formula::MagnitudeOrNan<Bits> key{infinity};
+  const Pass<Bits> pass{list, workspace, {infinity}};
   // No magnitude reaches all bits: the threshold of no weight at all.
   const State initial{count > 0 ? 0 : ~Count(0), static_cast<Count>(count)};
   for (int64_t begin = 0; begin < size; begin += Prepare::kEntries) {
@@ -265,11 +269,11 @@ void mark_largest(const Launch& launch, const std::vector<Entry>& entries, int64
     launch(1, prepare);
   }
   for (const Digit& digit : count > 0 ? digits<Bits>() : std::vector<Digit>()) {
-    launch(blocks, CountDigits<Bits>{list, workspace, key, digit});
+    launch(blocks, CountDigits<Bits>{pass, digit});
     launch(1, ChooseDigit{workspace, digit});
   }
-  launch(blocks, MarkAbove<Bits>{list, workspace, key});
-  launch(blocks, MarkTies<Bits>{list, workspace, key});
+  launch(blocks, MarkAbove<Bits>{pass});
+  launch(blocks, MarkTies<Bits>{pass});
 }
 
 }  // namespace cctorch::cuda::select

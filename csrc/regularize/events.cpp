@@ -18,8 +18,8 @@ RegularizationEvents::RegularizationEvents(NamedParameters parameters, std::shar
   TORCH_CHECK_VALUE(!options_.clear_momentum || options_.optimizer,
                     "RegularizationEvents: clear_momentum = true needs the optimizer: pass it");
   TORCH_CHECK_VALUE(!regularizer_->select(parameters_).empty(),
-                    "RegularizationEvents: the regularizer acts on none of ", "the ", parameters_.size(),
-                    " parameters; all but weight decay and noise act on those of two or ", "more dimensions");
+                    "RegularizationEvents: the regularizer acts on none of the ", parameters_.size(),
+                    " parameters; all but weight decay and noise act on those of two or more dimensions");
 }
 
 std::optional<Event> RegularizationEvents::step(std::optional<double> lr) {
@@ -49,8 +49,9 @@ NamedParameters RegularizationEvents::active() const {
 
 Event RegularizationEvents::run_event() {
   const Projection projection = regularizer_->project(active());
-  const at::Tensor both = norms(projection).cpu();
-  const double* norm = both.const_data_ptr<double>();
+  // Read together: a device is waited for once.
+  const at::Tensor norms = at::stack({update_norm(projection), projection.weight_norm}).cpu();
+  const double* norm = norms.const_data_ptr<double>();
   check_finite(norm[0], "in Q(w)", projection.parameters, projection.values);
   write(projection);
   const Event event{steps_, since_event_, norm[0], norm[1], projection.bits, projection.dense_bits};

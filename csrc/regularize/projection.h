@@ -4,8 +4,8 @@
 
 namespace cctorch::regularize {
 
-// ||Q(w) - w|| and ||w||: float64, 2 elements, on the parameters' device (on the CPU where there are none).
-at::Tensor norms(const Projection& projection);
+// ||Q(w) - w||: float64, 0-dim, on the parameters' device (on the CPU where there are none).
+at::Tensor update_norm(const Projection& projection);
 
 // w <- Q(w)
 void write(const Projection& projection);

@@ -18,7 +18,7 @@ void check_sparsity(const char* who, double sparsity) {
 
 // Zeros stay where a quantization put them or an earlier pruning, so the smaller number of values counts.
 void prune(Weight& weight, const at::Tensor& mask, int64_t kept, int64_t index_bits) {
-  weight.value = at::where(mask, weight.value, at::scalar_tensor(0, weight.value.options()));
+  weight.value = apply_mask(weight.value, mask);
   if (weight.storage.factored) weight.storage = Storage::dense(weight.value);
   weight.storage.values = std::min(weight.storage.values, kept);
   weight.storage.index_bits += index_bits;

@@ -29,10 +29,9 @@ Storage Storage::dense(const at::Tensor& parameter) {
   return {.values = parameter.numel(), .bits_per_value = 8 * static_cast<int64_t>(parameter.element_size())};
 }
 
-at::Tensor norms(const Projection& projection) {
-  const auto before = tensors_of(projection.parameters);
-  if (before.empty()) return at::zeros({2}, at::kDouble);
-  return at::stack({total_norm(at::_foreach_sub(projection.values, before)), total_norm(before)});
+at::Tensor update_norm(const Projection& projection) {
+  if (projection.values.empty()) return total_norm({});
+  return total_norm(at::_foreach_sub(projection.values, tensors_of(projection.parameters)));
 }
 
 void write(const Projection& projection) {
@@ -90,7 +89,8 @@ Projection Regularizer::project(const NamedParameters& parameters) {
   Projection result;
   result.parameters = select(parameters);
   const auto before = tensors_of(result.parameters);
-  check_finite(total_norm(before).item<double>(), "before the event", result.parameters, before);
+  result.weight_norm = total_norm(before);
+  check_finite(result.weight_norm.item<double>(), "before the event", result.parameters, before);
   std::vector<Weight> weights;
   for (size_t i = 0; i < before.size(); ++i) {
     weights.push_back({result.parameters[i].first, before[i], Storage::dense(before[i])});
@@ -106,9 +106,9 @@ Projection Regularizer::project(const NamedParameters& parameters) {
 
 Outcome Regularizer::apply(const NamedParameters& parameters) {
   const Projection projection = project(parameters);
-  const at::Tensor both = norms(projection);
+  const at::Tensor update = update_norm(projection);
   write(projection);
-  return {both[0], both[1], projection.bits, projection.dense_bits};
+  return {update, projection.weight_norm, projection.bits, projection.dense_bits};
 }
 
 }  // namespace cctorch::regularize

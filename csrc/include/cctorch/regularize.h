@@ -52,6 +52,7 @@ struct Weight {
 struct Projection {
   NamedParameters parameters;
   std::vector<at::Tensor> values;
+  at::Tensor weight_norm;  // ||w||: float64, 0-dim, on the parameters' device
   int64_t bits = 0;
   int64_t dense_bits = 0;
 };
