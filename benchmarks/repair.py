@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from cctorch import _C, apply, batch_norm, data, load_plan, measure, models, repair
 from cctorch.config import expand, load_config
+from cctorch.nn.gather import unwrapped
 from cctorch.plan import CompressionPlan
 from cctorch.repair.affine import Affine, as_image, as_map
-from cctorch.repair.places import find, unwrapped, watching
+from cctorch.repair.places import find, watching
 from torch import Tensor, nn
 
 Variant = Callable[[nn.Module], None]
@@ -71,7 +72,7 @@ class Experiment:
                 x = inputs.pop(name)[:, planned.kept_in]
                 image, window = as_image(affine[name].layer, x)
                 if to_dense_outputs:
-                    wanted = _C.output_samples(as_map(y)[:, planned.kept_out], self.step)
+                    wanted = _C.output_samples(as_map(layers[name], y)[:, planned.kept_out], self.step)
                 else:
                     pruned = self._pruned(name, places[name].norm, planned)
                     wanted = pruned.weight.float() @ _C.input_samples(image, window, self.step)
