@@ -5,6 +5,8 @@
 #include <cctorch/low_rank.h>
 #include <torch/library.h>
 
+#include <array>
+
 #include "csrc/ops/checks.h"
 
 namespace cctorch {
@@ -58,7 +60,10 @@ at::Tensor composite_conv2d(const at::Tensor& x, const at::Tensor& first, const 
                   " input channels of first, got shape ", x.sym_sizes());
   TORCH_SYM_CHECK(second.sym_size(2).sym_eq(1).sym_and(second.sym_size(3).sym_eq(1)), op,
                   ": second must be a 1 x 1 convolution, got shape ", second.sym_sizes());
-  return at::conv2d(at::conv2d(x, first, {}, stride, padding, dilation), second, bias);
+  // Both numbers of each pair are spelled out: an exporter that reads the trace takes a list of one for one dimension.
+  constexpr std::array<int64_t, 2> ones{1, 1};
+  constexpr std::array<int64_t, 2> zeros{0, 0};
+  return at::conv2d(at::conv2d(x, first, {}, stride, padding, dilation), second, bias, ones, zeros, ones);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from cctorch.nn import LowRankConv2d
 from cctorch.ops import low_rank_conv2d, low_rank_linear
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -110,6 +111,18 @@ def test_export() -> None:
     program = torch.export.export(Module(), (x, first, second), dynamic_shapes=(batch, None, None))
     x = torch.cat([x, x])
     torch.testing.assert_close(program.module()(x, first, second), low_rank_conv2d(x, first, second, None, 2, 1))
+
+
+def test_decomposed_convolutions_state_both_dimensions() -> None:
+    """ONNX Runtime refuses a model in which a two-dimensional convolution has a stride or a dilation for one."""
+    model = LowRankConv2d(2, 3, 2, kernel_size=3, stride=2)
+    program = torch.export.export(model, (torch.randn(3, 2, 5, 5),)).run_decompositions()
+    convolutions = [node for node in program.graph.nodes if "conv" in str(node.target)]
+    assert len(convolutions) == 2
+    for node in convolutions:
+        lists = [argument for argument in node.args if isinstance(argument, list | tuple)]
+        assert lists
+        assert all(len(numbers) == 2 for numbers in lists if numbers), node.format_node()
 
 
 @pytest.mark.parametrize(
