@@ -1,0 +1,255 @@
+"""Every classification model of torchvision, a detector and a segmentation network: is the compressed model right?
+
+    pip install onnx onnxscript onnxruntime
+    python benchmarks/zoo.py --output docs/results/zoo            # all of them
+    python benchmarks/zoo.py --output /tmp/zoo resnet50 vit_b_16  # some
+
+Each model, with random weights, is compressed at C = 0.3 in a process of its own, and then:
+
+    function    the outputs are those of the dense model whose weights were masked and projected, here, in float64;
+    MACs        what the plan predicts to be saved is what torch's FlopCounterMode counts less;
+    training    forward and backward in training mode give every parameter a finite gradient;
+    export      torch.export's program gives the model's outputs;
+    ONNX        so does ONNX Runtime.
+
+A figure for each is written to OUTPUT/<model>.json as it comes, so that an interrupted run goes on, and all of them to
+OUTPUT/zoo.md. Gradients are those of random labels on two random images.
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cctorch
+import torch
+import torchvision
+from cctorch import batch_norm
+from cctorch.plan import CompressionPlan
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+TARGET = 0.3
+TOLERANCE = 1e-4
+SEGMENTATION, DETECTION = "lraspp_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"
+# Smaller images than they were made for, where the architecture takes any: the channels are the same. What is not
+# listed is 224 pixels wide.
+SIDES = {
+    "alexnet": 96,
+    "convnext": 96,
+    "densenet": 96,
+    "efficientnet": 96,
+    "googlenet": 96,
+    "inception": 160,
+    "mnasnet": 96,
+    "mobilenet": 96,
+    "regnet": 96,
+    "resne": 96,
+    "shufflenet": 96,
+    "squeezenet": 96,
+    "vgg": 96,
+    "wide_resnet": 96,
+    "lraspp": 96,
+    "fasterrcnn": 128,
+}
+CHECKS = ("function", "macs", "training", "export", "onnx")
+
+
+def side(name: str) -> int:
+    if name == "vit_h_14":
+        return 224
+    return next((size for prefix, size in SIDES.items() if name.startswith(prefix)), 224)
+
+
+class FirstOutput(nn.Module):
+    """The tensor in what a segmentation network, or a detector's backbone, returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        first: Tensor = next(iter(self.model(images).values()))
+        return first.mean((2, 3))
+
+
+def build(name: str) -> nn.Module:
+    if name == DETECTION:
+        detector = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+        return FirstOutput(detector.backbone)
+    if name == SEGMENTATION:
+        return FirstOutput(torchvision.models.get_model(name, weights=None, weights_backbone=None))
+    options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, **options)
+
+
+@torch.no_grad()
+def projected(dense: nn.Module, plan: CompressionPlan) -> nn.Module:
+    """The dense model, its weights as the plan leaves them: zero in the columns that lose, and of the plan's rank."""
+    model = copy.deepcopy(dense)
+    for layer in plan.layers:
+        if layer.kind == "batch_norm2d" or (len(layer.kept_in) == layer.in_channels and layer.rank is None):
+            continue
+        weight = model.get_submodule(layer.name).weight
+        if layer.kind == "depthwise_conv2d":
+            continue
+        lost = torch.ones(layer.in_channels, dtype=torch.bool)
+        lost[layer.kept_in] = False
+        weight[:, lost] = 0
+        if layer.rank is not None:
+            matrix = weight.flatten(1).double()
+            wide = matrix.shape[0] <= matrix.shape[1]
+            _, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
+            top = vectors[:, -layer.rank :]
+            matrix = top @ (top.T @ matrix) if wide else (matrix @ top) @ top.T
+            weight.copy_(matrix.view_as(weight))
+    return model
+
+
+def difference(output: Tensor, reference: Tensor) -> float:
+    return ((output - reference).abs().max() / reference.abs().max()).item()
+
+
+def counted_macs(model: nn.Module, image: Tensor) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+def training(model: nn.Module, images: Tensor) -> str:
+    model.train()
+    outputs = model(images)
+    tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(tensor.float().square().mean() for tensor in tensors if tensor is not None).backward()
+    model.eval()
+    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    reached = sum(p.grad is not None for p in model.parameters())
+    return f"gradient of {wrong[0]} is not finite" if wrong else "ok" if reached else "no parameter has a gradient"
+
+
+@torch.no_grad()
+def exported(model: nn.Module, images: Tensor, expected: Tensor) -> float:
+    return difference(torch.export.export(model, (images,), strict=False).module()(images), expected)
+
+
+def in_onnx_runtime(model: nn.Module, images: Tensor, expected: Tensor) -> float:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.onnx")
+        torch.onnx.export(model, (images,), path, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        [output, *_] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    return difference(torch.from_numpy(output), expected)
+
+
+def attempt(check: Callable[[], Any]) -> Any:
+    try:
+        return check()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
+
+
+def examine(name: str, path: Path) -> None:
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    row: dict[str, Any] = {"model": name, "side": side(name)}
+    try:
+        dense = build(name).eval()
+        images = torch.randn(2, 3, side(name), side(name))
+        batches = [(images, torch.arange(2))]
+        batch_norm.reestimate(dense, [(torch.randn(8, *images.shape[1:]), torch.zeros(8))])
+        row["parameters"] = sum(p.numel() for p in dense.parameters())
+        compression = cctorch.compress(dense, batches, images[:1], target=TARGET)
+        plan = compression.plan
+        row |= {
+            "macs": compression.dense_macs,
+            "nominal": compression.nominal_reduction,
+            "final": compression.final_reduction,
+            "layers": len(compression.model_specs),
+            "changed": sum(layer.kind != "batch_norm2d" for layer in plan.layers),
+            "search_seconds": compression.curve_seconds + compression.heuristic_seconds,
+            "warnings": compression.warnings,
+        }
+        model = cctorch.apply(copy.deepcopy(dense), plan)
+        with torch.no_grad():
+            outputs = model(images)
+            row["function"] = difference(outputs, projected(dense, plan)(images))
+        saved = counted_macs(dense, images[:1]) - counted_macs(model, images[:1])
+        row["macs_saved"], row["macs_counted"] = compression.dense_macs - compression.final_macs, saved
+        row["export"] = attempt(lambda: exported(model, images, outputs))
+        row["onnx"] = attempt(lambda: in_onnx_runtime(model, images, outputs))
+        row["training"] = attempt(lambda: training(model, images))
+    except Exception as error:
+        traceback.print_exc()
+        row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+    row["gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    cctorch.atomic.write(path, json.dumps(row, indent=1).encode())
+
+
+def verdict(row: dict[str, Any], check: str) -> str:
+    if check == "macs":
+        right = row["macs_saved"] == row["macs_counted"]
+        return "as predicted" if right else f"**{row['macs_counted'] / row['macs_saved']:.4f} of predicted**"
+    value = row[check]
+    if isinstance(value, str):
+        return value if value == "ok" else f"**{value}**"
+    return f"{value:.0e}" if value <= TOLERANCE else f"**{value:.0e}**"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | side | MACs, M | nominal | final | search, s | not followed | " + " | ".join(CHECKS) + " |",
+        "|---|---|---|---|---|---|---|" + "---|" * len(CHECKS),
+    ]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['model']} | {row['side']} | **{row['error']}** |" + " |" * (4 + len(CHECKS)))
+            continue
+        lines.append(
+            f"| {row['model']} | {row['side']} | {row['macs'] / 1e6:.0f} | {row['nominal']:.1%} | {row['final']:.1%} "
+            f"| {row['search_seconds']:.1f} | {len(row['warnings'])} | "
+            + " | ".join(verdict(row, check) for check in CHECKS)
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="names in torchvision; all, when none is given")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the figures and the table")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for one model")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    names = arguments.models or [*torchvision.models.list_models(torchvision.models), SEGMENTATION, DETECTION]
+    for number, name in enumerate(names, start=1):
+        path = arguments.output / f"{name}.json"
+        if path.exists():
+            continue
+        start = time.perf_counter()
+        process = multiprocessing.get_context("spawn").Process(target=examine, args=(name, path))
+        process.start()
+        process.join(arguments.limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if not path.exists():
+            reason = f"ended with code {process.exitcode}; limit {arguments.limit:.0f} s"
+            path.write_text(json.dumps({"model": name, "side": side(name), "error": reason}))
+        print(f"{number}/{len(names)} {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    rows = [json.loads((arguments.output / f"{name}.json").read_text()) for name in names]
+    (arguments.output / "zoo.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
