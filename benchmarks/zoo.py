@@ -6,9 +6,9 @@
 
 Each model, with random weights, is compressed at C = 0.3 in a process of its own, and then:
 
-    function    the outputs are those of the dense model whose weights were masked and projected, here, in float64;
+    function    the outputs are those of the dense model whose weights were masked here, and projected in float64;
     MACs        what the plan predicts to be saved is what torch's FlopCounterMode counts less;
-    training    forward and backward in training mode give every parameter a finite gradient;
+    training    forward and backward run in training mode, and no gradient is infinite or NaN;
     export      torch.export's program gives the model's outputs;
     ONNX        so does ONNX Runtime.
 
@@ -41,32 +41,29 @@ TARGET = 0.3
 TOLERANCE = 1e-4
 SEGMENTATION, DETECTION = "lraspp_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"
 # Smaller images than they were made for, where the architecture takes any: the channels are the same. What is not
-# listed is 224 pixels wide.
-SIDES = {
-    "alexnet": 96,
-    "convnext": 96,
-    "densenet": 96,
-    "efficientnet": 96,
-    "googlenet": 96,
-    "inception": 160,
-    "mnasnet": 96,
-    "mobilenet": 96,
-    "regnet": 96,
-    "resne": 96,
-    "shufflenet": 96,
-    "squeezenet": 96,
-    "vgg": 96,
-    "wide_resnet": 96,
-    "lraspp": 96,
-    "fasterrcnn": 128,
-}
+# listed or named in side() is 224 pixels wide.
+SMALL = (
+    *(
+        "alexnet",
+        "convnext",
+        "densenet",
+        "efficientnet",
+        "googlenet",
+        "lraspp",
+        "mnasnet",
+        "mobilenet",
+        "regnet",
+        "resne",
+    ),
+    *("shufflenet", "squeezenet", "vgg", "wide_resnet"),
+)
 CHECKS = ("function", "macs", "training", "export", "onnx")
 
 
 def side(name: str) -> int:
-    if name == "vit_h_14":
-        return 224
-    return next((size for prefix, size in SIDES.items() if name.startswith(prefix)), 224)
+    if name.startswith(SMALL):
+        return 96
+    return 160 if name.startswith("inception") else 128 if name == DETECTION else 224
 
 
 class FirstOutput(nn.Module):
@@ -96,11 +93,9 @@ def projected(dense: nn.Module, plan: CompressionPlan) -> nn.Module:
     """The dense model, its weights as the plan leaves them: zero in the columns that lose, and of the plan's rank."""
     model = copy.deepcopy(dense)
     for layer in plan.layers:
-        if layer.kind == "batch_norm2d" or (len(layer.kept_in) == layer.in_channels and layer.rank is None):
+        if layer.kind not in ("conv2d", "linear"):
             continue
         weight = model.get_submodule(layer.name).weight
-        if layer.kind == "depthwise_conv2d":
-            continue
         lost = torch.ones(layer.in_channels, dtype=torch.bool)
         lost[layer.kept_in] = False
         weight[:, lost] = 0
