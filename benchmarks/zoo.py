@@ -6,7 +6,7 @@
 
 Each model, with random weights, is compressed at C = 0.3 in a process of its own, and then:
 
-    function    the outputs are those of the dense model whose weights were masked here, and projected in float64;
+    function    the outputs are those of the dense model whose weights were masked and projected by SVD;
     MACs        what the plan predicts to be saved is what torch's FlopCounterMode counts less;
     training    forward and backward run in training mode, and no gradient is infinite or NaN;
     export      torch.export's program gives the model's outputs;
@@ -21,6 +21,7 @@ import copy
 import json
 import multiprocessing
 import resource
+import sys
 import tempfile
 import time
 import traceback
@@ -33,9 +34,11 @@ import cctorch
 import torch
 import torchvision
 from cctorch import batch_norm
-from cctorch.plan import CompressionPlan
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+# The references are those of the tests.
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "python"))
+from networks import counted_macs, projected
 
 TARGET = 0.3
 TOLERANCE = 1e-4
@@ -88,35 +91,8 @@ def build(name: str) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, **options)
 
 
-@torch.no_grad()
-def projected(dense: nn.Module, plan: CompressionPlan) -> nn.Module:
-    """The dense model, its weights as the plan leaves them: zero in the columns that lose, and of the plan's rank."""
-    model = copy.deepcopy(dense)
-    for layer in plan.layers:
-        if layer.kind not in ("conv2d", "linear"):
-            continue
-        weight = model.get_submodule(layer.name).weight
-        lost = torch.ones(layer.in_channels, dtype=torch.bool)
-        lost[layer.kept_in] = False
-        weight[:, lost] = 0
-        if layer.rank is not None:
-            matrix = weight.flatten(1).double()
-            wide = matrix.shape[0] <= matrix.shape[1]
-            _, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
-            top = vectors[:, -layer.rank :]
-            matrix = top @ (top.T @ matrix) if wide else (matrix @ top) @ top.T
-            weight.copy_(matrix.view_as(weight))
-    return model
-
-
 def difference(output: Tensor, reference: Tensor) -> float:
     return ((output - reference).abs().max() / reference.abs().max()).item()
-
-
-def counted_macs(model: nn.Module, image: Tensor) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image)
-    return counter.get_total_flops() // 2
 
 
 def training(model: nn.Module, images: Tensor) -> str:
@@ -177,7 +153,7 @@ def examine(name: str, path: Path) -> None:
         model = cctorch.apply(copy.deepcopy(dense), plan)
         with torch.no_grad():
             outputs = model(images)
-            row["function"] = difference(outputs, projected(dense, plan)(images))
+            row["function"] = difference(outputs, projected(copy.deepcopy(dense), plan)(images))
         saved = counted_macs(dense, images[:1]) - counted_macs(model, images[:1])
         row["macs_saved"], row["macs_counted"] = compression.dense_macs - compression.final_macs, saved
         row["export"] = attempt(lambda: exported(model, images, outputs))
