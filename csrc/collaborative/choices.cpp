@@ -28,11 +28,13 @@ LayerPlan plan_of(const Layer& layer, const RunningLayer& running, const Form& f
 }
 
 // (E1) of the weight that the plan leaves: the truncated SVD of the original weight's kept channels.
-double loss_of(const Layer& layer, const LayerPlan& plan) {
-  RunningLayer running(layer.weight, layer.gradient);
+double loss_of(const Layer& layer, const LayerPlan& plan, const Options& options) {
+  RunningLayer running(layer.weight, layer.gradient, options.basis);
+  std::vector<int64_t> removed;
   for (int64_t channel = 0; channel < running.channels(); ++channel) {
-    if (!std::binary_search(plan.kept_in.begin(), plan.kept_in.end(), channel)) running.remove_channel(channel);
+    if (!std::binary_search(plan.kept_in.begin(), plan.kept_in.end(), channel)) removed.push_back(channel);
   }
+  running.remove_channels(removed);
   if (plan.rank && *plan.rank < running.rank()) {
     std::vector<int64_t> smallest(running.rank() - *plan.rank);
     std::iota(smallest.begin(), smallest.end(), *plan.rank);
@@ -42,7 +44,7 @@ double loss_of(const Layer& layer, const LayerPlan& plan) {
 }
 
 void walk_down(const Layer& layer, const Cost& cost, const Options& options, std::vector<Choice>& choices) {
-  RunningLayer running(layer.weight, layer.gradient);
+  RunningLayer running(layer.weight, layer.gradient, options.basis);
   const double floor = (1.0 - options.max_rate) * cost.dense();
   double last = cost.dense();
   while (remove_best_units(running, options)) {
@@ -52,7 +54,7 @@ void walk_down(const Layer& layer, const Cost& cost, const Options& options, std
     if (!(form.cost < last)) continue;
     last = form.cost;
     LayerPlan plan = plan_of(layer, running, form);
-    const double loss = loss_of(layer, plan);
+    const double loss = loss_of(layer, plan, options);
     choices.push_back({form.cost, loss, std::move(plan)});
   }
 }
@@ -79,7 +81,7 @@ std::string left_alone(const std::string& layer) {
 LayerChoices removal_choices(const Layer& layer, const Options& options) {
   const LayerSpec& spec = layer.spec;
   const Cost cost(spec, layer.table);
-  LayerChoices found{spec.name, RunningLayer(layer.weight, layer.gradient).largest_loss(), {}};
+  LayerChoices found{spec.name, RunningLayer(layer.weight, layer.gradient, options.basis).largest_loss(), {}};
   found.choices.push_back(
       {cost.dense(), 0.0, LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels)});
   if (!(found.largest_loss > 0)) return found;

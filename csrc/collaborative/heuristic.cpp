@@ -22,25 +22,24 @@ std::vector<int64_t> best_units(const std::vector<double>& scores, int64_t count
   return units;
 }
 
-// One ranking's removals: singular values first, all by the spectrum they were scored on, then channels.
+// One ranking's removals: singular values first, all by the spectrum they were scored on, then channels. One of each
+// kind stays.
 void remove_units(RunningLayer& layer, const std::vector<int64_t>& units) {
-  std::vector<int64_t> values;
+  std::vector<int64_t> channels, values;
   for (const int64_t unit : units) {
-    const int64_t value = unit - layer.channels();
-    if (value >= 0 && static_cast<int64_t>(values.size()) + 1 < layer.rank()) values.push_back(value);
+    const bool is_channel = unit < layer.channels();
+    std::vector<int64_t>& kind = is_channel ? channels : values;
+    const int64_t left = is_channel ? layer.channels_left() : layer.rank();
+    if (static_cast<int64_t>(kind.size()) + 1 < left) kind.push_back(is_channel ? unit : unit - layer.channels());
   }
   if (!values.empty()) layer.remove_values(values);
-  for (const int64_t unit : units) {
-    if (unit < layer.channels() && layer.channels_left() > 1) layer.remove_channel(unit);
-  }
+  layer.remove_channels(channels);
 }
 
 }  // namespace
 
 bool remove_best_units(RunningLayer& layer, const Options& options) {
-  const int64_t step = std::max<int64_t>(
-      1, static_cast<int64_t>(std::floor(options.step_fraction * static_cast<double>(layer.units()))));
-  const std::vector<int64_t> units = best_units(layer.scores(options), step);
+  const std::vector<int64_t> units = best_units(layer.scores(options), layer.units_per_step(options));
   if (!units.empty()) remove_units(layer, units);
   return !units.empty();
 }
@@ -50,7 +49,7 @@ LayerPlan compress_layer(const Layer& layer, double rate, const Options& options
   LayerPlan plan = LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels);
   if (!(rate > 0)) return plan;
 
-  RunningLayer running(layer.weight, layer.gradient);
+  RunningLayer running(layer.weight, layer.gradient, options.basis);
   const double goal = (1.0 - rate) * static_cast<double>(running.dense_macs()) * (1 + 1e-12);
   while (std::min(running.macs(), running.pruned_macs()) > goal) {
     if (!remove_best_units(running, options)) break;

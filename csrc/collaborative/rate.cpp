@@ -25,20 +25,31 @@ std::vector<int64_t> removal_order(RunningLayer& layer, Units units) {
   return order;
 }
 
-// Removes units in order and records the joint loss and the rate after each; stops with the layer empty.
-void trace_removals(RunningLayer& layer, const std::vector<int64_t>& order, RateCurve& curve) {
-  std::vector<char> value_removed(layer.full_rank(), 0);
+// Removes units in order, `step` at a time, singular values before channels, and records the joint loss and the rate
+// after each step; stops with the layer empty.
+void trace_removals(RunningLayer& layer, const std::vector<int64_t>& order, int64_t step, RateCurve& curve) {
   const auto dense = static_cast<double>(layer.dense_macs());
-  for (const int64_t unit : order) {
-    if (unit < layer.channels()) {
-      layer.remove_channel(unit);
-    } else {
-      // The weight's spectrum has since lost values: what was value i is now further to the front.
-      const int64_t value = unit - layer.channels();
-      const int64_t index = value - std::count(value_removed.begin(), value_removed.begin() + value, 1);
-      value_removed[value] = 1;
-      if (index < layer.rank()) layer.remove_value(index);
+  std::vector<int64_t> values_gone;  // by their place in the dense weight's spectrum, sorted
+  for (size_t begin = 0; begin < order.size(); begin += step) {
+    const size_t end = std::min(begin + static_cast<size_t>(step), order.size());
+    std::vector<int64_t> channels, values;
+    for (size_t u = begin; u < end; ++u) {
+      const bool is_channel = order[u] < layer.channels();
+      (is_channel ? channels : values).push_back(is_channel ? order[u] : order[u] - layer.channels());
     }
+    // The spectrum has since lost values: what was value i is now further to the front.
+    const auto index_now = [&](int64_t value) {
+      return value - (std::lower_bound(values_gone.begin(), values_gone.end(), value) - values_gone.begin());
+    };
+    std::vector<int64_t> indices;
+    for (const int64_t value : values) {
+      if (index_now(value) < layer.rank()) indices.push_back(index_now(value));
+    }
+    if (!indices.empty()) layer.remove_values(indices);
+    layer.remove_channels(channels);
+    values_gone.insert(values_gone.end(), values.begin(), values.end());
+    std::sort(values_gone.begin(), values_gone.end());
+
     const double rate = 1.0 - static_cast<double>(layer.macs()) / dense;
     if (rate > 0) {
       curve.rate.push_back(rate);
@@ -91,11 +102,11 @@ void fit_exponential(RateCurve& curve) {
   curve.a = std::exp(mean_log - curve.b * mean_rate);
 }
 
-RateCurve rate_curve(const Layer& layer, Units units) {
+RateCurve rate_curve(const Layer& layer, const Options& options) {
   RateCurve curve;
   curve.name = layer.spec.name;
-  RunningLayer running(layer.weight, layer.gradient);
-  trace_removals(running, removal_order(running, units), curve);
+  RunningLayer running(layer.weight, layer.gradient, options.basis);
+  trace_removals(running, removal_order(running, options.units), running.units_per_step(options), curve);
   fit_exponential(curve);
   return curve;
 }

@@ -15,9 +15,9 @@ std::string_view to_string(Budget budget);
 // where no rising exponential fits.
 void fit_exponential(RateCurve& curve);
 
-// Loss against rate while a layer's units go one by one, the least harmful first, and the exponential fitted to it. The
-// fit has b = 0 where the loss does not respond to the layer at all.
-RateCurve rate_curve(const Layer& layer, Units units);
+// Loss against rate while a layer's units go step by step, the least harmful first, and the exponential fitted to it.
+// The fit has b = 0 where the loss does not respond to the layer at all.
+RateCurve rate_curve(const Layer& layer, const Options& options);
 
 // The highest rate that removing units can bring a layer to.
 double highest_rate(const LayerSpec& spec, const Options& options);

@@ -9,24 +9,27 @@
 namespace cctorch::collaborative {
 
 // A layer on its way from dense to compressed: the running weight X, what has been removed from it, and the scores of
-// what remains. Everything is float64, on the CPU, unfolded to N x (C k).
+// what remains. Matrices are on the CPU, transposed, and without the channels removed so far: C'k x N. With
+// Basis::exact they are float64; with Basis::fixed float32, but sums and eigenproblems are float64 all the same.
 //
-// X = sum_i left_i right_i^T over its singular triplets, one of the two factors carrying the singular value. All
-// formulas need only such products, so nothing is ever divided by a singular value.
+// X = right left^T over its singular triplets: left has orthonormal columns, right carries the singular values. All
+// formulas need only such products, so nothing is ever divided by a singular value. Removals update the factors: values
+// are columns that go, channels rows of `right`, after which the eigenvectors of right^T right (r x r) turn the columns
+// into singular triplets again.
 class RunningLayer {
  public:
-  RunningLayer(const at::Tensor& weight, const at::Tensor& gradient);
-  RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& running, int64_t rank);
+  RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, Basis basis);
+  RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& running, int64_t rank,
+               Basis basis);
 
   int64_t channels() const { return channels_; }
   int64_t full_rank() const { return full_rank_; }
   int64_t units() const { return channels_ + full_rank_; }
+  int64_t units_per_step(const Options& options) const;  // Options::step_fraction of them, at least 1
   int64_t kernel_size() const { return kernel_size_; }
   int64_t outputs() const { return outputs_; }
-  int64_t channels_left() const { return channels_left_; }
-  const std::vector<char>& kept() const { return kept_; }
-  std::vector<int64_t> kept_channels() const;
-
+  int64_t channels_left() const { return static_cast<int64_t>(kept_.size()); }
+  const std::vector<int64_t>& kept_channels() const { return kept_; }
   const std::vector<int64_t>& removed_channels() const { return removed_channels_; }  // in the order they went
 
   // Singular values that X can still have: what was asked to remain, or what the channels left allow.
@@ -35,7 +38,7 @@ class RunningLayer {
 
   // Multiply-accumulates per output position as the layer now stands, and with its channel pruning alone.
   int64_t macs() const;
-  int64_t pruned_macs() const { return outputs_ * channels_left_ * kernel_size_; }
+  int64_t pruned_macs() const { return outputs_ * channels_left() * kernel_size_; }
   int64_t dense_macs() const { return outputs_ * channels_ * kernel_size_; }
 
   double loss() const;                 // (E1) of X
@@ -43,27 +46,31 @@ class RunningLayer {
   std::vector<double> losses_alone();  // (E1) of each unit removed alone: channels, then singular values
   std::vector<double> scores(const Options& options);  // (E3) of each unit: channels, then the rank() singular values
 
-  void remove_channel(int64_t channel);
-  void remove_value(int64_t index);  // the index-th largest of the remaining singular values
-  void remove_values(std::vector<int64_t> indices);
+  // Channels that are still there, each named once.
+  void remove_channels(const std::vector<int64_t>& channels);
+  void remove_values(std::vector<int64_t> indices);  // of the remaining singular values, the largest first
 
  private:
   struct UnitSums;
 
+  void keep_channels(const std::vector<int64_t>& positions);
+  void factor();
   void decompose();
-  UnitSums unit_sums();
-  at::Tensor per_channel(const at::Tensor& matrix) const;  // N x Ck or r x Ck, summed to C
-  at::Tensor next_terms_exact();                           // T of (E4) for every channel candidate
-  at::Tensor next_terms_left(const at::Tensor& candidates);
-  at::Tensor next_terms_right(const at::Tensor& candidates);
+  UnitSums unit_sums(bool of_values);
+  at::Tensor per_channel(const at::Tensor& matrix) const;                    // C'k x N or C'k x r, summed to C'
+  std::vector<double> to_all(const at::Tensor& kept, double removed) const;  // C' values among C
+  at::Tensor next_terms_exact();                                             // T of (E4) for every channel candidate
 
-  int64_t outputs_, channels_, kernel_size_, full_rank_, values_left_, channels_left_;
+  int64_t outputs_, channels_, kernel_size_, full_rank_, values_left_;
   bool removed_values_ = false;
-  std::vector<char> kept_;
+  std::vector<int64_t> kept_;  // ascending; the p-th has rows p k to (p + 1) k
   std::vector<int64_t> removed_channels_;
-  at::Tensor original_, weighting_, running_;  // W, G, X
-  at::Tensor channel_dense_;                   // w of the closed forms, sum of G∘W^2 for each channel
-  at::Tensor left_, right_;                    // N x r, Ck x r
+  at::ScalarType precision_;
+  double gradient_scale_;                      // G is of gradients divided by this: no overflow, no underflow
+  at::Tensor original_, weighting_, running_;  // W, G, X: C'k x N
+  at::Tensor channel_dense_;                   // w of the closed forms, sum of G∘W^2 for each channel: C'
+  double removed_loss_ = 0;                    // the same, summed over the removed channels
+  at::Tensor left_, right_, gram_;             // N x r, C'k x r, right^T right; undefined until they are needed
   bool decomposition_current_ = false;
 };
 

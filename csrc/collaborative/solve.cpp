@@ -66,7 +66,7 @@ Solution solve(const std::vector<Layer>& layers, double model_cost, const Option
 
   auto start = Clock::now();
   for_each_layer(layers, "rate optimization", progress,
-                 [&](size_t l) { solution.curves[l] = rate_curve(layers[l], options.units); });
+                 [&](size_t l) { solution.curves[l] = rate_curve(layers[l], options); });
   for (const RateCurve& curve : solution.curves) {
     if (!(curve.b > 0)) solution.warnings.push_back(left_alone(curve.name));
   }
@@ -87,7 +87,7 @@ std::vector<double> unit_scores(const at::Tensor& weight, const at::Tensor& grad
   TORCH_CHECK_VALUE(weight.dim() >= 2 && gradient.sizes() == weight.sizes() && running.sizes() == weight.sizes(),
                     "unit_scores: weight ", weight.sizes(), ", gradient ", gradient.sizes(), " and running ",
                     running.sizes(), " must have one shape of at least 2 dimensions");
-  return RunningLayer(weight, gradient, running, rank).scores(options);
+  return RunningLayer(weight, gradient, running, rank, options.basis).scores(options);
 }
 
 std::pair<at::Tensor, at::Tensor> factorize(const at::Tensor& weight, const std::vector<int64_t>& kept_in,

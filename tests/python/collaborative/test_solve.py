@@ -70,17 +70,31 @@ def test_allocation_is_the_minimum_of_the_fitted_losses():
                 assert total(moved) > best
 
 
-def test_curve_against_a_replay():
+@pytest.mark.parametrize(("basis", "tolerance"), [("exact", 1e-12), ("fixed", 1e-6)])
+def test_curve_against_a_replay(basis, tolerance):
     """Channels only: the curve's losses are the cumulative sums of the channels' own losses, in ascending order."""
     layers = network(1, shapes=((8, 6, 3, 3),))
-    curve = solve(layers, target=0.5, units="channels").curves[0]
+    curve = solve(layers, target=0.5, units="channels", basis=basis).curves[0]
     weight, gradient = (t.double() for t in (layers[0].weight, layers[0].gradient))
     cumulative = (weight * gradient).square().sum((0, 2, 3)).sort().values.cumsum(0)
-    np.testing.assert_allclose(curve.loss, cumulative / cumulative[-1], rtol=1e-12)
+    np.testing.assert_allclose(curve.loss, cumulative / cumulative[-1], rtol=tolerance)
     np.testing.assert_allclose(curve.rate, np.arange(1, 7) / 6, rtol=1e-12)
     slope, intercept = np.polyfit(curve.rate, np.log(np.array(curve.loss) + 1e-10), 1, w=np.array(curve.loss) ** 0.25)
     assert curve.b == pytest.approx(slope, rel=1e-9)
     assert curve.a == pytest.approx(np.exp(intercept), rel=1e-9)
+
+
+def test_a_curve_in_steps_passes_through_the_points_of_the_fine_one():
+    """Channels only: four of 24 at a time."""
+    layers = network(1, shapes=((8, 24, 3, 3),))
+    fine, coarse = (
+        solve(layers, target=0.5, units="channels", basis="exact", step_fraction=step).curves[0]
+        for step in (0.01, 0.125)
+    )
+    assert len(fine.loss) == 24
+    assert len(coarse.loss) == 6
+    np.testing.assert_allclose(coarse.rate, fine.rate[3::4], rtol=1e-12)
+    np.testing.assert_allclose(coarse.loss, fine.loss[3::4], rtol=1e-12)
 
 
 def test_channels_only_removes_the_least_important():
