@@ -19,6 +19,7 @@ examples:
   cctorch run configs/demo.yaml                          run again: goes on where it was interrupted
   cctorch run configs/demo.yaml --fresh                  start over
   cctorch report runs/demo                               write runs/demo/report.html again
+  cctorch sweep runs/demo 0.3 0.5 0.7                    its dense model, compressed to each of these targets
 """
 _RUN = """\
 Runs what CONFIG describes and writes into runs/<name>/: config.yaml, metrics.jsonl and tensorboard/, plan.json,
@@ -28,6 +29,14 @@ An interrupted run goes on from its last epoch when the same command is given ag
 
 CIFAR-10 is looked for in data.root or the environment variable CCTORCH_DATA; ${CCTORCH_WEIGHTS} in a configuration is
 the folder with the published weights.
+"""
+_SWEEP = """\
+Draws the trade-off curve of a network. The dense model of the finished run RUN is compressed to each TARGET with the
+run's own settings, from the gradients that the run has computed; nothing is fine-tuned. Shows and writes, into
+RUN/sweep.json and RUN/report.html: what is left of MACs, parameters and latency, and top-1 right after compression,
+with BatchNorm re-estimated and repaired, on the validation images (the test images where none were held out).
+
+Targets that were swept before are not computed again.
 """
 
 
@@ -43,6 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--fresh", action="store_true", help="delete this run's files and start over")
     report = commands.add_parser("report", help="write a finished run's report.html again")
     report.add_argument("run", metavar="RUN", type=Path, help="the run's folder, such as runs/demo")
+    sweep = commands.add_parser(
+        "sweep",
+        help="compress a finished run's dense model to several targets",
+        description=_SWEEP,
+        formatter_class=layout,
+    )
+    sweep.add_argument("run", metavar="RUN", type=Path, help="the run's folder, such as runs/demo")
+    sweep.add_argument("targets", metavar="TARGET", type=float, nargs="+", help="shares of the budget to remove")
     return parser
 
 
@@ -62,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parse(given)
     try:
-        return _report(parsed.run) if parsed.command == "report" else _run(parsed)
+        return {"run": _run, "report": _report, "sweep": _sweep}[parsed.command](parsed)
     except KeyboardInterrupt:
         resume = shlex.join(["cctorch", *(word for word in given if word != "--fresh")])
         print(f"\ninterrupted; this goes on from the last finished epoch:\n  {resume}", file=sys.stderr)
@@ -84,13 +101,24 @@ def _run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _report(folder: Path) -> int:
+def _report(parsed: argparse.Namespace) -> int:
     from cctorch import report
 
     try:
-        print(report.write(folder))
+        print(report.write(parsed.run))
     except (ValueError, OSError) as error:
         return _fail(error)
+    return 0
+
+
+def _sweep(parsed: argparse.Namespace) -> int:
+    from cctorch.sweep import sweep
+
+    try:
+        sweep(parsed.run, parsed.targets)
+    except (ValueError, RuntimeError, OSError) as error:
+        return _fail(error)
+    print(f"report: {parsed.run / 'report.html'}")
     return 0
 
 

@@ -6,7 +6,7 @@ parameters or measured latency. The solver is in C++ (`csrc/collaborative`); thi
 
 import fnmatch
 import time
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +41,8 @@ class Compression:
     gradient_seconds: float
     curve_seconds: float
     heuristic_seconds: float
+    gradients: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Of the mean loss, for each layer that was searched: `compress` takes them for another target."""
     warnings: list[str] = field(default_factory=list)
     latency: Latency | None = None
     """Predicted and measured, where latency was the budget."""
@@ -218,6 +220,7 @@ def compress(
     latency_batch: int = 1,
     latency_table: LatencyTable | None = None,
     exclude: Sequence[str] = (),
+    gradients: Mapping[str, Tensor] | None = None,
     loss: LossFunction = F.cross_entropy,
     progress: Progress | None = None,
 ) -> Compression:
@@ -246,6 +249,7 @@ def compress(
         latency_batch: examples in the forward pass whose latency counts.
         latency_table: times of layers made before, in place of `latency_batch`.
         exclude: patterns of names, such as ``layer1.*``, of layers that keep their inputs and rank.
+        gradients: of an earlier `Compression` of this model, in place of a pass over `batches`.
         progress: called with (stage, done, total).
 
     Raises:
@@ -269,13 +273,30 @@ def compress(
         latency_table = latency_budget.table_for(model, example, latency_batch)
     graph = trace(model, example)
     start = time.perf_counter()
-    gradients = mean_gradients(model, batches, _candidates(graph, exclude), loss=loss, progress=progress)
+    searched = _candidates(graph, exclude)
+    found = (
+        mean_gradients(model, batches, searched, loss=loss, progress=progress)
+        if gradients is None
+        else _given(gradients, searched)
+    )
     seconds = time.perf_counter() - start
     if latency_table is None:
-        return solve(model, graph, gradients, options, progress=progress, gradient_seconds=seconds)
-    return solve_latency(
-        model, graph, gradients, options, example, latency_table, progress=progress, gradient_seconds=seconds
-    )
+        compression = solve(model, graph, found, options, progress=progress, gradient_seconds=seconds)
+    else:
+        compression = solve_latency(
+            model, graph, found, options, example, latency_table, progress=progress, gradient_seconds=seconds
+        )
+    compression.gradients = found
+    return compression
+
+
+def _given(gradients: Mapping[str, Tensor], searched: Sequence[str]) -> dict[str, Tensor]:
+    missing = [name for name in searched if name not in gradients]
+    if missing:
+        raise ValueError(
+            f"compress: gradients has none for layer '{missing[0]}', expected those of a Compression of this model"
+        )
+    return {name: gradients[name] for name in searched}
 
 
 def _candidates(graph: ModelGraph, exclude: Sequence[str]) -> list[str]:

@@ -89,6 +89,18 @@ class Training(Section):
     bf16: bool = False
 
 
+class Distillation(Section):
+    """Outputs of the dense model as a second target."""
+
+    temperature: float = Field(default=4.0, gt=0)
+    # Of its term in the loss; the labels' term has the rest.
+    weight: float = Field(default=0.5, gt=0, le=1)
+
+
+class Finetune(Training):
+    distillation: Distillation | None = None
+
+
 class Compress(Section):
     # Reduction of the model's budget: 0.4 of the latency leaves 0.6 of the dense time.
     target: float = Field(default=0.5, gt=0, lt=1)
@@ -146,7 +158,7 @@ class Config(Section):
     train: Training
     # null: no Collaborative Compression, and no fine-tuning after it.
     compress: Compress | None = Compress()
-    finetune: Training | None = None
+    finetune: Finetune | None = None
     regularize: Regularize | None = None
     measure: Measure = Measure()
     export: bool = True

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from cctorch import atomic
 from cctorch.config import Data, expand
@@ -117,6 +117,27 @@ class Batches:
     def _normalize(self, images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return images.to(torch.float32, memory_format=layout).mul_(scale).add_(shift)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a model is fed with: a data set's images in one memory layout, and the model in the same."""
+
+    data: Dataset
+    channels_last: bool
+
+    def batches(self, images: ImageSet, batch_size: int) -> Batches:
+        return Batches(images, batch_size, self.data.mean, self.data.std, self.channels_last)
+
+    def example(self, batch: int) -> Tensor:
+        """One batch of test images, repeated where there are not enough."""
+        images = self.data.test
+        index = torch.arange(batch, device=images.labels.device) % len(images)
+        return next(iter(self.batches(images.take(index), batch)))[0]
+
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return model.to(device=device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

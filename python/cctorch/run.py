@@ -17,16 +17,16 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from cctorch import _C, batch_norm, collaborative, data, export, measure, models, report
+from cctorch import _C, batch_norm, compress_stage, data, export, measure, models, report
 from cctorch.apply import apply
-from cctorch.config import Compress, Config, ConfigError, Training, expand
+from cctorch.config import Compress, Config, ConfigError, Finetune, Training, expand
 from cctorch.graph import trace
 from cctorch.log import Log, duration
 from cctorch.regularize_stage import RegularizeStage, select
 from cctorch.repair import repair
 from cctorch.store import Architecture, Events, Folder, State, build, load_model
 from cctorch.summary import Figures, Summary, counted, search_results, show
-from cctorch.train import make_optimizer, momentum_by_name, restore_momentum, train_epoch
+from cctorch.train import Criterion, make_criterion, make_optimizer, momentum_by_name, restore_momentum, train_epoch
 
 
 def run(config: Config, *, fresh: bool = False, console: Console | None = None) -> Summary:
@@ -75,6 +75,7 @@ class _Run:
         self.device = select_device(config)
         self.regularizing: RegularizeStage | None = None
         self.data = data.load(config.data, config.seed, self.device)
+        self.feed = data.Feed(self.data, config.train.channels_last)
         self.architecture = Architecture(
             config.model.name, self.data.classes, self.data.shape, self.data.mean, self.data.std
         )
@@ -140,19 +141,15 @@ class _Run:
         return names
 
     def _place(self, model: nn.Module) -> nn.Module:
-        layout = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
-        return model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
+        return self.feed.place(model, self.device)
 
     def _optimizer(self, momentum: dict[str, Tensor]) -> torch.optim.SGD:
         optimizer = make_optimizer(self.model, self.settings)
         restore_momentum(self.model, optimizer, momentum)
         return optimizer
 
-    def _batches(self, images: data.ImageSet, batch_size: int) -> data.Batches:
-        return data.Batches(images, batch_size, self.data.mean, self.data.std, self.config.train.channels_last)
-
     def _accuracy(self, images: data.ImageSet) -> float:
-        return measure.accuracy(self.model, self._batches(images, 500))
+        return measure.accuracy(self.model, self.feed.batches(images, 500))
 
     def _save(self, stage: str, epoch: int) -> None:
         self.state.stage, self.state.epoch = stage, epoch
@@ -165,7 +162,8 @@ class _Run:
 
     def _train(self) -> None:
         stage, settings = self.state.stage, self.settings
-        batches = self._batches(self.data.train, settings.batch_size)
+        batches = self.feed.batches(self.data.train, settings.batch_size)
+        criterion = self._criterion(settings)
         offset = self._epochs_before(stage)
         for epoch in range(self.state.epoch, settings.epochs):
             label = f"{stage} {epoch + 1}/{settings.epochs}"
@@ -179,6 +177,7 @@ class _Run:
                     epoch=epoch,
                     steps=len(batches),
                     images=len(self.data.train),
+                    criterion=criterion,
                     progress=lambda step, loss, task=task: task.update(step, f"loss {loss:.4f}"),  # type: ignore[misc]
                     after_step=self.regularizing.step if self.regularizing else lambda: None,
                 )
@@ -193,6 +192,11 @@ class _Run:
             )
             self._save(stage, epoch + 1)
 
+    def _criterion(self, settings: Training) -> Criterion:
+        distillation = settings.distillation if isinstance(settings, Finetune) else None
+        teacher = self._place(load_model(self.folder.dense)[0]) if distillation else None
+        return make_criterion(settings, distillation, teacher)
+
     def _finish_dense(self) -> None:
         top1 = self._accuracy(self.data.test)
         self.events.add("dense", "train", accuracy=top1)
@@ -200,7 +204,7 @@ class _Run:
         self.state.results["dense_top1"] = top1
         self.folder.save_model(self.folder.dense, self.model, None, self.architecture)
         if not self.config.compress:
-            self.state.results |= counted(trace(self.model, self._example(2)).specs)
+            self.state.results |= counted(trace(self.model, self.feed.example(2)).specs)
         self._begin("compress" if self.config.compress else "regularize")
 
     def _begin(self, stage: str) -> None:
@@ -211,29 +215,13 @@ class _Run:
         self._save(stage, 0)
 
     def _compress(self, settings: Compress) -> None:
-        images = self._batches(self.data.train, self.config.train.batch_size)
-        if settings.gradient_images is not None:
-            images = images.head(settings.gradient_images, self.config.seed)
-        example = next(iter(images))[0][:2]
+        images = self.feed.batches(self.data.train, self.config.train.batch_size)
         with self.log.stages() as progress:
-            found = collaborative.compress(
-                self.model,
-                images,
-                example,
-                target=settings.target,
-                units=settings.units,
-                basis=settings.basis,
-                gamma=settings.gamma,
-                step_fraction=settings.step_fraction,
-                max_rate=settings.max_rate,
-                budget=settings.budget,
-                latency_batch=settings.latency_batch,
-                exclude=settings.exclude,
-                progress=progress,
-            )
+            found = compress_stage.search(self.model, images, self.config.seed, settings, progress=progress)
         for warning in found.warnings:
             self.log.warning(warning)
         self.folder.write("plan.json", found.plan.to_json())
+        self.folder.save_gradients(found.gradients)
         self.folder.write("curves.json", json.dumps([_curve(curve) for curve in found.curves]))
         self.log.line(
             f"search: gradients {found.gradient_seconds:.1f} s, rate curves {found.curve_seconds:.1f} s, heuristic "
@@ -252,7 +240,7 @@ class _Run:
         self.log.line(f"right after compression: test top-1 {top1:.2f} %")
         self.state.results |= {"top1_compressed": top1, "top1_reestimated": None}
         if count:
-            batches = self._batches(self.data.train, self.config.train.batch_size).head(count, self.config.seed)
+            batches = self.feed.batches(self.data.train, self.config.train.batch_size).head(count, self.config.seed)
             batch_norm.reestimate(self.model, batches)
             top1 = self._accuracy(self.data.test)
             self.events.add("reestimated", "compress", accuracy=top1)
@@ -263,7 +251,7 @@ class _Run:
         if not settings.repair:
             return
         dense = self._place(load_model(self.folder.dense)[0])
-        batches = self._batches(self.data.train, self.config.train.batch_size).head(
+        batches = self.feed.batches(self.data.train, self.config.train.batch_size).head(
             settings.repair_images, self.config.seed
         )
         with self.log.stages() as progress:
@@ -330,7 +318,7 @@ class _Run:
         if self.config.export:
             self.log.line("exporting")
             # A program remembers its device; one on the CPU opens everywhere.
-            export.save_program(self.model.cpu(), self._example(2).cpu(), self.folder.path / "compressed.pt2")
+            export.save_program(self.model.cpu(), self.feed.example(2).cpu(), self.folder.path / "compressed.pt2")
         shared = {field: results[field] for field in Summary.__dataclass_fields__ if field in results}
         summary = Summary(
             name=self.config.name,
@@ -347,16 +335,11 @@ class _Run:
     def _figures(self, model: nn.Module, top1: float, macs: int) -> tuple[Figures, dict[str, float]]:
         settings = self.config.measure
         latency = {
-            str(batch): measure.latency(model, self._example(batch), repeats=settings.repeats)
+            str(batch): measure.latency(model, self.feed.example(batch), repeats=settings.repeats)
             for batch in settings.batch_sizes
         }
         figures = Figures(top1, measure.parameters(model), macs, measure.size_on_disk(model), latency)
-        return figures, measure.layer_times(model, self._example(max(settings.batch_sizes)))
-
-    def _example(self, batch: int) -> Tensor:
-        images = self.data.test
-        index = torch.arange(batch, device=images.labels.device) % len(images)
-        return next(iter(self._batches(images.take(index), batch)))[0]
+        return figures, measure.layer_times(model, self.feed.example(max(settings.batch_sizes)))
 
 
 def _seconds_of(layer: str, times: dict[str, float]) -> float:

@@ -8,7 +8,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,12 @@ _FILES = {
     "summary.json",
     "run.log",
     "report.html",
+    "sweep.json",
     "compressed.pt2",
     "checkpoints",
     "tensorboard",
 }
-_CHECKPOINTS = {"last.pt", "previous.pt", "next.pt", "dense.pt", "compressed.pt"}
+_CHECKPOINTS = {"last.pt", "previous.pt", "next.pt", "dense.pt", "compressed.pt", "gradients.pt"}
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Folder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.dense, self.compressed = self.checkpoints / "dense.pt", self.checkpoints / "compressed.pt"
+        self.gradients = self.checkpoints / "gradients.pt"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -156,6 +158,10 @@ class Folder:
     def save_model(self, path: Path, model: nn.Module, plan: str | None, architecture: Architecture) -> None:
         described = json.dumps(architecture.__dict__)
         _save(path, {"format": _FORMAT, "architecture": described, "plan": plan, "model": model.state_dict()})
+
+    def save_gradients(self, gradients: dict[str, Tensor]) -> None:
+        """Of the dense model's layers: a sweep begins with them."""
+        _save(self.gradients, gradients)
 
     def save_state(self, state: State) -> None:
         """Keeps the last two states: a full disk or a crash leaves at least one of them whole."""
@@ -224,9 +230,9 @@ class Events:
         self._folder.write("metrics.jsonl", "".join(json.dumps(event) + "\n" for event in self.all))
 
 
-def _save(path: Path, content: dict[str, Any]) -> None:
+def _save(path: Path, content: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(dict(content), buffer)
     atomic.write(path, buffer.getvalue())
 
 

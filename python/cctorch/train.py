@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from cctorch.config import Training
+from cctorch.config import Distillation, Training
 
 _STEPS_BETWEEN_READS = 20
+
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From inputs, outputs and labels to the mean loss of a batch."""
 
 
 class TrainingError(RuntimeError):
@@ -70,6 +73,33 @@ def restore_momentum(model: nn.Module, optimizer: torch.optim.Optimizer, momentu
             optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(momentum[name])
 
 
+def distillation_loss(outputs: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(targets / T) || softmax(outputs / T)), the mean over a batch of logits, B x classes.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2: T^2 keeps the gradient's size.
+    """
+    given, wanted = (log_softmax(logits / temperature, 1) for logits in (outputs, targets))
+    return kl_div(given, wanted, reduction="batchmean", log_target=True) * temperature**2
+
+
+def make_criterion(settings: Training, distillation: Distillation | None, teacher: nn.Module | None) -> Criterion:
+    """Cross entropy, mixed with the distillation loss where there is a teacher: a model in eval mode, on the device."""
+
+    def labels_only(inputs: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(outputs, labels, label_smoothing=settings.label_smoothing)
+
+    if distillation is None or teacher is None:
+        return labels_only
+
+    def with_teacher(inputs: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            targets = teacher(inputs)
+        distilled = distillation_loss(outputs, targets, distillation.temperature)
+        return torch.lerp(labels_only(inputs, outputs, labels), distilled, distillation.weight)
+
+    return with_teacher
+
+
 def train_epoch(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -79,17 +109,19 @@ def train_epoch(
     epoch: int,
     steps: int,
     images: int,
+    criterion: Criterion | None = None,
     progress: Callable[[int, float], None] = lambda step, loss: None,
     after_step: Callable[[], None] = lambda: None,
 ) -> Epoch:
-    """Trains on each of `steps` batches once; `epoch` counts from 0. `progress` gets steps done and the loss so far;
-    `after_step` follows each step of the optimizer.
+    """Trains on each of `steps` batches once; `epoch` counts from 0. `criterion` is cross entropy unless given.
+    `progress` gets steps done and the loss so far; `after_step` follows each step of the optimizer.
 
     The loss stays on the device and is read every 20 steps. Raises TrainingError where it is not finite.
     """
     parameters = list(model.parameters())
     device = parameters[0].device
     losses = torch.zeros(steps, device=device)
+    criterion = criterion or make_criterion(settings, None, None)
     autocast = settings.bf16 and device.type == "cuda"
     start, lr = time.perf_counter(), 0.0
     model.train()
@@ -98,7 +130,7 @@ def train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
-            loss = cross_entropy(model(x), y, label_smoothing=settings.label_smoothing)
+            loss = criterion(x, model(x), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if settings.clip_grad_norm is not None:

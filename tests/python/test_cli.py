@@ -26,7 +26,13 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for example in ("cctorch run configs/demo.yaml", "compress.target=0.7", "--fresh", "cctorch report runs/demo"):
+    for example in (
+        "cctorch run configs/demo.yaml",
+        "compress.target=0.7",
+        "--fresh",
+        "cctorch report runs/demo",
+        "cctorch sweep",
+    ):
         assert example in text
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
@@ -35,7 +41,9 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["run"], ["run", "x.yaml", "--quick"], ["report", "a", "b"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["run"], ["run", "x.yaml", "--quick"], ["report", "a", "b"], ["sweep", "a"]]
+)
 def test_a_wrong_command_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
@@ -52,6 +60,11 @@ def test_runs_reports_and_starts_over(file: Path, tmp_path: Path, capsys: pytest
     assert cli.main(["report", str(page.parent)]) == 0
     assert capsys.readouterr().out.strip() == str(page)
     assert page.exists()
+    assert cli.main(["sweep", str(page.parent), "0.2"]) == 0
+    assert "top-1 on the validation images" in capsys.readouterr().out
+    assert "Trade-off" in page.read_text()
+    assert cli.main(["sweep", str(page.parent), "1.2"]) == 1
+    assert "target = 1.2, expected above 0 and below 1" in capsys.readouterr().err
     assert cli.main(["run", str(file), "--fresh", "name=mine", "compress.target=0.2"]) == 0
     assert yaml.safe_load((page.parent / "config.yaml").read_text())["compress"]["target"] == 0.2
 

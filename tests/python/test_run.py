@@ -92,6 +92,7 @@ def test_a_run_leaves_all_its_files(finished: tuple[Config, Summary, str]) -> No
     assert {item.name for item in (folder / "checkpoints").iterdir()} == {
         "dense.pt",
         "compressed.pt",
+        "gradients.pt",
         "last.pt",
         "previous.pt",
     }
@@ -178,6 +179,22 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     assert (settings.folder / "report.html").exists()
     events = (settings.folder / "metrics.jsonl").read_text().splitlines()
     assert len(events) == len((finished[0].folder / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_distilled_run_is_another_one_and_resumes(
+    finished: tuple[Config, Summary, str], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune = {**tree(dataset, tmp_path)["finetune"], "distillation": {"weight": 0.9}}
+    whole = config(dataset, tmp_path / "whole", finetune=finetune)
+    run(whole, console=_quiet())
+    assert not _same(whole, finished[0])
+    broken = config(dataset, tmp_path / "broken", finetune=finetune)
+    with monkeypatch.context() as patch:
+        _fail_at(patch, driver, "train_epoch", 4, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(broken, console=_quiet())
+    run(broken, console=_quiet())
+    assert _same(whole, broken)
 
 
 def test_another_seed_ends_elsewhere(finished: tuple[Config, Summary, str], dataset: Path, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from cctorch.config import Training
+from cctorch.config import Distillation, Training
 from cctorch.train import (
     TrainingError,
+    distillation_loss,
     learning_rate,
+    make_criterion,
     make_optimizer,
     momentum_by_name,
     restore_momentum,
@@ -91,6 +93,29 @@ def test_an_epoch_is_sgd(clip: float | None) -> None:
         assert result.lr == learning_rate(settings, 3 * epoch + 2, 6)
     for got, expected in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_distillation_mixes_in_the_divergence_from_the_teacher() -> None:
+    settings, teacher = Training(epochs=1, label_smoothing=0.1), _model().double().eval()
+    outputs = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    [(x, y)] = _batches(1)
+    x = x.double()
+    criterion = make_criterion(settings, Distillation(temperature=3.0, weight=0.7), teacher)
+    loss = criterion(x, outputs, y)
+    with torch.no_grad():
+        p, q = (torch.exp(z / 3) / torch.exp(z / 3).sum(1, keepdim=True) for z in (teacher(x), outputs))
+        labels = torch.nn.functional.cross_entropy(outputs, y, label_smoothing=0.1)
+        expected = 0.3 * labels + 0.7 * 9 * (p * torch.log(p / q)).sum() / 6
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-12)
+    torch.testing.assert_close(distillation_loss(outputs, outputs.detach(), 5.0).detach(), torch.zeros(()).double())
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    # Hinton et al.: with T large, and T^2 in front, the gradient nears that of half the squared distance of the logits.
+    free = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    wanted = torch.randn(6, 4, dtype=torch.float64)
+    [gradient] = torch.autograd.grad(distillation_loss(free, wanted, 1e5), free)
+    away = free.detach() - wanted
+    torch.testing.assert_close(gradient, (away - away.mean(1, keepdim=True)) / 4 / 6, rtol=1e-3, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_located() -> None:

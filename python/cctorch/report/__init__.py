@@ -18,6 +18,7 @@ class Record:
     events: list[dict[str, Any]]
     curves: list[dict[str, Any]]
     summary: dict[str, Any]
+    sweep: list[dict[str, Any]]
 
 
 def write(folder: Path) -> Path:
@@ -43,4 +44,5 @@ def read(folder: Path) -> Record:
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
         json.loads(curves.read_text()) if (curves := folder / "curves.json").exists() else [],
         json.loads((folder / "summary.json").read_text()),
+        json.loads(sweep.read_text()) if (sweep := folder / "sweep.json").exists() else [],
     )

@@ -46,6 +46,7 @@ def render(record: Record) -> str:
             plots.accuracy(record.events),
         ),
         *([_allocation(record)] if record.curves else []),
+        *([_sweep(record.sweep)] if record.sweep else []),
         *_regularization(summary.get("regularized")),
         _figure(
             "Where the multiply-accumulates and the time went",
@@ -73,6 +74,14 @@ def _allocation(record: Record) -> str:
         "What each layer gave up",
         "The rate that the budget allocated to each layer, and what it kept of its input channels and its rank.",
         plots.layers(record.summary["layers"], record.curves),
+    )
+
+
+def _sweep(points: list[dict[str, Any]]) -> str:
+    return _figure(
+        "Trade-off",
+        f"Top-1 on the {points[0]['images']} images after compression to several targets, without any fine-tuning.",
+        plots.sweep(points),
     )
 
 

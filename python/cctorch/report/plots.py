@@ -168,6 +168,31 @@ def regularization(trace: list[list[float]]) -> str:
     return _svg(figure)
 
 
+def sweep(points: list[dict[str, Any]]) -> str:
+    """Top-1 against the multiply-accumulates and against the latency that are left."""
+    dense = points[0]
+    batch = max(dense["latency"], key=int)
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, label, left_over in (
+        (left, "multiply-accumulates left", [point["macs"] / dense["macs"] for point in points]),
+        (right, f"latency left, batch {batch}", [p["latency"][batch] / dense["latency"][batch] for p in points]),
+    ):
+        for kind, name, color in (
+            ("repaired", "repaired", BLUE),
+            ("reestimated", "BatchNorm re-estimated", ORANGE),
+            ("compressed", "right after compression", GREY),
+        ):
+            shown = [(x, y) for x, p in zip(left_over, points, strict=True) if (y := p[f"top1_{kind}"]) is not None]
+            axes.plot([x for x, _ in shown], [y for _, y in shown], ".-", color=color, label=name)
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        _clean(axes)
+    left.set_ylabel("top-1, %")
+    left.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
 def _clean(axes: Axes, grid: str = "y") -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

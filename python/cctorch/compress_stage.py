@@ -1,0 +1,41 @@
+"""What a configuration's `compress` section asks for, for the driver's stage and for a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from cctorch import collaborative, data
+from cctorch.config import Compress
+
+
+def search(
+    model: nn.Module,
+    images: data.Batches,
+    seed: int,
+    settings: Compress,
+    *,
+    target: float | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+    progress: collaborative.Progress | None = None,
+) -> collaborative.Compression:
+    """`target` and `gradients` replace those of `settings` and of `images`, the training images."""
+    if settings.gradient_images is not None:
+        images = images.head(settings.gradient_images, seed)
+    return collaborative.compress(
+        model,
+        images,
+        next(iter(images))[0][:2],
+        target=settings.target if target is None else target,
+        units=settings.units,
+        basis=settings.basis,
+        gamma=settings.gamma,
+        step_fraction=settings.step_fraction,
+        max_rate=settings.max_rate,
+        budget=settings.budget,
+        latency_batch=settings.latency_batch,
+        exclude=settings.exclude,
+        gradients=gradients,
+        progress=progress,
+    )

@@ -1,0 +1,165 @@
+"""The trade-off curve of a network: a run's dense model, compressed to several targets from one set of gradients.
+
+    points = sweep(Path("runs/demo"), [0.3, 0.5, 0.7])
+
+Nothing is fine-tuned. The points land in the run's sweep.json, and in its report.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from cctorch import batch_norm, compress_stage, data, measure, models, report
+from cctorch.apply import apply
+from cctorch.config import Compress, Config, load_config
+from cctorch.log import Log
+from cctorch.repair import repair
+from cctorch.run import select_device
+from cctorch.store import Folder, load_model
+
+
+@dataclass(frozen=True)
+class Point:
+    """One target. Top-1 in percent, on `images`; `latency` in seconds, by batch size; `macs` per image."""
+
+    target: float
+    macs: int
+    parameters: int
+    latency: dict[str, float]
+    top1_compressed: float
+    top1_reestimated: float
+    top1_repaired: float | None
+    images: str
+
+
+def sweep(folder: Path, targets: Sequence[float], *, console: Console | None = None) -> list[Point]:
+    """Adds a point for each of `targets` to those that the run in `folder` has, and returns them all by target.
+
+    Accuracy is that on the validation images, since a target is chosen by it, or on the test images where no image was
+    held out. Point 0 is the dense model.
+
+    Raises ValueError where `folder` holds no finished run of Collaborative Compression, or for a target that is not
+    between 0 and 1 or cannot be reached: the points before it are kept.
+    """
+    for target in targets:
+        if not 0 < target < 1:
+            raise ValueError(f"sweep: target = {target:g}, expected above 0 and below 1")
+    report.read(folder)
+    config = load_config(folder / "config.yaml")
+    if config.compress is None:
+        raise ValueError(f"sweep: {folder} has compress: null, expected a run of Collaborative Compression")
+    store = Folder(folder)
+    with store.locked(), Log(folder / "run.log", console) as log:
+        points = _Sweep(config, config.compress, store, log).extend(sorted(set(targets)))
+        log.table(_table(points))
+    report.write(folder)
+    return points
+
+
+class _Sweep:
+    def __init__(self, config: Config, settings: Compress, folder: Folder, log: Log) -> None:
+        self.config, self.settings, self.folder, self.log = config, settings, folder, log
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        device = select_device(config)
+        self.data = data.load(config.data, config.seed, device)
+        self.feed = data.Feed(self.data, config.train.channels_last)
+        self.dense = self.feed.place(load_model(folder.dense)[0], device)
+        self.images = "validation" if len(self.data.validation) else "test"
+        self.gradients: dict[str, Tensor] | None = None
+        if folder.gradients.exists():
+            self.gradients = models.load_tensors(folder.gradients)
+
+    def extend(self, targets: Sequence[float]) -> list[Point]:
+        points = {point["target"]: Point(**point) for point in report.read(self.folder.path).sweep}
+        for target in (0.0, *targets):
+            if target not in points:
+                points[target] = self._point(target) if target else self._dense()
+                ordered = [points[key] for key in sorted(points)]
+                self.folder.write("sweep.json", json.dumps([asdict(point) for point in ordered], indent=1))
+        return [points[key] for key in sorted(points)]
+
+    def _training(self, count: int) -> data.Batches:
+        return self.feed.batches(self.data.train, self.config.train.batch_size).head(count, self.config.seed)
+
+    def _accuracy(self, model: nn.Module) -> float:
+        held_out = self.data.validation if self.images == "validation" else self.data.test
+        return measure.accuracy(model, self.feed.batches(held_out, 500))
+
+    def _latency(self, model: nn.Module) -> dict[str, float]:
+        settings = self.config.measure
+        model.eval()
+        return {
+            str(size): measure.latency(model, self.feed.example(size), repeats=settings.repeats)
+            for size in settings.batch_sizes
+        }
+
+    def _dense(self) -> Point:
+        top1, latency = self._accuracy(self.dense), self._latency(self.dense)
+        macs = report.read(self.folder.path).summary["before"]["macs"]
+        return Point(0.0, macs, measure.parameters(self.dense), latency, top1, top1, top1, self.images)
+
+    def _point(self, target: float) -> Point:
+        images = self.feed.batches(self.data.train, self.config.train.batch_size)
+        with self.log.stages() as progress:
+            found = compress_stage.search(
+                self.dense,
+                images,
+                self.config.seed,
+                self.settings,
+                target=target,
+                gradients=self.gradients,
+                progress=progress,
+            )
+        self.gradients = found.gradients
+        model = apply(copy.deepcopy(self.dense), found.plan)
+        compressed = self._accuracy(model)
+        # Repair rewrites the statistics: it does not depend on whether they were re-estimated before.
+        repaired = copy.deepcopy(model)
+        batch_norm.reestimate(model, self._training(max(self.settings.bn_reestimate_images, 1)))
+        reestimated, top1 = self._accuracy(model), None
+        if self.settings.repair:
+            with self.log.stages() as progress:
+                repair(repaired, self.dense, found.plan, self._training(self.settings.repair_images), progress=progress)
+            top1 = self._accuracy(repaired)
+        point = Point(
+            target,
+            found.final_macs,
+            measure.parameters(model),
+            self._latency(model),
+            compressed,
+            reestimated,
+            top1,
+            self.images,
+        )
+        best = reestimated if top1 is None else top1
+        self.log.line(f"target {target:g}: {found.final_reduction:.1%} of the MACs removed, top-1 {best:.2f} %")
+        return point
+
+
+def _table(points: Sequence[Point]) -> Table:
+    table = Table(title=f"trade-off, top-1 on the {points[0].images} images, not fine-tuned", title_justify="left")
+    batches = list(points[0].latency)
+    for heading in ("target", "MACs", "parameters", *(f"batch {batch}" for batch in batches)):
+        table.add_column(heading, justify="right")
+    for heading in ("compressed", "re-estimated", "repaired"):
+        table.add_column(heading, justify="right")
+    for point in points:
+        top1 = (point.top1_compressed, point.top1_reestimated, point.top1_repaired)
+        table.add_row(
+            f"{point.target:g}",
+            f"{point.macs / 1e6:.2f} M",
+            f"{point.parameters / 1e6:.3f} M",
+            *(f"{point.latency[batch] * 1e3:.2f} ms" for batch in batches),
+            *("" if value is None else f"{value:.2f} %" for value in top1),
+        )
+    return table

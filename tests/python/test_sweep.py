@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cctorch import apply, collaborative, compress_stage, report, store
+from cctorch import sweep as sweeping
+from cctorch.config import Config
+from cctorch.measure import parameters
+from cctorch.report import page
+from cctorch.run import run
+from cctorch.sweep import sweep
+from rich.console import Console
+from tiny_run import config, write_dataset
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    data = write_dataset(tmp_path_factory.mktemp("data"))
+    settings = config(data, tmp_path_factory.mktemp("runs"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "render", lambda record: "")
+        run(settings, console=_quiet())
+    return settings
+
+
+def _quiet() -> Console:
+    return Console(file=io.StringIO(), width=140)
+
+
+def test_points_are_what_compress_finds_from_the_same_gradients(
+    finished: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches: list[Any] = []
+    search = compress_stage.search
+
+    def spy(*arguments: Any, **options: Any) -> collaborative.Compression:
+        searches.append(search(*arguments, **options))
+        return searches[-1]
+
+    monkeypatch.setattr(compress_stage, "search", spy)
+    monkeypatch.setattr(collaborative, "mean_gradients", None)  # the run's own are used
+    points = sweep(finished.folder, [0.5, 0.25, 0.4], console=_quiet())
+    assert [point.target for point in points] == [0.0, 0.25, 0.4, 0.5]
+    assert points[0].macs > points[1].macs > points[3].macs
+    assert [found.plan.target for found in searches] == [0.25, 0.4, 0.5]
+    dense, _ = store.load_model(finished.folder / "checkpoints" / "dense.pt")
+    assert points[0].parameters == parameters(dense)
+    for point, found in zip(points[1:], searches, strict=True):
+        assert point.macs == found.final_macs
+        model = apply(store.load_model(finished.folder / "checkpoints" / "dense.pt")[0], found.plan)
+        assert point.parameters == parameters(model)
+        assert set(point.latency) == {"1", "4"}
+    # The run's own target gives the run's own plan.
+    assert json.loads(searches[1].plan.to_json()) == json.loads((finished.folder / "plan.json").read_text())
+    assert "Trade-off" in (finished.folder / "report.html").read_text()
+
+    before = (finished.folder / "sweep.json").read_text()
+    assert len(sweep(finished.folder, [0.25, 0.6], console=_quiet())) == 5
+    assert len(searches) == 4  # 0.25 was there
+    assert json.loads((finished.folder / "sweep.json").read_text())[:4] == json.loads(before)
+
+
+def test_a_target_out_of_reach_keeps_the_points_before_it(finished: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "render", lambda record: "")
+    with pytest.raises(ValueError, match="cannot be reached"):
+        sweep(finished.folder, [0.999, 0.35], console=_quiet())
+    assert 0.35 in [point["target"] for point in report.read(finished.folder).sweep]
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0, -0.5, float("nan")])
+def test_an_impossible_target_is_refused_at_once(
+    finished: Config, target: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "_Sweep", None)
+    with pytest.raises(ValueError, match="expected above 0 and below 1"):
+        sweep(finished.folder, [0.3, target], console=_quiet())
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no finished run"):
+        sweep(tmp_path, [0.3], console=_quiet())
+    assert not list(tmp_path.iterdir())
+
+
+def test_gradients_of_another_model_are_refused() -> None:
+    model = torch.nn.Sequential(
+        *(torch.nn.Conv2d(4, 4, 3) for _ in range(4)), torch.nn.Flatten(), torch.nn.Linear(64, 3)
+    )
+    images = torch.randn(2, 4, 12, 12)
+    with pytest.raises(ValueError, match="gradients has none for layer '1'"):
+        collaborative.compress(model, [], images, target=0.2, gradients={})
+    found = collaborative.compress(model, [(images, torch.arange(2))], images, target=0.2)
+    again = collaborative.compress(model, [], images, target=0.2, gradients=found.gradients)
+    assert again.plan == found.plan
