@@ -25,6 +25,8 @@ void check_layer(const Layer& layer) {
                     " dimensions, expected a conv2d with 4 or a linear layer with 2");
   TORCH_CHECK_VALUE(spec.groups == 1, "compress: layer '", spec.name, "' has ", spec.groups,
                     " groups, expected 1; leave grouped convolutions out");
+  TORCH_CHECK_VALUE(layer.max_rate >= 0 && layer.max_rate <= 1, "compress: layer '", spec.name,
+                    "': max_rate = ", layer.max_rate, ", expected 0 to 1");
   TORCH_CHECK_VALUE(layer.weight.size(0) == spec.out_channels && layer.weight.size(1) == spec.in_channels &&
                         layer.weight.numel() == spec.parameters() && spec.positions > 0,
                     "compress: layer '", spec.name, "' has a weight of shape ", layer.weight.sizes(), ", expected ",

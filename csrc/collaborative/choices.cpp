@@ -45,7 +45,7 @@ double loss_of(const Layer& layer, const LayerPlan& plan, const Options& options
 
 void walk_down(const Layer& layer, const Cost& cost, const Options& options, std::vector<Choice>& choices) {
   RunningLayer running(layer.weight, layer.gradient, options.basis);
-  const double floor = (1.0 - options.max_rate) * cost.dense();
+  const double floor = (1.0 - std::min(options.max_rate, layer.max_rate)) * cost.dense();
   double last = cost.dense();
   while (remove_best_units(running, options)) {
     const std::optional<int64_t> rank = running.decomposed() ? std::optional(running.rank()) : std::nullopt;

@@ -111,32 +111,33 @@ RateCurve rate_curve(const Layer& layer, const Options& options) {
   return curve;
 }
 
-double highest_rate(const LayerSpec& spec, const Options& options) {
+double highest_rate(const Layer& layer, const Options& options) {
+  const LayerSpec& spec = layer.spec;
   const int64_t k = spec.kernel_size();
   const auto dense = static_cast<double>(spec.out_channels * spec.in_channels * k);
   const int64_t channels = options.units == Units::singular_values ? spec.in_channels : 1;
   int64_t smallest = spec.out_channels * channels * k;
   if (options.units != Units::channels) smallest = std::min(smallest, channels * k + spec.out_channels);
-  return std::clamp(1.0 - static_cast<double>(smallest) / dense, 0.0, options.max_rate);
+  return std::clamp(1.0 - static_cast<double>(smallest) / dense, 0.0, std::min(options.max_rate, layer.max_rate));
 }
 
-double allocate(std::vector<RateCurve>& curves, const std::vector<LayerSpec>& specs, double model_cost,
+double allocate(std::vector<RateCurve>& curves, const std::vector<Layer>& layers, double model_cost,
                 const Options& options) {
   std::vector<double> highest(curves.size());
   double low = std::numeric_limits<double>::infinity(), high = -low, reachable = 0;
   for (size_t l = 0; l < curves.size(); ++l) {
     if (!(curves[l].b > 0)) continue;
-    highest[l] = highest_rate(specs[l], options);
+    highest[l] = highest_rate(layers[l], options);
     const double log_at_zero = std::log(curves[l].a * curves[l].b);
     low = std::min(low, log_at_zero);
     high = std::max(high, log_at_zero + curves[l].b * highest[l]);
-    reachable += static_cast<double>(dense_cost(specs[l], options.budget)) * highest[l];
+    reachable += static_cast<double>(dense_cost(layers[l].spec, options.budget)) * highest[l];
   }
   const double budget = options.target * model_cost;
   TORCH_CHECK_VALUE(budget <= reachable, "compress: target = ", options.target, " cannot be reached: with at most ",
-                    options.max_rate, " of each layer removed, the ", specs.size(), " compressible layers can give up ",
-                    reachable / model_cost, " of the model's ", to_string(options.budget),
-                    "; lower the target or leave fewer layers out");
+                    options.max_rate, " of each layer removed, or its bound, the ", layers.size(),
+                    " compressible layers can give up ", reachable / model_cost, " of the model's ",
+                    to_string(options.budget), "; lower the target or leave fewer layers out");
 
   const auto allocation = [&](double log_lambda, size_t l) {
     if (!(curves[l].b > 0)) return 0.0;
@@ -146,7 +147,7 @@ double allocate(std::vector<RateCurve>& curves, const std::vector<LayerSpec>& sp
     const double middle = 0.5 * (low + high);
     double removed = 0;
     for (size_t l = 0; l < curves.size(); ++l)
-      removed += static_cast<double>(dense_cost(specs[l], options.budget)) * allocation(middle, l);
+      removed += static_cast<double>(dense_cost(layers[l].spec, options.budget)) * allocation(middle, l);
     (removed < budget ? low : high) = middle;
   }
   for (size_t l = 0; l < curves.size(); ++l) curves[l].allocated = allocation(high, l);

@@ -19,11 +19,11 @@ void fit_exponential(RateCurve& curve);
 // The fit has b = 0 where the loss does not respond to the layer at all.
 RateCurve rate_curve(const Layer& layer, const Options& options);
 
-// The highest rate that removing units can bring a layer to.
-double highest_rate(const LayerSpec& spec, const Options& options);
+// The highest rate that removing units can, and may, bring a layer to.
+double highest_rate(const Layer& layer, const Options& options);
 
 // Eq. (E2): sets `allocated` of every curve so that sum F_l c_l = target * model_cost; returns lambda.
-double allocate(std::vector<RateCurve>& curves, const std::vector<LayerSpec>& specs, double model_cost,
+double allocate(std::vector<RateCurve>& curves, const std::vector<Layer>& layers, double model_cost,
                 const Options& options);
 
 }  // namespace cctorch::collaborative

@@ -48,11 +48,9 @@ Solution solve(const std::vector<Layer>& layers, double model_cost, const Option
   }
   check_options(options);
   TORCH_CHECK_VALUE(!layers.empty(), "compress: the model has no layer that can be compressed");
-  std::vector<LayerSpec> specs;
   int64_t total = 0;
   for (const Layer& layer : layers) {
     check_layer(layer);
-    specs.push_back(layer.spec);
     total += dense_cost(layer.spec, options.budget);
   }
   TORCH_CHECK_VALUE(model_cost >= static_cast<double>(total), "compress: model_cost = ", model_cost, " ",
@@ -70,7 +68,7 @@ Solution solve(const std::vector<Layer>& layers, double model_cost, const Option
   for (const RateCurve& curve : solution.curves) {
     if (!(curve.b > 0)) solution.warnings.push_back(left_alone(curve.name));
   }
-  solution.lambda = allocate(solution.curves, specs, model_cost, options);
+  solution.lambda = allocate(solution.curves, layers, model_cost, options);
   solution.curve_seconds = seconds_since(start);
 
   start = Clock::now();

@@ -113,15 +113,18 @@ void bind_collaborative(py::module_& module) {
   bind_options(module);
   bind_choices(module);
   py::class_<collaborative::Layer>(module, "SolverLayer")
-      .def(py::init([](LayerSpec spec, at::Tensor weight, at::Tensor gradient, std::optional<CostTable> table) {
+      .def(py::init([](LayerSpec spec, at::Tensor weight, at::Tensor gradient, std::optional<CostTable> table,
+                       double max_rate) {
              return collaborative::Layer{std::move(spec), std::move(weight), std::move(gradient),
-                                         std::move(table).value_or(CostTable{})};
+                                         std::move(table).value_or(CostTable{}), max_rate};
            }),
-           py::arg("spec"), py::arg("weight"), py::arg("gradient"), py::arg("table") = py::none())
+           py::arg("spec"), py::arg("weight"), py::arg("gradient"), py::arg("table") = py::none(),
+           py::arg("max_rate") = 1.0)
       .def_readwrite("spec", &collaborative::Layer::spec)
       .def_readwrite("weight", &collaborative::Layer::weight)
       .def_readwrite("gradient", &collaborative::Layer::gradient)
-      .def_readwrite("table", &collaborative::Layer::table);
+      .def_readwrite("table", &collaborative::Layer::table)
+      .def_readwrite("max_rate", &collaborative::Layer::max_rate);
   py::class_<collaborative::RateCurve>(module, "RateCurve")
       .def_readonly("name", &collaborative::RateCurve::name)
       .def_readonly("rate", &collaborative::RateCurve::rate)

@@ -145,7 +145,15 @@ class SolverLayer:
     weight: Tensor
     gradient: Tensor
     table: CostTable
-    def __init__(self, spec: LayerSpec, weight: Tensor, gradient: Tensor, table: CostTable | None = None) -> None: ...
+    max_rate: float
+    def __init__(
+        self,
+        spec: LayerSpec,
+        weight: Tensor,
+        gradient: Tensor,
+        table: CostTable | None = None,
+        max_rate: float = 1.0,
+    ) -> None: ...
 
 class Choice:
     cost: float

@@ -119,6 +119,7 @@ def solve(
     gradients: dict[str, Tensor],
     options: _C.SolverOptions,
     *,
+    bounds: Mapping[str, float] | None = None,
     progress: Progress | None = None,
     gradient_seconds: float = 0.0,
 ) -> Compression:
@@ -129,7 +130,7 @@ def solve(
             short of the target by more than 1 % of the model's budget.
     """
     dense = _dense(graph.specs, options.budget)
-    solution = _C.solve(_solver_layers(model, graph, gradients), dense, options, progress)
+    solution = _C.solve(_solver_layers(model, graph, gradients, bounds or {}), dense, options, progress)
     reduction = 1.0 - _nominal(graph.specs, solution.plan, options.budget) / dense
     if reduction < options.target - 0.01:
         raise ValueError(
@@ -150,6 +151,7 @@ def solve_latency(
     example: Tensor,
     table: LatencyTable,
     *,
+    bounds: Mapping[str, float] | None = None,
     progress: Progress | None = None,
     gradient_seconds: float = 0.0,
 ) -> Compression:
@@ -160,7 +162,7 @@ def solve_latency(
     """
     start = time.perf_counter()
     options.budget = "table"
-    layers = _solver_layers(model, graph, gradients)
+    layers = _solver_layers(model, graph, gradients, bounds or {})
     found = latency_budget.search(model, graph, layers, options, example, table, progress)
     found.solution.plan.target = options.target
     nominal_macs = _C.nominal_macs(graph.specs, found.solution.plan)
@@ -171,9 +173,13 @@ def solve_latency(
     return compression
 
 
-def _solver_layers(model: nn.Module, graph: ModelGraph, gradients: dict[str, Tensor]) -> list[_C.SolverLayer]:
+def _solver_layers(
+    model: nn.Module, graph: ModelGraph, gradients: dict[str, Tensor], bounds: Mapping[str, float]
+) -> list[_C.SolverLayer]:
     return [
-        _C.SolverLayer(spec, _weight(model, spec.name).detach(), gradients[spec.name])
+        _C.SolverLayer(
+            spec, _weight(model, spec.name).detach(), gradients[spec.name], max_rate=bounds.get(spec.name, 1.0)
+        )
         for spec in graph.specs
         if spec.name in gradients
     ]
@@ -220,6 +226,7 @@ def compress(
     latency_batch: int = 1,
     latency_table: LatencyTable | None = None,
     exclude: Sequence[str] = (),
+    bounds: Mapping[str, float] | None = None,
     gradients: Mapping[str, Tensor] | None = None,
     loss: LossFunction = F.cross_entropy,
     progress: Progress | None = None,
@@ -249,6 +256,8 @@ def compress(
         latency_batch: examples in the forward pass whose latency counts.
         latency_table: times of layers made before, in place of `latency_batch`.
         exclude: patterns of names, such as ``layer1.*``, of layers that keep their inputs and rank.
+        bounds: for patterns of names, the largest share of a layer's budget that is taken from it; where several
+            patterns fit, the smallest holds. 0 is `exclude`.
         gradients: of an earlier `Compression` of this model, in place of a pass over `batches`.
         progress: called with (stage, done, total).
 
@@ -273,6 +282,7 @@ def compress(
         latency_table = latency_budget.table_for(model, example, latency_batch)
     graph = trace(model, example)
     start = time.perf_counter()
+    bounded = _bounds(graph, bounds or {})
     searched = _candidates(graph, exclude)
     found = (
         mean_gradients(model, batches, searched, loss=loss, progress=progress)
@@ -281,10 +291,18 @@ def compress(
     )
     seconds = time.perf_counter() - start
     if latency_table is None:
-        compression = solve(model, graph, found, options, progress=progress, gradient_seconds=seconds)
+        compression = solve(model, graph, found, options, bounds=bounded, progress=progress, gradient_seconds=seconds)
     else:
         compression = solve_latency(
-            model, graph, found, options, example, latency_table, progress=progress, gradient_seconds=seconds
+            model,
+            graph,
+            found,
+            options,
+            example,
+            latency_table,
+            bounds=bounded,
+            progress=progress,
+            gradient_seconds=seconds,
         )
     compression.gradients = found
     return compression
@@ -299,15 +317,30 @@ def _given(gradients: Mapping[str, Tensor], searched: Sequence[str]) -> dict[str
     return {name: gradients[name] for name in searched}
 
 
-def _candidates(graph: ModelGraph, exclude: Sequence[str]) -> list[str]:
+def _named(graph: ModelGraph, pattern: str, option: str) -> list[str]:
     names = [spec.name for spec in graph.specs]
-    for pattern in exclude:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(
-                f"compress: exclude = {pattern!r} names no layer of the model, expected a pattern such as "
-                f"{names[0]!r} or '{names[0].split('.')[0]}*'"
-            )
-    excluded = {name for pattern in exclude for name in fnmatch.filter(names, pattern)}
+    found = fnmatch.filter(names, pattern)
+    if not found:
+        raise ValueError(
+            f"compress: {option} = {pattern!r} names no layer of the model, expected a pattern such as "
+            f"{names[0]!r} or '{names[0].split('.')[0]}*'"
+        )
+    return found
+
+
+def _bounds(graph: ModelGraph, bounds: Mapping[str, float]) -> dict[str, float]:
+    """Of each layer that a pattern names."""
+    bounded: dict[str, float] = {}
+    for pattern, bound in bounds.items():
+        if not 0 <= bound <= 1:
+            raise ValueError(f"compress: bounds[{pattern!r}] = {bound:g}, expected a share from 0 to 1")
+        for name in _named(graph, pattern, "bounds"):
+            bounded[name] = min(bound, bounded.get(name, 1.0))
+    return bounded
+
+
+def _candidates(graph: ModelGraph, exclude: Sequence[str]) -> list[str]:
+    excluded = {name for pattern in exclude for name in _named(graph, pattern, "exclude")}
     return [
         spec.name
         for spec in _C.participants(graph.specs)

@@ -36,6 +36,7 @@ def search(
         budget=settings.budget,
         latency_batch=settings.latency_batch,
         exclude=settings.exclude,
+        bounds=settings.bounds,
         gradients=gradients,
         progress=progress,
     )

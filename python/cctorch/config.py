@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -114,6 +114,8 @@ class Compress(Section):
     latency_batch: int = Field(default=1, ge=1)
     # Patterns of names of layers that are left alone, such as layer1.*.
     exclude: list[str] = Field(default=[])
+    # The largest share that layers give up, by patterns of their names: {layer3.*: 0.4}.
+    bounds: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default={})
     # Absent: the whole training set.
     gradient_images: int | None = Field(default=None, ge=1)
     # 0: keep the running statistics of the dense model.
@@ -274,6 +276,10 @@ def _keys(location: Sequence[int | str]) -> tuple[str, list[str], Any]:
             path += f"[{part}]"
             annotation = next(iter(typing.get_args(annotation)), None)
             continue
+        if typing.get_origin(annotation) is dict:
+            path += f"[{part!r}]"
+            annotation = typing.get_args(annotation)[1]
+            continue
         if len(sections) > 1:
             sections = [section for section in sections if _kind(section) == part]
             continue
@@ -297,6 +303,9 @@ def _type_name(annotation: Any) -> str:
         return "one of " + ", ".join(typing.get_args(annotation))
     if typing.get_origin(annotation) is list:
         return f"a list (each entry {_type_name(typing.get_args(annotation)[0])})"
+    if typing.get_origin(annotation) is dict:
+        key, value = typing.get_args(annotation)
+        return f"a section (each key {_type_name(key)}, each value {_type_name(value)})"
     return names.get(annotation, "a section with keys of its own")
 
 

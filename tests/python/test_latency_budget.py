@@ -154,6 +154,14 @@ def test_excluded_layers_keep_inputs_and_rank() -> None:
         run(timer, exclude=["layer9.*"])
 
 
+def test_bounded_layers_are_no_faster_than_their_bound() -> None:
+    timer = FakeTimer(launch=1e-6)
+    _, free = run(timer, target=0.4)
+    _, bounded = run(timer, target=0.4, bounds={"blocks.*": 0.9, "blocks.2.conv?": 0.1})
+    kept = [len(found.plan.find("blocks.2.conv2").kept_in) for found in (free, bounded)]
+    assert kept[0] < 28 <= kept[1]
+
+
 def test_the_default_budget_times_nothing_and_knows_no_latency() -> None:
     torch.manual_seed(0)
     model = Net()

@@ -30,6 +30,7 @@ struct Layer {
   at::Tensor weight;     // N x C x kh x kw, or N x C for a linear layer; any floating dtype, any device
   at::Tensor gradient;   // same shape: gradient of the mean loss over the training set
   CostTable table = {};  // for Budget::table
+  double max_rate = 1;   // the largest share of its own budget to take from it; Options::max_rate holds too
 };
 
 enum class Units { both, channels, singular_values };

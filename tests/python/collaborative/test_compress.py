@@ -77,3 +77,19 @@ def test_an_already_compressed_model_is_compressed_no_further_than_it_can_be() -
     with pytest.raises(ValueError, match="cannot be reached"):
         compress(model, data, data[0][0], target=0.9)
     assert model(data[0][0]).shape == (4, 10)
+
+
+def test_bounds_are_found_by_pattern_and_the_smallest_holds() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(5)), nn.Flatten(), nn.Linear(8 * 64, 3))
+    images = torch.randn(2, 8, 8, 8)
+    batches = [(images, torch.arange(2))]
+    found = compress(model, batches, images, target=0.4, bounds={"?": 0.9, "[12]": 0.25, "2": 0.0})
+    allocated = {curve.name: curve.allocated for curve in found.curves}
+    assert allocated["1"] <= 0.25
+    assert allocated["2"] == 0.0
+    assert max(allocated["3"], allocated["4"]) > 0.25
+    with pytest.raises(ValueError, match=r"bounds = 'conv\*' names no layer"):
+        compress(model, batches, images, bounds={"conv*": 0.5})
+    with pytest.raises(ValueError, match=r"bounds\['1'\] = 1.5, expected a share from 0 to 1"):
+        compress(model, batches, images, bounds={"1": 1.5})

@@ -114,6 +114,32 @@ def test_fixed_basis_agrees_with_exact():
     assert [a.rank is None for a, _ in pairs] == [b.rank is None for _, b in pairs]
 
 
+def test_a_bound_holds_and_the_others_make_up_for_it():
+    layers = network(4)
+    free = solve(layers, target=0.25)
+    bound = free.curves[3].allocated / 2
+    layers[3].max_rate, layers[0].max_rate = bound, 0.0
+    bounded = solve(layers, target=0.25)
+    assert bound > 0.05
+    assert bounded.curves[3].allocated == bound
+    assert bounded.curves[0].allocated == 0.0
+    assert bounded.plan.layers[0].kept_in == list(range(8))
+    assert bounded.plan.layers[0].rank is None
+    macs = [layer.spec.macs for layer in layers]
+    taken = sum(c * curve.allocated for c, curve in zip(macs, bounded.curves, strict=True))
+    assert taken / sum(macs) == pytest.approx(0.25, abs=1e-9)
+    # One channel of 24 is 4 %: a last step goes no further.
+    assert 1 - _C.layer_macs(layers[3].spec, bounded.plan.layers[3], False) / macs[3] < bound + 0.05
+
+
+@pytest.mark.parametrize("bound", [-0.1, 1.1, float("nan")])
+def test_an_impossible_bound_is_refused_naming_the_layer(bound):
+    layers = network()
+    layers[2].max_rate = bound
+    with pytest.raises(ValueError, match=r"'layer2': max_rate = .*, expected 0 to 1"):
+        solve(layers)
+
+
 def test_result_does_not_depend_on_the_number_of_threads():
     layers = network(5)
     threads = torch.get_num_threads()
