@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 _DESCRIPTION = """\
@@ -19,6 +21,7 @@ examples:
   cctorch run configs/demo.yaml                          run again: goes on where it was interrupted
   cctorch run configs/demo.yaml --fresh                  start over
   cctorch report runs/demo                               write runs/demo/report.html again
+  cctorch status runs/demo                               where it stands, from another terminal
   cctorch sweep runs/demo 0.3 0.5 0.7                    its dense model, compressed to each of these targets
 """
 _RUN = """\
@@ -60,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("run", metavar="RUN", type=Path, help="the run's folder, such as runs/demo")
     sweep.add_argument("targets", metavar="TARGET", type=float, nargs="+", help="shares of the budget to remove")
+    status = commands.add_parser("status", help="say where a run stands: running, interrupted or finished")
+    status.add_argument("run", metavar="RUN", type=Path, help="the run's folder, such as runs/demo")
+    status.add_argument("--json", action="store_true", help="one line of JSON, for programs")
     return parser
 
 
@@ -79,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parse(given)
     try:
-        return {"run": _run, "report": _report, "sweep": _sweep}[parsed.command](parsed)
+        return {"run": _run, "report": _report, "sweep": _sweep, "status": _status}[parsed.command](parsed)
     except KeyboardInterrupt:
         resume = shlex.join(["cctorch", *(word for word in given if word != "--fresh")])
         print(f"\ninterrupted; this goes on from the last finished epoch:\n  {resume}", file=sys.stderr)
@@ -119,6 +125,17 @@ def _sweep(parsed: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         return _fail(error)
     print(f"report: {parsed.run / 'report.html'}")
+    return 0
+
+
+def _status(parsed: argparse.Namespace) -> int:
+    from cctorch.status import status
+
+    try:
+        found = status(parsed.run)
+    except (ValueError, OSError) as error:
+        return _fail(error)
+    print(json.dumps(asdict(found)) if parsed.json else found)
     return 0
 
 

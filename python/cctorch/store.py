@@ -6,12 +6,13 @@ import contextlib
 import fcntl
 import io
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -103,14 +104,27 @@ class Folder:
         """Keeps other processes out until the end of the block, or of this process. Raises ConfigError if one is in."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / _LOCK).open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _lock(file):
                 raise ConfigError(
-                    f"{self.path} is being written by another process: wait for its end, or give this run a name of "
-                    "its own with name=..."
-                ) from None
+                    f"{self.path} is being written by process {self.writer()}: wait for its end, or give this run a "
+                    "name of its own with name=..."
+                )
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
             yield
+
+    def writer(self) -> int | None:
+        """The process that is in `locked`, if there is one."""
+        try:
+            with (self.path / _LOCK).open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(file.read() or 0)
+        except FileNotFoundError:
+            pass
+        return None
 
     def clear(self) -> None:
         """Deletes the run's own files. Raises ConfigError, and deletes nothing, if there is any other file."""
@@ -228,6 +242,15 @@ class Events:
 
     def _write(self) -> None:
         self._folder.write("metrics.jsonl", "".join(json.dumps(event) + "\n" for event in self.all))
+
+
+def _lock(file: TextIO) -> bool:
+    for _ in range(3):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.05)  # `writer` of another process holds it for an instant
+    return False
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:

@@ -275,7 +275,7 @@ def test_two_processes_do_not_write_one_run(dataset: Path, tmp_path: Path) -> No
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
         for fresh in (False, True):
-            with pytest.raises(ConfigError, match="is being written by another process"):
+            with pytest.raises(ConfigError, match=f"is being written by process {process.pid}: "):
                 run(settings, fresh=fresh, console=_quiet())
         assert [item.name for item in settings.folder.iterdir()] == [".lock"]
         process.kill()

@@ -1,0 +1,119 @@
+"""Where a run stands, read off its folder: of one that is running, that was interrupted or that is finished.
+
+status(Path("runs/demo")).stage
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cctorch.log import duration
+from cctorch.store import Folder
+
+_STAGES = ("train", "compress", "finetune", "regularize", "measure")
+
+
+@dataclass(frozen=True)
+class Status:
+    """`epoch` of `epochs` are done in `stage`.
+
+    `loss` and `accuracy` (validation, percent) are those of the last epoch of any stage, `seconds_since` the time since
+    the last result, `seconds_left` that of this stage's epochs at the pace of the last one.
+    """
+
+    name: str
+    state: Literal["running", "interrupted", "finished"]
+    process: int | None
+    stage: str
+    epoch: int
+    epochs: int
+    loss: float | None
+    accuracy: float | None
+    seconds_since: float | None
+    seconds_left: float | None
+    last_line: str
+
+    def __str__(self) -> str:
+        parts = [f"{self.name}: {self.state}"]
+        if self.process is not None:
+            parts[0] += f" (process {self.process})"
+        if self.state != "finished":
+            parts.append(f"stage {self.stage}" + (f", epoch {self.epoch} of {self.epochs} done" if self.epochs else ""))
+        if self.loss is not None:
+            accuracy = "" if self.accuracy is None else f", validation top-1 {self.accuracy:.2f} %"
+            parts.append(f"last epoch: loss {self.loss:.4f}{accuracy}")
+        if self.state == "running" and self.seconds_left is not None:
+            parts.append(f"about {duration(self.seconds_left)} left in this stage")
+        if self.state == "interrupted" and self.seconds_since is not None:
+            parts.append(f"last result {duration(self.seconds_since)} ago")
+        text = "; ".join(parts)
+        return f"{text}\n{self.last_line}" if self.last_line else text
+
+
+def status(folder: Path) -> Status:
+    """Raises ValueError where `folder` holds no run."""
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} holds no run (config.yaml missing): give the folder of one, such as runs/demo")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    events = _events(folder)
+    process = Folder(folder).writer()
+    finished = (folder / "summary.json").exists() and process is None
+    stage, epoch = _reached(config, events)
+    epochs = _epochs(config, stage)
+    past = [event for event in events if event["event"] == "epoch"]
+    last = past[-1] if past else None
+    left = (epochs - epoch) * last["seconds"] if last and last["stage"] == stage and epochs else None
+    return Status(
+        name=config["name"],
+        state="finished" if finished else "interrupted" if process is None else "running",
+        process=process,
+        stage="measure" if finished else stage,
+        epoch=epoch,
+        epochs=epochs,
+        loss=last["loss"] if last else None,
+        accuracy=last["accuracy"] if last else None,
+        seconds_since=max(time.time() - events[-1]["time"], 0.0) if events else None,
+        seconds_left=None if finished else left,
+        last_line=_last_line(folder / "run.log"),
+    )
+
+
+def _events(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _epochs(config: dict[str, Any], stage: str) -> int:
+    settings = config.get(stage)
+    return settings.get("epochs", 0) if isinstance(settings, dict) else 0
+
+
+def _reached(config: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str, int]:
+    """The stage that the last event leaves the run in, and the epochs of it that are done."""
+    ends = {"dense": "train", "finetuned": "finetune", "regularized": "regularize"}
+    planned = [stage for stage in _STAGES if stage == "measure" or config.get(stage)]
+    stage, epoch = "train", 0
+    for event in events:
+        if event["event"] == "epoch":
+            stage, epoch = event["stage"], event["epoch"]
+        elif event["event"] in ends:
+            stage, epoch = planned[planned.index(ends[event["event"]]) + 1], 0
+        elif event["stage"] == "compress":
+            # Which of a compression's events is its last depends on what was asked for.
+            stage, epoch = "compress", 0
+    return stage, epoch
+
+
+def _last_line(file: Path) -> str:
+    if not file.exists():
+        return ""
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - 4096))
+        lines = stream.read().decode(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.strip()), "")
