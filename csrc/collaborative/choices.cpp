@@ -74,8 +74,11 @@ void keep_unbeaten(std::vector<Choice>& choices) {
 
 }  // namespace
 
-std::string left_alone(const std::string& layer) {
-  return "layer '" + layer + "' is left alone: the loss does not respond to its weights";
+std::string left_alone(const std::string& layer, const std::vector<double>& losses) {
+  const bool responds = std::any_of(losses.begin(), losses.end(), [](double loss) { return loss > 0; });
+  return "layer '" + layer + "' is left alone: " +
+         (responds ? "its loss does not rise with its rate; it may have too few units"
+                   : "the loss does not respond to its weights");
 }
 
 LayerChoices removal_choices(const Layer& layer, const Options& options) {

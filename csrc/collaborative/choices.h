@@ -3,6 +3,7 @@
 #include <cctorch/collaborative.h>
 
 #include <string>
+#include <vector>
 
 namespace cctorch::collaborative {
 
@@ -10,7 +11,7 @@ namespace cctorch::collaborative {
 // cost, and of these the ones that no other beats in both cost and loss.
 LayerChoices removal_choices(const Layer& layer, const Options& options);
 
-// The warning about a layer without a useful gradient.
-std::string left_alone(const std::string& layer);
+// The warning about a layer that is not searched, by the losses of its removals.
+std::string left_alone(const std::string& layer, const std::vector<double>& losses);
 
 }  // namespace cctorch::collaborative

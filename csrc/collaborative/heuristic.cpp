@@ -39,7 +39,8 @@ void remove_units(RunningLayer& layer, const std::vector<int64_t>& units) {
 }  // namespace
 
 bool remove_best_units(RunningLayer& layer, const Options& options) {
-  const std::vector<int64_t> units = best_units(layer.scores(options), layer.units_per_step(options));
+  const auto step = static_cast<int64_t>(options.step_fraction * static_cast<double>(layer.units(options.units)));
+  const std::vector<int64_t> units = best_units(layer.scores(options), std::max<int64_t>(step, 1));
   if (!units.empty()) remove_units(layer, units);
   return !units.empty();
 }

@@ -106,7 +106,11 @@ RateCurve rate_curve(const Layer& layer, const Options& options) {
   RateCurve curve;
   curve.name = layer.spec.name;
   RunningLayer running(layer.weight, layer.gradient, options.basis);
-  trace_removals(running, removal_order(running, options.units), running.units_per_step(options), curve);
+  const std::vector<int64_t> order = removal_order(running, options.units);
+  // However coarse the heuristic may be: a fit needs points.
+  const double fraction = std::min(options.step_fraction, Options{}.step_fraction);
+  const auto step = static_cast<int64_t>(fraction * static_cast<double>(order.size()));
+  trace_removals(running, order, std::max<int64_t>(step, 1), curve);
   fit_exponential(curve);
   return curve;
 }

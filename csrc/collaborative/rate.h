@@ -15,8 +15,8 @@ std::string_view to_string(Budget budget);
 // where no rising exponential fits.
 void fit_exponential(RateCurve& curve);
 
-// Loss against rate while a layer's units go step by step, the least harmful first, and the exponential fitted to it.
-// The fit has b = 0 where the loss does not respond to the layer at all.
+// Loss against rate while a layer's units go, at most a hundredth of them between two points, the least harmful first,
+// and the exponential fitted to it. The fit has b = 0 where the loss does not respond to the layer, or rises nowhere.
 RateCurve rate_curve(const Layer& layer, const Options& options);
 
 // The highest rate that removing units can, and may, bring a layer to.

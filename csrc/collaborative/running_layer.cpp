@@ -19,9 +19,13 @@ at::Tensor unfold(const at::Tensor& weight, at::ScalarType precision) {
   return at::empty(matrix.sizes(), precision).copy_(matrix);
 }
 
-double scale_of(const at::Tensor& gradient) {
-  const double largest = gradient.detach().abs().max().item<double>();
+double scale_of(const at::Tensor& tensor) {
+  const double largest = tensor.detach().abs().max().item<double>();
   return largest > 0 ? largest : 1.0;
+}
+
+at::Tensor scaled(const at::Tensor& weight, double scale, at::ScalarType precision) {
+  return unfold(weight, at::kDouble).div_(scale).to(precision);
 }
 
 double total(const at::Tensor& values) { return values.sum().item<double>(); }
@@ -52,9 +56,10 @@ RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient,
       values_left_(full_rank_),
       kept_(channels_),
       precision_(basis == Basis::exact ? at::kDouble : at::kFloat),
+      weight_scale_(scale_of(weight)),
       gradient_scale_(scale_of(gradient)),
-      original_(unfold(weight, precision_)),
-      weighting_(unfold(gradient, at::kDouble).div_(gradient_scale_).to(precision_).square_()),
+      original_(scaled(weight, weight_scale_, precision_)),
+      weighting_(scaled(gradient, gradient_scale_, precision_).square_()),
       running_(original_) {
   std::iota(kept_.begin(), kept_.end(), 0);
   channel_dense_ = per_channel(weighting_ * original_ * original_);
@@ -63,7 +68,7 @@ RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient,
 RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& running,
                            int64_t rank, Basis basis)
     : RunningLayer(weight, gradient, basis) {
-  running_ = unfold(running, precision_);
+  running_ = scaled(running, weight_scale_, precision_);
   const std::vector<double> magnitude = to_vector(per_channel(running_.abs()));
   std::vector<int64_t> empty;
   for (int64_t c = 0; c < channels_; ++c) {
@@ -74,8 +79,8 @@ RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient,
   removed_values_ = rank < full_rank_;
 }
 
-int64_t RunningLayer::units_per_step(const Options& options) const {
-  return std::max<int64_t>(1, static_cast<int64_t>(options.step_fraction * static_cast<double>(units())));
+int64_t RunningLayer::units(Units kind) const {
+  return (kind == Units::singular_values ? 0 : channels_) + (kind == Units::channels ? 0 : full_rank_);
 }
 
 int64_t RunningLayer::rank() const { return std::min(values_left_, channels_left() * kernel_size_); }
@@ -98,12 +103,10 @@ std::vector<double> RunningLayer::to_all(const at::Tensor& kept, double removed)
 
 double RunningLayer::loss() const {
   const double remaining = total(per_channel((running_ - original_).square_().mul_(weighting_)));
-  return gradient_scale_ * gradient_scale_ * (removed_loss_ + remaining);
+  return loss_scale() * (removed_loss_ + remaining);
 }
 
-double RunningLayer::largest_loss() const {
-  return gradient_scale_ * gradient_scale_ * (removed_loss_ + total(channel_dense_));
-}
+double RunningLayer::largest_loss() const { return loss_scale() * (removed_loss_ + total(channel_dense_)); }
 
 // X's factors with an orthonormal side, not yet singular triplets.
 void RunningLayer::factor() {
@@ -115,19 +118,17 @@ void RunningLayer::factor() {
     left_ = orthonormal;
     right_ = triangle.t();
   }
-  gram_ = at::mm(right_.t(), right_).to(at::kDouble);
 }
 
 void RunningLayer::decompose() {
   if (decomposition_current_) return;
   if (!left_.defined()) factor();
   // Ascending eigenvalues: the last rank() columns, reversed, belong to the largest singular values.
-  const auto [squares, vectors] = at::linalg_eigh(gram_);
-  const int64_t dropped = gram_.size(0) - rank();
-  const at::Tensor turn = vectors.narrow(1, dropped, rank()).flip(1).to(precision_);
+  const at::Tensor right = right_.to(at::kDouble);  // float32 would see no value below 3e-4 of the largest
+  const at::Tensor vectors = std::get<1>(at::linalg_eigh(at::mm(right.t(), right)));
+  const at::Tensor turn = vectors.narrow(1, vectors.size(1) - rank(), rank()).flip(1).to(precision_);
   left_ = at::mm(left_, turn);
   right_ = at::mm(right_, turn);
-  gram_ = at::diag(squares.narrow(0, dropped, rank()).flip(0));
   decomposition_current_ = true;
 }
 
@@ -178,7 +179,7 @@ RunningLayer::UnitSums RunningLayer::unit_sums(bool of_values) {
 
 std::vector<double> RunningLayer::losses_alone() {
   const UnitSums sums = unit_sums(true);
-  const double scale = gradient_scale_ * gradient_scale_;
+  const double scale = loss_scale();
   std::vector<double> losses = to_all(scale * (sums.loss - sums.channel_loss + channel_dense_), scale * sums.loss);
   const std::vector<double> values = to_vector(scale * (sums.loss - 2 * sums.value_cross + sums.value_next));
   losses.insert(losses.end(), values.begin(), values.end());
@@ -186,6 +187,7 @@ std::vector<double> RunningLayer::losses_alone() {
 }
 
 std::vector<double> RunningLayer::scores(const Options& options) {
+  if (kept_.empty()) return std::vector<double>(channels_, infinity);
   const bool may_prune = options.units != Units::singular_values && channels_left() > 1;
   const bool may_truncate = options.units != Units::channels && rank() > 1;
   const UnitSums sums = unit_sums(may_truncate);
@@ -194,7 +196,7 @@ std::vector<double> RunningLayer::scores(const Options& options) {
   const auto score = [&](const at::Tensor& loss, const at::Tensor& cross, const at::Tensor& square,
                          const at::Tensor& next) {
     const at::Tensor relative = loss * (1 + options.gamma) + (4 * cross + square + next) * (options.gamma / others);
-    return relative * (gradient_scale_ * gradient_scale_);
+    return relative * loss_scale();
   };
 
   std::vector<double> all(channels_, infinity);
@@ -220,12 +222,13 @@ at::Tensor RunningLayer::next_terms_exact() {
   const int64_t rank = right_.size(1);
   const int64_t candidate_bytes = 8 * (3 * rank * rank + 2 * rank * (outputs_ + right_.size(0)));
   const int64_t at_once = std::max<int64_t>(1, (int64_t{256} << 20) / candidate_bytes);
+  const at::Tensor gram = at::mm(right_.t(), right_);
   const at::Tensor blocks = right_.view({channels_left(), kernel_size_, rank});
   std::vector<at::Tensor> terms;
   for (int64_t begin = 0; begin < channels_left(); begin += at_once) {
     const int64_t count = std::min(at_once, channels_left() - begin);
     const at::Tensor removed = blocks.narrow(0, begin, count);
-    const at::Tensor turn = std::get<1>(at::linalg_eigh(gram_ - at::bmm(removed.transpose(1, 2), removed)));
+    const at::Tensor turn = std::get<1>(at::linalg_eigh(gram - at::bmm(removed.transpose(1, 2), removed)));
     const at::Tensor next = at::matmul(weighting_, at::matmul(left_, turn).square_())
                                 .mul_(at::matmul(right_, turn).square_())
                                 .sum(2)
@@ -244,11 +247,6 @@ void RunningLayer::remove_channels(const std::vector<int64_t>& channels) {
   }
   std::sort(positions.begin(), positions.end());
   removed_loss_ += channel_dense_.index_select(0, index_of(positions)).sum().item<double>();
-  if (left_.defined()) {
-    const at::Tensor removed =
-        right_.view({channels_left(), kernel_size_, right_.size(1)}).index_select(0, index_of(positions)).flatten(0, 1);
-    gram_ = gram_ - at::mm(removed.t(), removed).to(at::kDouble);
-  }
   keep_channels(others(positions, channels_left()));
   removed_channels_.insert(removed_channels_.end(), channels.begin(), channels.end());
   decomposition_current_ = false;
@@ -279,7 +277,6 @@ void RunningLayer::remove_values(std::vector<int64_t> indices) {
   // What is left has the same singular vectors.
   left_ = left_.index_select(1, kept);
   right_ = right_.index_select(1, kept);
-  gram_ = gram_.index_select(0, kept).index_select(1, kept);
   removed_values_ = true;
 }
 

@@ -10,12 +10,13 @@ namespace cctorch::collaborative {
 
 // A layer on its way from dense to compressed: the running weight X, what has been removed from it, and the scores of
 // what remains. Matrices are on the CPU, transposed, and without the channels removed so far: C'k x N. With
-// Basis::exact they are float64; with Basis::fixed float32, but sums and eigenproblems are float64 all the same.
+// Basis::exact they are float64; with Basis::fixed float32, and eigenproblems and sums over channels are float64.
 //
 // X = right left^T over its singular triplets: left has orthonormal columns, right carries the singular values. All
 // formulas need only such products, so nothing is ever divided by a singular value. Removals update the factors: values
 // are columns that go, channels rows of `right`, after which the eigenvectors of right^T right (r x r) turn the columns
-// into singular triplets again.
+// into singular triplets again. (Subtracting the rows from a kept right^T right would be cheaper, and would lose what
+// is left where they dominated it.)
 class RunningLayer {
  public:
   RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, Basis basis);
@@ -24,8 +25,7 @@ class RunningLayer {
 
   int64_t channels() const { return channels_; }
   int64_t full_rank() const { return full_rank_; }
-  int64_t units() const { return channels_ + full_rank_; }
-  int64_t units_per_step(const Options& options) const;  // Options::step_fraction of them, at least 1
+  int64_t units(Units kind) const;  // of the dense layer
   int64_t kernel_size() const { return kernel_size_; }
   int64_t outputs() const { return outputs_; }
   int64_t channels_left() const { return static_cast<int64_t>(kept_.size()); }
@@ -56,6 +56,7 @@ class RunningLayer {
   void keep_channels(const std::vector<int64_t>& positions);
   void factor();
   void decompose();
+  double loss_scale() const { return weight_scale_ * weight_scale_ * gradient_scale_ * gradient_scale_; }
   UnitSums unit_sums(bool of_values);
   at::Tensor per_channel(const at::Tensor& matrix) const;                    // C'k x N or C'k x r, summed to C'
   std::vector<double> to_all(const at::Tensor& kept, double removed) const;  // C' values among C
@@ -66,11 +67,11 @@ class RunningLayer {
   std::vector<int64_t> kept_;  // ascending; the p-th has rows p k to (p + 1) k
   std::vector<int64_t> removed_channels_;
   at::ScalarType precision_;
-  double gradient_scale_;                      // G is of gradients divided by this: no overflow, no underflow
+  double weight_scale_, gradient_scale_;       // largest magnitudes, divided by: float32 holds the squares
   at::Tensor original_, weighting_, running_;  // W, G, X: C'k x N
   at::Tensor channel_dense_;                   // w of the closed forms, sum of G∘W^2 for each channel: C'
   double removed_loss_ = 0;                    // the same, summed over the removed channels
-  at::Tensor left_, right_, gram_;             // N x r, C'k x r, right^T right; undefined until they are needed
+  at::Tensor left_, right_;                    // N x r, C'k x r; undefined until they are needed
   bool decomposition_current_ = false;
 };
 

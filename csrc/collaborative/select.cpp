@@ -104,7 +104,7 @@ Solution select(const std::vector<LayerChoices>& layers, double model_cost, doub
   for (size_t l = 0; l < layers.size(); ++l) {
     solution.plan.layers.push_back(layers[l].choices[selection[l]].plan);
     solution.curves.push_back(curve_of(layers[l], selection[l]));
-    if (!(layers[l].largest_loss > 0)) solution.warnings.push_back(left_alone(layers[l].name));
+    if (!(layers[l].largest_loss > 0)) solution.warnings.push_back(left_alone(layers[l].name, {}));
   }
   solution.plan.validate();
   return solution;

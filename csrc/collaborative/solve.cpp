@@ -66,7 +66,7 @@ Solution solve(const std::vector<Layer>& layers, double model_cost, const Option
   for_each_layer(layers, "rate optimization", progress,
                  [&](size_t l) { solution.curves[l] = rate_curve(layers[l], options); });
   for (const RateCurve& curve : solution.curves) {
-    if (!(curve.b > 0)) solution.warnings.push_back(left_alone(curve.name));
+    if (!(curve.b > 0)) solution.warnings.push_back(left_alone(curve.name, curve.loss));
   }
   solution.lambda = allocate(solution.curves, layers, model_cost, options);
   solution.curve_seconds = seconds_since(start);
@@ -85,6 +85,8 @@ std::vector<double> unit_scores(const at::Tensor& weight, const at::Tensor& grad
   TORCH_CHECK_VALUE(weight.dim() >= 2 && gradient.sizes() == weight.sizes() && running.sizes() == weight.sizes(),
                     "unit_scores: weight ", weight.sizes(), ", gradient ", gradient.sizes(), " and running ",
                     running.sizes(), " must have one shape of at least 2 dimensions");
+  const int64_t full_rank = std::min(weight.size(0), weight.numel() / weight.size(0));
+  TORCH_CHECK_VALUE(rank >= 0 && rank <= full_rank, "unit_scores: rank = ", rank, ", expected 0 to ", full_rank);
   return RunningLayer(weight, gradient, running, rank, options.basis).scores(options);
 }
 

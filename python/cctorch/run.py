@@ -66,6 +66,10 @@ def select_device(config: Config) -> torch.device:
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 class _Run:
     def __init__(self, config: Config, folder: Folder, log: Log) -> None:
         self.config, self.folder, self.log = config, folder, log
@@ -96,9 +100,7 @@ class _Run:
 
     @property
     def device_name(self) -> str:
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"CPU, {torch.get_num_threads()} threads"
+        return describe(self.device)
 
     @property
     def settings(self) -> Training:
@@ -194,8 +196,9 @@ class _Run:
 
     def _criterion(self, settings: Training) -> Criterion:
         distillation = settings.distillation if isinstance(settings, Finetune) else None
-        teacher = self._place(load_model(self.folder.dense)[0]) if distillation else None
-        return make_criterion(settings, distillation, teacher)
+        if distillation is None:
+            return make_criterion(settings)
+        return make_criterion(settings, (distillation, self._place(load_model(self.folder.dense)[0])))
 
     def _finish_dense(self) -> None:
         top1 = self._accuracy(self.data.test)

@@ -106,8 +106,8 @@ class Folder:
         with (self.path / _LOCK).open("a") as file:
             if not _lock(file):
                 raise ConfigError(
-                    f"{self.path} is being written by process {self.writer()}: wait for its end, or give this run a "
-                    "name of its own with name=..."
+                    f"{self.path} is being written by process {self.writer() or 'unknown'}: wait for its end, or give "
+                    "this run a name of its own with name=..."
                 )
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -115,7 +115,7 @@ class Folder:
             yield
 
     def writer(self) -> int | None:
-        """The process that is in `locked`, if there is one."""
+        """The process that is in `locked`, if there is one; 0 for an instant after it came."""
         try:
             with (self.path / _LOCK).open() as file:
                 try:
@@ -175,7 +175,14 @@ class Folder:
 
     def save_gradients(self, gradients: dict[str, Tensor]) -> None:
         """Of the dense model's layers: a sweep begins with them."""
-        _save(self.gradients, gradients)
+        _save(self.gradients, {"format": _FORMAT, "model": gradients})
+
+    def load_gradients(self) -> tuple[dict[str, Tensor] | None, str]:
+        """None where there are none, with what is wrong with the file if it is damaged."""
+        try:
+            return (_load(self.gradients)["model"], "") if self.gradients.exists() else (None, "")
+        except CheckpointError as error:
+            return None, str(error)
 
     def save_state(self, state: State) -> None:
         """Keeps the last two states: a full disk or a crash leaves at least one of them whole."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,29 +18,33 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from cctorch import batch_norm, compress_stage, data, measure, models, report
+from cctorch import batch_norm, compress_stage, data, measure, report
 from cctorch.apply import apply
 from cctorch.config import Compress, Config, load_config
 from cctorch.log import Log
 from cctorch.repair import repair
-from cctorch.run import select_device
+from cctorch.run import describe, select_device
 from cctorch.store import Folder, load_model
 
 
 @dataclass(frozen=True)
 class Point:
-    """One target. Top-1 in percent, on `images`; `latency` in seconds, by batch size; `macs` per image."""
+    """One target. Top-1 in percent, on `images`, None where the run's settings leave that step out; `macs` per image.
+
+    `latency`: seconds by batch size, of this model and of the dense one, taken in turns on `device`.
+    """
 
     target: float
     macs: int
     parameters: int
-    latency: dict[str, float]
+    latency: dict[str, tuple[float, float]]
     top1_compressed: float
-    top1_reestimated: float
+    top1_reestimated: float | None
     top1_repaired: float | None
     images: str
+    device: str
 
 
 def sweep(folder: Path, targets: Sequence[float], *, console: Console | None = None) -> list[Point]:
@@ -48,7 +54,7 @@ def sweep(folder: Path, targets: Sequence[float], *, console: Console | None = N
     held out. Point 0 is the dense model.
 
     Raises ValueError where `folder` holds no finished run of Collaborative Compression, or for a target that is not
-    between 0 and 1 or cannot be reached: the points before it are kept.
+    between 0 and 1 or cannot be reached: the points before it are kept and shown.
     """
     for target in targets:
         if not 0 < target < 1:
@@ -58,11 +64,23 @@ def sweep(folder: Path, targets: Sequence[float], *, console: Console | None = N
     if config.compress is None:
         raise ValueError(f"sweep: {folder} has compress: null, expected a run of Collaborative Compression")
     store = Folder(folder)
-    with store.locked(), Log(folder / "run.log", console) as log:
-        points = _Sweep(config, config.compress, store, log).extend(sorted(set(targets)))
-        log.table(_table(points))
-    report.write(folder)
+    with store.locked(), Log(folder / "run.log", console) as log, warnings.catch_warnings():
+        warnings.showwarning = log.show_warning
+        try:
+            _Sweep(config, config.compress, store, log).extend(sorted(set(targets)))
+        finally:
+            points = _points(folder)
+            if points:
+                log.table(_table(points))
+                report.write(folder)
     return points
+
+
+def _points(folder: Path) -> list[Point]:
+    return [
+        Point(**{**point, "latency": {batch: tuple(times) for batch, times in point["latency"].items()}})
+        for point in report.read(folder).sweep
+    ]
 
 
 class _Sweep:
@@ -71,22 +89,22 @@ class _Sweep:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         device = select_device(config)
+        self.device = describe(device)
         self.data = data.load(config.data, config.seed, device)
         self.feed = data.Feed(self.data, config.train.channels_last)
         self.dense = self.feed.place(load_model(folder.dense)[0], device)
         self.images = "validation" if len(self.data.validation) else "test"
-        self.gradients: dict[str, Tensor] | None = None
-        if folder.gradients.exists():
-            self.gradients = models.load_tensors(folder.gradients)
+        self.gradients, damaged = folder.load_gradients()
+        if damaged:
+            log.warning(f"{damaged}; computing the gradients again")
 
-    def extend(self, targets: Sequence[float]) -> list[Point]:
-        points = {point["target"]: Point(**point) for point in report.read(self.folder.path).sweep}
+    def extend(self, targets: Sequence[float]) -> None:
+        points = {point.target: point for point in _points(self.folder.path)}
         for target in (0.0, *targets):
             if target not in points:
                 points[target] = self._point(target) if target else self._dense()
                 ordered = [points[key] for key in sorted(points)]
                 self.folder.write("sweep.json", json.dumps([asdict(point) for point in ordered], indent=1))
-        return [points[key] for key in sorted(points)]
 
     def _training(self, count: int) -> data.Batches:
         return self.feed.batches(self.data.train, self.config.train.batch_size).head(count, self.config.seed)
@@ -95,18 +113,29 @@ class _Sweep:
         held_out = self.data.validation if self.images == "validation" else self.data.test
         return measure.accuracy(model, self.feed.batches(held_out, 500))
 
-    def _latency(self, model: nn.Module) -> dict[str, float]:
+    def _latency(self, model: nn.Module) -> dict[str, tuple[float, float]]:
         settings = self.config.measure
-        model.eval()
-        return {
-            str(size): measure.latency(model, self.feed.example(size), repeats=settings.repeats)
-            for size in settings.batch_sizes
-        }
+        times = {}
+        for size in settings.batch_sizes:
+            both = [model.eval(), self.dense.eval()]
+            own, dense = measure.interleaved(both, self.feed.example(size), repeats=settings.repeats)
+            times[str(size)] = (statistics.median(own), statistics.median(dense))
+        return times
 
     def _dense(self) -> Point:
-        top1, latency = self._accuracy(self.dense), self._latency(self.dense)
         macs = report.read(self.folder.path).summary["before"]["macs"]
-        return Point(0.0, macs, measure.parameters(self.dense), latency, top1, top1, top1, self.images)
+        top1 = self._accuracy(self.dense)
+        return Point(
+            0.0,
+            macs,
+            measure.parameters(self.dense),
+            self._latency(self.dense),
+            top1,
+            top1 if self.settings.bn_reestimate_images else None,
+            top1 if self.settings.repair else None,
+            self.images,
+            self.device,
+        )
 
     def _point(self, target: float) -> Point:
         images = self.feed.batches(self.data.train, self.config.train.batch_size)
@@ -120,13 +149,19 @@ class _Sweep:
                 gradients=self.gradients,
                 progress=progress,
             )
-        self.gradients = found.gradients
+        for warning in found.warnings:
+            self.log.warning(warning)
+        if self.gradients is None:
+            self.folder.save_gradients(found.gradients)
+            self.gradients = found.gradients
         model = apply(copy.deepcopy(self.dense), found.plan)
         compressed = self._accuracy(model)
         # Repair rewrites the statistics: it does not depend on whether they were re-estimated before.
         repaired = copy.deepcopy(model)
-        batch_norm.reestimate(model, self._training(max(self.settings.bn_reestimate_images, 1)))
-        reestimated, top1 = self._accuracy(model), None
+        reestimated = top1 = None
+        if self.settings.bn_reestimate_images:
+            batch_norm.reestimate(model, self._training(self.settings.bn_reestimate_images))
+            reestimated = self._accuracy(model)
         if self.settings.repair:
             with self.log.stages() as progress:
                 repair(repaired, self.dense, found.plan, self._training(self.settings.repair_images), progress=progress)
@@ -140,8 +175,9 @@ class _Sweep:
             reestimated,
             top1,
             self.images,
+            self.device,
         )
-        best = reestimated if top1 is None else top1
+        best = next(value for value in (top1, reestimated, compressed) if value is not None)
         self.log.line(f"target {target:g}: {found.final_reduction:.1%} of the MACs removed, top-1 {best:.2f} %")
         return point
 
@@ -149,7 +185,7 @@ class _Sweep:
 def _table(points: Sequence[Point]) -> Table:
     table = Table(title=f"trade-off, top-1 on the {points[0].images} images, not fine-tuned", title_justify="left")
     batches = list(points[0].latency)
-    for heading in ("target", "MACs", "parameters", *(f"batch {batch}" for batch in batches)):
+    for heading in ("target", "MACs", "parameters", *(f"time, batch {batch}" for batch in batches)):
         table.add_column(heading, justify="right")
     for heading in ("compressed", "re-estimated", "repaired"):
         table.add_column(heading, justify="right")
@@ -159,7 +195,7 @@ def _table(points: Sequence[Point]) -> Table:
             f"{point.target:g}",
             f"{point.macs / 1e6:.2f} M",
             f"{point.parameters / 1e6:.3f} M",
-            *(f"{point.latency[batch] * 1e3:.2f} ms" for batch in batches),
+            *(f"{own * 1e3:.2f} ms, {own / dense:.3f}" for own, dense in point.latency.values()),
             *("" if value is None else f"{value:.2f} %" for value in top1),
         )
     return table

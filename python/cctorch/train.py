@@ -82,20 +82,21 @@ def distillation_loss(outputs: Tensor, targets: Tensor, temperature: float) -> T
     return kl_div(given, wanted, reduction="batchmean", log_target=True) * temperature**2
 
 
-def make_criterion(settings: Training, distillation: Distillation | None, teacher: nn.Module | None) -> Criterion:
-    """Cross entropy, mixed with the distillation loss where there is a teacher: a model in eval mode, on the device."""
+def make_criterion(settings: Training, distilled: tuple[Distillation, nn.Module] | None = None) -> Criterion:
+    """Cross entropy, mixed with the distillation loss from a teacher: a model in eval mode, on the device."""
 
     def labels_only(inputs: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(outputs, labels, label_smoothing=settings.label_smoothing)
 
-    if distillation is None or teacher is None:
+    if distilled is None:
         return labels_only
+    distillation, teacher = distilled
 
     def with_teacher(inputs: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             targets = teacher(inputs)
-        distilled = distillation_loss(outputs, targets, distillation.temperature)
-        return torch.lerp(labels_only(inputs, outputs, labels), distilled, distillation.weight)
+        soft = distillation_loss(outputs, targets, distillation.temperature)
+        return torch.lerp(labels_only(inputs, outputs, labels), soft, distillation.weight)
 
     return with_teacher
 
@@ -121,7 +122,7 @@ def train_epoch(
     parameters = list(model.parameters())
     device = parameters[0].device
     losses = torch.zeros(steps, device=device)
-    criterion = criterion or make_criterion(settings, None, None)
+    criterion = criterion or make_criterion(settings)
     autocast = settings.bf16 and device.type == "cuda"
     start, lr = time.perf_counter(), 0.0
     model.train()

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cctorch import apply, collaborative, compress_stage, report, store
+from cctorch import apply, batch_norm, collaborative, compress_stage, data, report, store
 from cctorch import sweep as sweeping
 from cctorch.config import Config
-from cctorch.measure import parameters
+from cctorch.measure import accuracy, parameters
 from cctorch.report import page
 from cctorch.run import run
 from cctorch.sweep import sweep
@@ -55,6 +56,12 @@ def test_points_are_what_compress_finds_from_the_same_gradients(
         model = apply(store.load_model(finished.folder / "checkpoints" / "dense.pt")[0], found.plan)
         assert point.parameters == parameters(model)
         assert set(point.latency) == {"1", "4"}
+        held_out = data.load(finished.data, finished.seed)
+        feed = data.Feed(held_out, True)
+        top1 = [accuracy(model, feed.batches(held_out.validation, 500))]
+        batch_norm.reestimate(model, feed.batches(held_out.train, 32).head(32, finished.seed))
+        top1.append(accuracy(model, feed.batches(held_out.validation, 500)))
+        assert [point.top1_compressed, point.top1_reestimated] == top1
     # The run's own target gives the run's own plan.
     assert json.loads(searches[1].plan.to_json()) == json.loads((finished.folder / "plan.json").read_text())
     assert "Trade-off" in (finished.folder / "report.html").read_text()
@@ -65,11 +72,51 @@ def test_points_are_what_compress_finds_from_the_same_gradients(
     assert json.loads((finished.folder / "sweep.json").read_text())[:4] == json.loads(before)
 
 
-def test_a_target_out_of_reach_keeps_the_points_before_it(finished: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "render", lambda record: "")
+def test_a_target_out_of_reach_keeps_and_shows_the_points_before_it(
+    finished: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "render", lambda record: str(record.sweep))
+    console = _quiet()
     with pytest.raises(ValueError, match="cannot be reached"):
-        sweep(finished.folder, [0.999, 0.35], console=_quiet())
+        sweep(finished.folder, [0.999, 0.35], console=console)
     assert 0.35 in [point["target"] for point in report.read(finished.folder).sweep]
+    assert "0.35" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "0.35" in (finished.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("damage", ["absent", "truncated", "foreign"])
+def test_gradients_that_cannot_be_read_are_computed_again(
+    finished: Config, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "render", lambda record: "")
+    folder = tmp_path / "copy"
+    shutil.copytree(finished.folder, folder)
+    (folder / "sweep.json").unlink(missing_ok=True)
+    file = folder / "checkpoints" / "gradients.pt"
+    whole = store.Folder(folder).load_gradients()[0]
+    if damage == "absent":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:100] if damage == "truncated" else b"not a checkpoint")
+    console = _quiet()
+    sweep(folder, [0.3], console=console)
+    assert ("computing the gradients again" in console.file.getvalue()) == (damage != "absent")  # type: ignore[attr-defined]
+    again = store.Folder(folder).load_gradients()[0]
+    assert whole is not None
+    assert again is not None
+    for name, gradient in whole.items():
+        torch.testing.assert_close(again[name], gradient)
+
+
+def test_steps_that_the_run_leaves_out_are_left_out(finished: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "render", lambda record: "")
+    assert finished.compress is not None
+    plain = finished.compress.model_copy(update={"bn_reestimate_images": 0, "repair": False})
+    settings = finished.model_copy(update={"name": "plain", "compress": plain})
+    run(settings, console=_quiet())
+    for point in sweep(settings.folder, [0.3], console=_quiet()):
+        assert point.top1_reestimated is None
+        assert point.top1_repaired is None
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0, -0.5, float("nan")])

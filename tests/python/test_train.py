@@ -100,7 +100,7 @@ def test_distillation_mixes_in_the_divergence_from_the_teacher() -> None:
     outputs = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     [(x, y)] = _batches(1)
     x = x.double()
-    criterion = make_criterion(settings, Distillation(temperature=3.0, weight=0.7), teacher)
+    criterion = make_criterion(settings, (Distillation(temperature=3.0, weight=0.7), teacher))
     loss = criterion(x, outputs, y)
     with torch.no_grad():
         p, q = (torch.exp(z / 3) / torch.exp(z / 3).sum(1, keepdim=True) for z in (teacher(x), outputs))

@@ -170,13 +170,16 @@ def regularization(trace: list[list[float]]) -> str:
 
 def sweep(points: list[dict[str, Any]]) -> str:
     """Top-1 against the multiply-accumulates and against the latency that are left."""
-    dense = points[0]
-    batch = max(dense["latency"], key=int)
+    batch = max(points[0]["latency"], key=int)
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, label, left_over in (
-        (left, "multiply-accumulates left", [point["macs"] / dense["macs"] for point in points]),
-        (right, f"latency left, batch {batch}", [p["latency"][batch] / dense["latency"][batch] for p in points]),
+        (left, "multiply-accumulates left", [point["macs"] / points[0]["macs"] for point in points]),
+        (
+            right,
+            f"latency left, batch {batch}",
+            [point["latency"][batch][0] / point["latency"][batch][1] for point in points],
+        ),
     ):
         for kind, name, color in (
             ("repaired", "repaired", BLUE),

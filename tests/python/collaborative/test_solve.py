@@ -84,17 +84,77 @@ def test_curve_against_a_replay(basis, tolerance):
     assert curve.a == pytest.approx(np.exp(intercept), rel=1e-9)
 
 
-def test_a_curve_in_steps_passes_through_the_points_of_the_fine_one():
-    """Channels only: four of 24 at a time."""
-    layers = network(1, shapes=((8, 24, 3, 3),))
-    fine, coarse = (
+def replayed(layer, units):
+    """The curve by numpy: one SVD for every unit that goes, none of ours."""
+    weight, gradient = (t.double().numpy().reshape(t.shape[0], -1) for t in (layer.weight, layer.gradient))
+    n, c = layer.weight.shape[:2]
+    k = weight.shape[1] // c
+    triplets = np.linalg.svd(weight, full_matrices=False)
+    alone = [((gradient * weight) ** 2).reshape(n, c, k).sum((0, 2))[j] for j in range(c)]
+    alone += [
+        ((gradient * s * np.outer(u, v)) ** 2).sum() for u, s, v in zip(triplets[0].T, *triplets[1:], strict=True)
+    ]
+    chosen = {"both": range(c + len(triplets[1])), "channels": range(c)}[units]
+    x, kept, values, gone, rates, losses = weight.copy(), c, len(triplets[1]), [], [], []
+    decomposed = False
+    for unit in sorted(chosen, key=lambda i: alone[i]):
+        if unit < c:
+            x[:, unit * k : (unit + 1) * k] = 0
+            kept -= 1
+        else:
+            index = unit - c - sum(value < unit for value in gone)
+            gone.append(unit)
+            if index < min(values, kept * k):
+                u, s, vh = np.linalg.svd(x, full_matrices=False)
+                values = min(values, kept * k) - 1
+                x -= s[index] * np.outer(u[:, index], vh[index])
+                decomposed = True
+        rank = min(values, kept * k)
+        rate = 1 - ((kept * k + n) * rank if decomposed else kept * k * n) / (n * c * k)
+        if rate > 0:
+            rates.append(rate)
+            losses.append(((gradient * (x - weight)) ** 2).sum())
+        if kept == 0 or rank == 0:
+            break
+    return np.array(rates), np.array(losses) / max(losses)
+
+
+@pytest.mark.parametrize("shape", [(8, 12, 3, 3), (40, 6, 3, 3), (24, 16, 1, 1), (10, 16, 1, 1), (1, 12, 1, 1)])
+@pytest.mark.parametrize("dominant", [1.0, 1e3])
+def test_curve_of_both_kinds_against_svds_of_its_own(shape, dominant):
+    """`dominant`: two large channels that are harmless go first, and what is left is small beside them."""
+    [layer] = network(6, shapes=(shape,))
+    layer.weight[:, :2] *= dominant
+    layer.gradient[:, :2] /= dominant**2
+    rate, loss = replayed(layer, "both")
+    for basis, tolerance in (("exact", 1e-9), ("fixed", 1e-3)):
+        options = _C.SolverOptions(target=0.01, basis=basis)
+        curve = _C.solve([layer], layer.spec.macs, options, None).curves[0]
+        np.testing.assert_allclose(curve.rate, rate, rtol=1e-12)
+        np.testing.assert_allclose(curve.loss, loss, rtol=tolerance, atol=1e-14 if basis == "exact" else 1e-6)
+
+
+@pytest.mark.parametrize("units", ["both", "channels", "singular_values"])
+@pytest.mark.parametrize("step", [0.3, 1.0])
+def test_a_coarse_heuristic_still_has_a_fine_curve(units, step):
+    layers = network(4)
+    solution = solve(layers, target=0.3, units=units, step_fraction=step)
+    assert solution.warnings == []
+    assert all(len(curve.rate) >= 5 for curve in solution.curves)
+    assert reduction(layers, solution.plan) >= 0.3
+
+
+def test_a_curve_of_many_units_passes_through_the_points_of_the_fine_one():
+    """250 channels: two at a time, or one at a time with step_fraction = 0.004."""
+    layers = network(1, shapes=((8, 250, 1, 1),))
+    coarse, fine = (
         solve(layers, target=0.5, units="channels", basis="exact", step_fraction=step).curves[0]
-        for step in (0.01, 0.125)
+        for step in (0.01, 0.004)
     )
-    assert len(fine.loss) == 24
-    assert len(coarse.loss) == 6
-    np.testing.assert_allclose(coarse.rate, fine.rate[3::4], rtol=1e-12)
-    np.testing.assert_allclose(coarse.loss, fine.loss[3::4], rtol=1e-12)
+    assert len(fine.loss) == 250
+    assert len(coarse.loss) == 125
+    np.testing.assert_allclose(coarse.rate, fine.rate[1::2], rtol=1e-12)
+    np.testing.assert_allclose(coarse.loss, fine.loss[1::2], rtol=1e-12)
 
 
 def test_channels_only_removes_the_least_important():
