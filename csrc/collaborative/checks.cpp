@@ -14,6 +14,7 @@ void check_options(const Options& options) {
                     "compress: step_fraction = ", options.step_fraction, ", expected above 0 and at most 1");
   TORCH_CHECK_VALUE(options.max_rate > 0 && options.max_rate < 1, "compress: max_rate = ", options.max_rate,
                     ", expected above 0 and below 1");
+  TORCH_CHECK_VALUE(options.multiple >= 1, "compress: multiple = ", options.multiple, ", expected at least 1");
 }
 
 void check_layer(const Layer& layer) {

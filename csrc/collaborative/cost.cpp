@@ -64,6 +64,23 @@ void take_if_no_dearer(Form& form, const Form& larger) {
 
 }  // namespace
 
+CostTable counted_costs(const LayerSpec& spec, Budget budget, int64_t multiple) {
+  const int64_t inputs = spec.in_channels, outputs = spec.out_channels, kernel = spec.kernel_size();
+  const int64_t highest = std::min(outputs, inputs * kernel);
+  const auto scale = static_cast<double>(budget == Budget::parameters ? 1 : spec.positions);
+  CostTable table;
+  table.multiple = multiple;
+  table.channels = inputs > 1 ? std::vector<int64_t>{1, inputs} : std::vector<int64_t>{1};
+  table.ranks = highest > 1 ? std::vector<int64_t>{1, highest} : std::vector<int64_t>{1};
+  for (const int64_t channels : table.channels) {
+    table.pruned.push_back(scale * static_cast<double>(outputs * channels * kernel));
+    for (const int64_t rank : table.ranks) {
+      table.factored.push_back(scale * static_cast<double>((channels * kernel + outputs) * rank));
+    }
+  }
+  return table;
+}
+
 Cost::Cost(const LayerSpec& spec, const CostTable& table) : multiple_(table.multiple) {
   check(spec, table);
   dense_ = table.pruned.back();

@@ -15,6 +15,9 @@ struct Form {
   std::optional<int64_t> rank;
 };
 
+// Multiply-accumulates or parameters, in steps of `multiple`; both are linear in each count, so the ends suffice.
+CostTable counted_costs(const LayerSpec& spec, Budget budget, int64_t multiple);
+
 // A CostTable between its points. Counts go in steps of the table's multiple.
 class Cost {
  public:

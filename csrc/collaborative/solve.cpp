@@ -6,6 +6,7 @@
 
 #include "csrc/collaborative/checks.h"
 #include "csrc/collaborative/choices.h"
+#include "csrc/collaborative/cost.h"
 #include "csrc/collaborative/for_each_layer.h"
 #include "csrc/collaborative/heuristic.h"
 #include "csrc/collaborative/rate.h"
@@ -18,6 +19,16 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+Solution solve_by_table(const std::vector<Layer>& layers, double model_cost, const Options& options,
+                        const Progress& progress) {
+  const auto start = Clock::now();
+  const std::vector<LayerChoices> choices = layer_choices(layers, options, progress);
+  const double seconds = seconds_since(start);
+  Solution solution = select(choices, model_cost, options.target);
+  solution.heuristic_seconds = seconds;
+  return solution;
+}
 
 }  // namespace
 
@@ -38,15 +49,13 @@ std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs) {
 }
 
 Solution solve(const std::vector<Layer>& layers, double model_cost, const Options& options, const Progress& progress) {
-  if (options.budget == Budget::table) {
-    const auto start = Clock::now();
-    const std::vector<LayerChoices> choices = layer_choices(layers, options, progress);
-    const double seconds = seconds_since(start);
-    Solution solution = select(choices, model_cost, options.target);
-    solution.heuristic_seconds = seconds;
-    return solution;
-  }
   check_options(options);
+  if (options.budget == Budget::table) return solve_by_table(layers, model_cost, options, progress);
+  if (options.multiple > 1) {
+    std::vector<Layer> priced = layers;
+    for (Layer& layer : priced) layer.table = counted_costs(layer.spec, options.budget, options.multiple);
+    return solve_by_table(priced, model_cost, options, progress);
+  }
   TORCH_CHECK_VALUE(!layers.empty(), "compress: the model has no layer that can be compressed");
   int64_t total = 0;
   for (const Layer& layer : layers) {

@@ -114,6 +114,7 @@ class SolverOptions:
     units: Literal["both", "channels", "singular_values"]
     basis: Literal["exact", "fixed"]
     budget: Literal["macs", "parameters", "table"]
+    multiple: int
     def __init__(
         self,
         target: float = 0.5,
@@ -123,6 +124,7 @@ class SolverOptions:
         units: Literal["both", "channels", "singular_values"] = "both",
         basis: Literal["exact", "fixed"] = "fixed",
         budget: Literal["macs", "parameters", "table"] = "macs",
+        multiple: int = 1,
     ) -> None: ...
 
 class CostTable:

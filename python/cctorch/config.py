@@ -111,6 +111,8 @@ class Compress(Section):
     max_rate: float = Field(default=0.95, gt=0, lt=1)
     # latency: measured on the run's device at this batch.
     budget: Literal["macs", "parameters", "latency"] = "macs"
+    # Of kept channels and ranks. Absent: 8 on CUDA, 1 elsewhere.
+    multiple: int | None = Field(default=None, ge=1)
     latency_batch: int = Field(default=1, ge=1)
     # Patterns of names of layers that are left alone, such as layer1.*.
     exclude: list[str] = Field(default=[])

@@ -212,3 +212,33 @@ def wavy_layers():
 def test_plans_for_multiply_accumulates_are_those_of_the_solver_before_it_knew_other_budgets(target, expected):
     plan = solve(wavy_layers(), target=target).plan
     assert [(layer.kept_in, layer.rank) for layer in plan.layers] == [(list(kept), rank) for kept, rank in expected]
+
+
+@pytest.mark.parametrize("budget", ["macs", "parameters"])
+@pytest.mark.parametrize("multiple", [2, 8])
+@pytest.mark.parametrize("units", ["both", "channels", "singular_values"])
+def test_multiples_meet_a_budget_of_counts(budget, multiple, units):
+    layers = network(7)
+    counted = lambda layer: layer.spec.macs if budget == "macs" else layer.spec.parameters  # noqa: E731
+    whole = sum(counted(layer) for layer in layers)
+    plan = solve(layers, model_macs=whole, target=0.4, units=units, budget=budget, multiple=multiple).plan
+    left = 0
+    for layer, found in zip(layers, plan.layers, strict=True):
+        inputs, rank = len(found.kept_in), found.rank
+        assert inputs % multiple == 0 or inputs == found.in_channels
+        area = layer.spec.kernel_height * layer.spec.kernel_width
+        most = min(found.out_channels, inputs * area)
+        assert rank is None or rank % multiple == 0 or rank == most
+        per_position = (
+            found.out_channels * inputs * area if rank is None else rank * (inputs * area + found.out_channels)
+        )
+        left += per_position * (layer.spec.positions if budget == "macs" else 1)
+    assert left < whole
+    assert 1 - left / whole >= 0.4 - 1e-9
+    assert 1 - left / whole < 0.5
+
+
+def test_an_impossible_multiple_is_refused():
+    for multiple in (0, -8):
+        with pytest.raises(ValueError, match=f"multiple = {multiple}, expected at least 1"):
+            solve(network(), multiple=multiple)
