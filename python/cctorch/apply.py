@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cctorch import _C
 from cctorch._C import CompressionPlan, LayerPlan
 from cctorch.graph.model_graph import owners, runs_its_own_forward
-from cctorch.nn import GatherChannels, LowRankConv2d, LowRankLinear
+from cctorch.nn import BatchNorm2d, GatherChannels, LowRankConv2d, LowRankLinear
 
 _KINDS: dict[str, type[nn.Conv2d] | type[nn.Linear] | type[nn.BatchNorm2d]] = {
     "conv2d": nn.Conv2d,
@@ -24,7 +24,8 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
 
     A layer keeps the rows ``kept_out`` and the columns ``kept_in`` of its weight; one with a ``rank`` becomes a
     :class:`~cctorch.nn.LowRankConv2d` or :class:`~cctorch.nn.LowRankLinear` of the truncated SVD; one with a ``gather``
-    is wrapped in :class:`~cctorch.nn.GatherChannels`. Masks and bits are left to :func:`cctorch.prepare`. What the
+    is wrapped in :class:`~cctorch.nn.GatherChannels`; every ``nn.BatchNorm2d`` becomes a
+    :class:`~cctorch.nn.BatchNorm2d`. Masks and bits are left to :func:`cctorch.prepare`. What the
     modules are depends on the plan alone, so a compressed checkpoint loads into ``apply(dense_model, plan)``.
 
     Args:
@@ -52,6 +53,10 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
         for name, child in parent._modules.items():
             if child in replaced:
                 parent._modules[name] = replaced[child]
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            # Same parameters, buffers and hooks; PyTorch's own is slow to train with channels that don't fill vectors.
+            module.__class__ = BatchNorm2d
     if optimizer is not None:
         _carry_over(optimizer, successors)
     return replaced.get(model, model)

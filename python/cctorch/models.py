@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cctorch.nn import BatchNorm2d
+
 _BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet56": 9, "resnet110": 18}
 
 
@@ -23,9 +25,9 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.stride = stride
         self.padding = (channels - in_channels) // 2
 
@@ -43,7 +45,7 @@ class ResNet(nn.Module):
     def __init__(self, blocks: int, in_channels: int = 3, classes: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.bn1 = BatchNorm2d(16)
         self.layer1 = _stage(16, 16, blocks, 1)
         self.layer2 = _stage(16, 32, blocks, 2)
         self.layer3 = _stage(32, 64, blocks, 2)

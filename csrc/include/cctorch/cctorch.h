@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cctorch/batch_norm.h>
 #include <cctorch/channel_gate.h>
 #include <cctorch/channel_graph.h>
 #include <cctorch/collaborative.h>

@@ -4,6 +4,7 @@ from torch import nn
 
 from cctorch import _C
 from cctorch._C import LayerSpec
+from cctorch.nn import BatchNorm2d
 
 
 @dataclass
@@ -30,8 +31,13 @@ def runs_its_own_forward(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         own = type(module)
         return own.forward is nn.Conv2d.forward and own._conv_forward is nn.Conv2d._conv_forward
-    kinds: tuple[type[nn.Linear] | type[nn.BatchNorm2d], ...] = (nn.Linear, nn.BatchNorm2d)
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+    if isinstance(module, nn.BatchNorm2d):
+        return normalizes_as_usual(module)
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def normalizes_as_usual(module: nn.BatchNorm2d) -> bool:
+    return type(module).forward in (nn.BatchNorm2d.forward, BatchNorm2d.forward)
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:

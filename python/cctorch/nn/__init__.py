@@ -1,5 +1,6 @@
 """Modules over :mod:`cctorch.ops`: they hold the parameters, the ops do the work."""
 
+from cctorch.nn.batch_norm import BatchNorm2d
 from cctorch.nn.channel_gate import ChannelGate
 from cctorch.nn.fake_quant import FakeQuant
 from cctorch.nn.gather import GatherChannels
@@ -7,6 +8,7 @@ from cctorch.nn.low_rank import LowRankConv2d, LowRankLinear, LowRankWeight
 from cctorch.nn.mask import Mask
 
 __all__ = [
+    "BatchNorm2d",
     "ChannelGate",
     "FakeQuant",
     "GatherChannels",

@@ -1,0 +1,77 @@
+#include "csrc/ops/batch_norm.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/native_batch_norm.h>
+#include <ATen/ops/native_batch_norm_backward.h>
+#include <torch/library.h>
+
+#include "csrc/ops/checks.h"
+
+namespace cctorch {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, const at::Tensor& weight,
+                                                          const at::Tensor& bias, double eps) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("cctorch::batch_norm", "").typed<decltype(batch_norm)>();
+  return op.call(x, weight, bias, eps);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                                   const at::Tensor& weight, const at::Tensor& mean,
+                                                                   const at::Tensor& inverse_deviation, double eps) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cctorch::batch_norm_backward", "")
+                             .typed<decltype(batch_norm_backward)>();
+  return op.call(grad, x, weight, mean, inverse_deviation, eps);
+}
+
+void check_batch_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  constexpr auto op = "batch_norm";
+  check_floating(x, op, "x");
+  TORCH_CHECK(x.dim() == 4, op, ": x must be N x C x H x W, got shape ", x.sym_sizes());
+  TORCH_SYM_CHECK(x.sym_numel().sym_gt(0), op, ": x must have at least one element for each channel, got shape ",
+                  x.sym_sizes());
+  for (const auto& [name, parameter] : {std::pair{"weight", &weight}, {"bias", &bias}}) {
+    TORCH_CHECK(parameter->scalar_type() == x.scalar_type(), op, ": ", name, " must have the type of x, ",
+                x.scalar_type(), ", got ", parameter->scalar_type());
+    check_same_device(x, op, "x", *parameter, name);
+    TORCH_CHECK(parameter->dim() == 1, op, ": ", name, " must be one-dimensional, got shape ", parameter->sym_sizes());
+    TORCH_SYM_CHECK(parameter->sym_size(0).sym_eq(x.sym_size(1)), op, ": ", name, " must have one element for each of ",
+                    x.sym_size(1), " channels, got ", parameter->sym_size(0));
+  }
+}
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> anywhere(const at::Tensor& x, const at::Tensor& weight,
+                                                        const at::Tensor& bias, double eps) {
+  check_batch_norm(x, weight, bias);
+  return at::native_batch_norm(x, weight, bias, {}, {}, /*training=*/true, /*momentum=*/0.0, eps);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> anywhere_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                                 const at::Tensor& weight, const at::Tensor& mean,
+                                                                 const at::Tensor& inverse_deviation, double eps) {
+  check_backward(grad, x, "batch_norm_backward");
+  return at::native_batch_norm_backward(grad, x, weight, {}, {}, mean, inverse_deviation, /*train=*/true, eps,
+                                        {true, true, true});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(cctorch, m) {
+  m.def("batch_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
+        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "batch_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor inverse_deviation, float eps) "
+      "-> (Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+// Also what CPU falls back on; on CUDA it is all there is.
+TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
+  m.impl("batch_norm", &anywhere);
+  m.impl("batch_norm_backward", &anywhere_backward);
+}
+
+}  // namespace cctorch

@@ -1,0 +1,215 @@
+#include "csrc/ops/batch_norm.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/native_batch_norm.h>
+#include <ATen/ops/native_batch_norm_backward.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "csrc/ops/checks.h"
+#include "csrc/ops/cpu/isa.h"
+#include "csrc/ops/cpu/simd/batch_norm.h"
+#include "csrc/ops/formula/layout.h"
+
+namespace cctorch::cpu {
+namespace {
+
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+constexpr int64_t kVector = 16;    // elements of the longest vector
+constexpr int64_t kPeriod = 512;   // elements at least, so that loops have a body
+constexpr int64_t kBlock = 16384;  // elements whose sums are taken before any are added up
+constexpr int64_t kMostBlocks = 64;
+
+template <typename T>
+simd::BatchNormLoops<T> loops() {
+  switch (isa()) {
+    case Isa::kAvx512:
+      return simd::avx512::batch_norm_loops<T>();
+    case Isa::kAvx2:
+      return simd::avx2::batch_norm_loops<T>();
+    default:
+      return simd::baseline::batch_norm_loops<T>();
+  }
+}
+
+// The memory of a channels_last tensor, cut in periods of several rows and in blocks of several periods by its shape
+// alone: sums do not depend on the number of threads.
+struct Rows {
+  int64_t numel, channels, period, per_block, blocks;
+
+  explicit Rows(const at::Tensor& x) : numel(x.numel()), channels(x.size(1)) {
+    period = channels * kVector;
+    period *= std::max<int64_t>(1, kPeriod / period);
+    const int64_t periods = ceil_div(numel, period);
+    per_block = period * std::max(ceil_div(kBlock, period), ceil_div(periods, kMostBlocks));
+    blocks = ceil_div(numel, per_block);
+  }
+
+  double count() const { return static_cast<double>(numel / channels); }
+
+  template <typename T>
+  std::vector<T> written_out(const std::vector<double>& values) const {
+    std::vector<T> out(period);
+    for (int64_t i = 0; i < period; ++i) out[i] = static_cast<T>(values[i % channels]);
+    return out;
+  }
+
+  // function(block, begin, n) for each block of elements
+  template <typename Function>
+  void for_each_block(const Function& function) const {
+    at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t block = first; block < last; ++block) {
+        function(block, block * per_block, std::min(per_block, numel - block * per_block));
+      }
+    });
+  }
+
+  // Two sums for each channel. function(begin, n, sum, other) adds to the places of one period.
+  template <typename T, typename Function>
+  std::pair<std::vector<double>, std::vector<double>> sums(const Function& function) const {
+    std::vector<double> partial(blocks * 2 * channels);
+    for_each_block([&](int64_t block, int64_t begin, int64_t n) {
+      constexpr int64_t kShortSum = 64;  // periods that are added up in T
+      std::vector<T> short_sums(2 * period);
+      double* to = partial.data() + block * 2 * channels;
+      for (int64_t done = 0; done < n; done += kShortSum * period) {
+        std::fill(short_sums.begin(), short_sums.end(), T(0));
+        function(begin + done, std::min(kShortSum * period, n - done), short_sums.data(), short_sums.data() + period);
+        for (int64_t i = 0; i < period; ++i) {
+          to[i % channels] += static_cast<double>(short_sums[i]);
+          to[channels + i % channels] += static_cast<double>(short_sums[period + i]);
+        }
+      }
+    });
+    std::vector<double> first(channels), second(channels);
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t c = 0; c < channels; ++c) {
+        first[c] += partial[block * 2 * channels + c];
+        second[c] += partial[(block * 2 + 1) * channels + c];
+      }
+    }
+    return {first, second};
+  }
+};
+
+template <typename T>
+std::vector<double> values(const at::Tensor& tensor) {
+  const at::Tensor dense = tensor.contiguous();
+  return {dense.const_data_ptr<T>(), dense.const_data_ptr<T>() + dense.numel()};
+}
+
+template <typename T>
+at::Tensor tensor(const std::vector<double>& from, const at::Tensor& like) {
+  const at::Tensor out = at::empty({static_cast<int64_t>(from.size())}, like.options());
+  std::transform(from.begin(), from.end(), out.mutable_data_ptr<T>(), [](double v) { return static_cast<T>(v); });
+  return out;
+}
+
+template <typename T>
+Outputs forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  const Rows rows(x);
+  const auto run = loops<T>();
+  const at::Tensor y = at::empty_like(x);
+  const T* from = x.const_data_ptr<T>();
+  T* to = y.mutable_data_ptr<T>();
+
+  // Without the first row's values, which are exact, sums and outputs keep their digits where the mean is large.
+  const std::vector<double> start(from, from + rows.channels);
+  const std::vector<T> shift = rows.written_out<T>(start);
+  const auto [sum, square] = rows.sums<T>([&](int64_t begin, int64_t n, T* first, T* second) {
+    run.sums(from + begin, n, rows.period, shift.data(), first, second);
+  });
+  std::vector<double> mean(rows.channels), inverse(rows.channels), scale = values<T>(weight),
+                                                                   constant = values<T>(bias);
+  for (int64_t c = 0; c < rows.channels; ++c) {
+    const double offset = sum[c] / rows.count();
+    mean[c] = start[c] + offset;
+    inverse[c] = 1.0 / std::sqrt(std::max(square[c] / rows.count() - offset * offset, 0.0) + eps);
+    scale[c] *= inverse[c];
+    constant[c] -= offset * scale[c];
+  }
+  const std::vector<T> scales = rows.written_out<T>(scale), constants = rows.written_out<T>(constant);
+  rows.for_each_block([&](int64_t, int64_t begin, int64_t n) {
+    run.normalize(to + begin, from + begin, n, rows.period, shift.data(), scales.data(), constants.data());
+  });
+  return {y, tensor<T>(mean, weight), tensor<T>(inverse, weight)};
+}
+
+template <typename T>
+Outputs backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& mean,
+                 const at::Tensor& inverse_deviation) {
+  const Rows rows(x);
+  const auto run = loops<T>();
+  const at::Tensor grad_x = at::empty_like(x);
+  const T* gs = grad.const_data_ptr<T>();
+  const T* xs = x.const_data_ptr<T>();
+  T* to = grad_x.mutable_data_ptr<T>();
+
+  const std::vector<T> means = rows.written_out<T>(values<T>(mean));
+  auto [grad_bias, grad_weight] = rows.sums<T>([&](int64_t begin, int64_t n, T* first, T* second) {
+    run.grad_sums(gs + begin, xs + begin, n, rows.period, means.data(), first, second);
+  });
+  // grad_x = weight r (grad - mean(grad) - x^ mean(grad x^)), x^ = (x - mean) r
+  std::vector<double> constant(rows.channels), scale = values<T>(weight), slope(rows.channels);
+  const std::vector<double> inverse = values<T>(inverse_deviation);
+  for (int64_t c = 0; c < rows.channels; ++c) {
+    grad_weight[c] *= inverse[c];
+    scale[c] *= inverse[c];
+    constant[c] = grad_bias[c] / rows.count();
+    slope[c] = scale[c] * inverse[c] * grad_weight[c] / rows.count();
+  }
+  const std::vector<T> constants = rows.written_out<T>(constant), scales = rows.written_out<T>(scale);
+  const std::vector<T> slopes = rows.written_out<T>(slope);
+  rows.for_each_block([&](int64_t, int64_t begin, int64_t n) {
+    run.grad_x(to + begin, gs + begin, xs + begin, n, rows.period, means.data(), constants.data(), scales.data(),
+               slopes.data());
+  });
+  return {grad_x, tensor<T>(grad_weight, weight), tensor<T>(grad_bias, weight)};
+}
+
+// PyTorch's kernels for CPU return statistics in half precision, those for CUDA don't.
+at::ScalarType statistics_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+bool ours(const at::Tensor& x) {
+  return x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
+}
+
+Outputs batch_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  check_batch_norm(x, weight, bias);
+  if (!ours(x)) {
+    auto [y, mean, inverse] = at::native_batch_norm(x, weight, bias, {}, {}, /*training=*/true, /*momentum=*/0.0, eps);
+    return {y, mean.to(statistics_type(x)), inverse.to(statistics_type(x))};
+  }
+  return x.scalar_type() == at::kDouble ? forward<double>(x, weight, bias, eps) : forward<float>(x, weight, bias, eps);
+}
+
+Outputs batch_norm_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& mean, const at::Tensor& inverse_deviation, double eps) {
+  check_backward(grad, x, "batch_norm_backward");
+  if (!ours(x)) {
+    return at::native_batch_norm_backward(grad, x, weight, {}, {}, mean.to(x.scalar_type()),
+                                          inverse_deviation.to(x.scalar_type()), /*train=*/true, eps,
+                                          {true, true, true});
+  }
+  const at::Tensor dense = grad.contiguous(at::MemoryFormat::ChannelsLast);
+  return x.scalar_type() == at::kDouble ? backward<double>(dense, x, weight, mean, inverse_deviation)
+                                        : backward<float>(dense, x, weight, mean, inverse_deviation);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cctorch, CPU, m) {
+  m.impl("batch_norm", &batch_norm);
+  m.impl("batch_norm_backward", &batch_norm_backward);
+}
+
+}  // namespace cctorch::cpu

@@ -1,0 +1,35 @@
+#include "csrc/ops/batch_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "csrc/ops/checks.h"
+
+namespace cctorch::meta {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, const at::Tensor& weight,
+                                                          const at::Tensor& bias, double) {
+  check_batch_norm(x, weight, bias);
+  const bool half = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  const auto statistics = weight.options().dtype(half ? at::kFloat : x.scalar_type());
+  return {at::empty_like(x), at::empty_symint(weight.sym_sizes(), statistics),
+          at::empty_symint(weight.sym_sizes(), statistics)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                                   const at::Tensor& weight, const at::Tensor&,
+                                                                   const at::Tensor&, double) {
+  check_backward(grad, x, "batch_norm_backward");
+  return {at::empty_like(x), at::empty_like(weight), at::empty_like(weight)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cctorch, Meta, m) {
+  m.impl("batch_norm", &batch_norm);
+  m.impl("batch_norm_backward", &batch_norm_backward);
+}
+
+}  // namespace cctorch::meta
