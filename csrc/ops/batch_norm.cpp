@@ -25,13 +25,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Ten
   return op.call(grad, x, weight, mean, inverse_deviation, eps);
 }
 
-void check_batch_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+at::Tensor batch_norm_inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                                const at::Tensor& mean, const at::Tensor& var, double eps) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cctorch::batch_norm_inference", "")
+                             .typed<decltype(batch_norm_inference)>();
+  return op.call(x, weight, bias, mean, var, eps);
+}
+
+void check_batch_norm(const at::Tensor& x, std::initializer_list<NamedTensor> parameters) {
   constexpr auto op = "batch_norm";
   check_floating(x, op, "x");
   TORCH_CHECK(x.dim() == 4, op, ": x must be N x C x H x W, got shape ", x.sym_sizes());
-  TORCH_SYM_CHECK(x.sym_numel().sym_gt(0), op, ": x must have at least one element for each channel, got shape ",
-                  x.sym_sizes());
-  for (const auto& [name, parameter] : {std::pair{"weight", &weight}, {"bias", &bias}}) {
+  for (const auto& [name, parameter] : parameters) {
     TORCH_CHECK(parameter->scalar_type() == x.scalar_type(), op, ": ", name, " must have the type of x, ",
                 x.scalar_type(), ", got ", parameter->scalar_type());
     check_same_device(x, op, "x", *parameter, name);
@@ -41,11 +47,17 @@ void check_batch_norm(const at::Tensor& x, const at::Tensor& weight, const at::T
   }
 }
 
+void check_not_empty(const at::Tensor& x) {
+  TORCH_SYM_CHECK(x.sym_numel().sym_gt(0), "batch_norm: x must have at least one element for each channel, got shape ",
+                  x.sym_sizes());
+}
+
 namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> anywhere(const at::Tensor& x, const at::Tensor& weight,
                                                         const at::Tensor& bias, double eps) {
-  check_batch_norm(x, weight, bias);
+  check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}});
+  check_not_empty(x);
   return at::native_batch_norm(x, weight, bias, {}, {}, /*training=*/true, /*momentum=*/0.0, eps);
 }
 
@@ -57,6 +69,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> anywhere_backward(const at::Tenso
                                         {true, true, true});
 }
 
+at::Tensor inference_anywhere(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                              const at::Tensor& mean, const at::Tensor& var, double eps) {
+  check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}, {"mean", &mean}, {"var", &var}});
+  return std::get<0>(at::native_batch_norm(x, weight, bias, mean, var, /*training=*/false, /*momentum=*/0.0, eps));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(cctorch, m) {
@@ -66,12 +84,15 @@ TORCH_LIBRARY_FRAGMENT(cctorch, m) {
       "batch_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor inverse_deviation, float eps) "
       "-> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  m.def("batch_norm_inference(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
 }
 
 // Also what CPU falls back on; on CUDA it is all there is.
 TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
   m.impl("batch_norm", &anywhere);
   m.impl("batch_norm_backward", &anywhere_backward);
+  m.impl("batch_norm_inference", &inference_anywhere);
 }
 
 }  // namespace cctorch

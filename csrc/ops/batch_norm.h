@@ -3,7 +3,9 @@
 #include <ATen/core/Tensor.h>
 #include <cctorch/batch_norm.h>
 
+#include <initializer_list>
 #include <tuple>
+#include <utility>
 
 namespace cctorch {
 
@@ -11,6 +13,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Ten
                                                                    const at::Tensor& weight, const at::Tensor& mean,
                                                                    const at::Tensor& inverse_deviation, double eps);
 
-void check_batch_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
+using NamedTensor = std::pair<const char*, const at::Tensor*>;
+
+// Each of `parameters` has an element of x's type for each channel.
+void check_batch_norm(const at::Tensor& x, std::initializer_list<NamedTensor> parameters);
+
+// There are no statistics of nothing.
+void check_not_empty(const at::Tensor& x);
 
 }  // namespace cctorch

@@ -18,4 +18,8 @@ namespace cctorch {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, const at::Tensor& weight,
                                                           const at::Tensor& bias, double eps);
 
+// The same by given statistics, for evaluation: y = (x - mean) / sqrt(var + eps) weight + bias.
+at::Tensor batch_norm_inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                                const at::Tensor& mean, const at::Tensor& var, double eps);
+
 }  // namespace cctorch

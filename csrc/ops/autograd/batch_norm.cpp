@@ -1,6 +1,7 @@
 #include "csrc/ops/batch_norm.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/native_batch_norm.h>
 #include <ATen/ops/native_batch_norm_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -60,11 +61,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiable_backward(const at:
   return batch_norm_backward(grad, x, weight, mean, inverse_deviation, eps);
 }
 
+at::Tensor differentiable_inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                                    const at::Tensor& mean, const at::Tensor& var, double eps) {
+  // PyTorch knows the derivative.
+  if (needs_graph(x, weight, bias)) {
+    check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}, {"mean", &mean}, {"var", &var}});
+    return std::get<0>(at::native_batch_norm(x, weight, bias, mean, var, /*training=*/false, /*momentum=*/0.0, eps));
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return batch_norm_inference(x, weight, bias, mean, var, eps);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cctorch, Autograd, m) {
   m.impl("batch_norm", &differentiable);
   m.impl("batch_norm_backward", &differentiable_backward);
+  m.impl("batch_norm_inference", &differentiable_inference);
 }
 
 }  // namespace cctorch::autograd

@@ -184,7 +184,8 @@ bool ours(const at::Tensor& x) {
 }
 
 Outputs batch_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
-  check_batch_norm(x, weight, bias);
+  check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}});
+  check_not_empty(x);
   if (!ours(x)) {
     auto [y, mean, inverse] = at::native_batch_norm(x, weight, bias, {}, {}, /*training=*/true, /*momentum=*/0.0, eps);
     return {y, mean.to(statistics_type(x)), inverse.to(statistics_type(x))};
@@ -205,11 +206,42 @@ Outputs batch_norm_backward(const at::Tensor& grad, const at::Tensor& x, const a
                                         : backward<float>(dense, x, weight, mean, inverse_deviation);
 }
 
+template <typename T>
+at::Tensor inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
+                     const at::Tensor& var, double eps) {
+  const Rows rows(x);
+  const auto run = loops<T>();
+  const at::Tensor y = at::empty_like(x);
+  const T* from = x.const_data_ptr<T>();
+  T* to = y.mutable_data_ptr<T>();
+  std::vector<double> scale = values<T>(weight);
+  const std::vector<double> variance = values<T>(var);
+  for (int64_t c = 0; c < rows.channels; ++c) scale[c] /= std::sqrt(variance[c] + eps);
+  const std::vector<T> means = rows.written_out<T>(values<T>(mean)), scales = rows.written_out<T>(scale);
+  const std::vector<T> biases = rows.written_out<T>(values<T>(bias));
+  rows.for_each_block([&](int64_t, int64_t begin, int64_t n) {
+    run.normalize(to + begin, from + begin, n, rows.period, means.data(), scales.data(), biases.data());
+  });
+  return y;
+}
+
+at::Tensor batch_norm_inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                                const at::Tensor& mean, const at::Tensor& var, double eps) {
+  check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}, {"mean", &mean}, {"var", &var}});
+  if (x.numel() == 0) return at::empty_like(x);
+  if (!ours(x)) {
+    return std::get<0>(at::native_batch_norm(x, weight, bias, mean, var, /*training=*/false, /*momentum=*/0.0, eps));
+  }
+  return x.scalar_type() == at::kDouble ? inference<double>(x, weight, bias, mean, var, eps)
+                                        : inference<float>(x, weight, bias, mean, var, eps);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cctorch, CPU, m) {
   m.impl("batch_norm", &batch_norm);
   m.impl("batch_norm_backward", &batch_norm_backward);
+  m.impl("batch_norm_inference", &batch_norm_inference);
 }
 
 }  // namespace cctorch::cpu

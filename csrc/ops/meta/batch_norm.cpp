@@ -11,7 +11,8 @@ namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, const at::Tensor& weight,
                                                           const at::Tensor& bias, double) {
-  check_batch_norm(x, weight, bias);
+  check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}});
+  check_not_empty(x);
   const bool half = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
   const auto statistics = weight.options().dtype(half ? at::kFloat : x.scalar_type());
   return {at::empty_like(x), at::empty_symint(weight.sym_sizes(), statistics),
@@ -25,11 +26,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Ten
   return {at::empty_like(x), at::empty_like(weight), at::empty_like(weight)};
 }
 
+at::Tensor batch_norm_inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                                const at::Tensor& mean, const at::Tensor& var, double) {
+  check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}, {"mean", &mean}, {"var", &var}});
+  return at::empty_like(x);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cctorch, Meta, m) {
   m.impl("batch_norm", &batch_norm);
   m.impl("batch_norm_backward", &batch_norm_backward);
+  m.impl("batch_norm_inference", &batch_norm_inference);
 }
 
 }  // namespace cctorch::meta

@@ -5,31 +5,33 @@ from cctorch import ops
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d``, fast in training on CPU in channels_last whatever the number of channels.
+    """``torch.nn.BatchNorm2d``, fast on CPU in channels_last whatever the number of channels.
 
-    `cctorch.apply` makes it of every ``nn.BatchNorm2d`` of a model. In evaluation mode, on other devices and in other
-    layouts it is PyTorch's own. Parameters, buffers and state dict are the same.
+    `cctorch.apply` makes it of every ``nn.BatchNorm2d`` of a model. On other devices, in other layouts and in an
+    exported program it is PyTorch's own. Parameters, buffers and state dict are the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._ours(x):
             return super().forward(x)
+        if not self.training and self.running_mean is not None and self.running_var is not None:
+            return ops.batch_norm_inference(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
         y, mean, inverse_deviation = ops.batch_norm(x, self.weight, self.bias, self.eps)
-        if self.track_running_stats:
+        if self.training and self.track_running_stats:
             with torch.no_grad():
                 self._track(mean, inverse_deviation, x.numel() // x.size(1))
         return y
 
     def _ours(self, x: Tensor) -> bool:
         return (
-            self.training
-            and self.affine
+            self.affine
             and x.dim() == 4
             and x.device.type == "cpu"
             and x.dtype == self.weight.dtype
             and x.dtype in (torch.float32, torch.float64)
             and x.is_contiguous(memory_format=torch.channels_last)
             and x.numel() > x.size(1)
+            and not torch.compiler.is_exporting()
         )
 
     def _track(self, mean: Tensor, inverse_deviation: Tensor, count: int) -> None:

@@ -4,7 +4,7 @@ Every operator runs on CPU and CUDA in float32, float64, float16 and bfloat16, h
 format of its input. All are traced by ``torch.compile(fullgraph=True)`` and ``torch.export``.
 """
 
-from cctorch.ops.batch_norm import batch_norm
+from cctorch.ops.batch_norm import batch_norm, batch_norm_inference
 from cctorch.ops.channel_gate import channel_gate
 from cctorch.ops.fake_quant import fake_quant
 from cctorch.ops.low_rank import low_rank_conv2d, low_rank_linear
@@ -13,6 +13,7 @@ from cctorch.ops.mask import apply_mask, channel_mask, magnitude_masks, nm_mask
 __all__ = [
     "apply_mask",
     "batch_norm",
+    "batch_norm_inference",
     "channel_gate",
     "channel_mask",
     "fake_quant",

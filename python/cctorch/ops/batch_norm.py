@@ -1,4 +1,4 @@
-"""Batch normalization for training."""
+"""Batch normalization, for training and for evaluation."""
 
 import torch
 from torch import Tensor
@@ -35,3 +35,24 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> tu
     """
     y, mean, inverse_deviation = torch.ops.cctorch.batch_norm(x, weight, bias, eps)
     return y, mean, inverse_deviation
+
+
+def batch_norm_inference(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float = 1e-5
+) -> Tensor:
+    r"""Batch normalization by given statistics: :math:`y = (x - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot \text{weight} +
+    \text{bias}`.
+
+    Args, types and errors are those of :func:`batch_norm`; ``mean`` and ``var`` have shape ``(C,)``, and ``x`` may be
+    empty. Differentiable, in all but ``mean`` and ``var``.
+
+    Returns:
+        Tensor of the shape, type and layout of ``x``.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> batch_norm_inference(torch.full((1, 1, 1, 1), 5.0), one, one, 3 * one, 4 * one, eps=0.0).item()
+        2.0
+    """
+    y: Tensor = torch.ops.cctorch.batch_norm_inference(x, weight, bias, mean, var, eps)
+    return y

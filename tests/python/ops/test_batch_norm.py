@@ -158,6 +158,30 @@ def test_bad_arguments(change, message):
         ops.batch_norm(*change(*arguments((2, 3, 4, 4))))
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 4, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_inference(shape, layout, dtype, tolerance):
+    x, weight, bias = arguments(shape, dtype, layout)
+    mean, var = torch.randn(shape[1], dtype=dtype), torch.rand(shape[1], dtype=dtype)
+    y = ops.batch_norm_inference(x, weight, bias, mean, var)
+    wide = [t.double().contiguous() for t in (x, mean, var, weight, bias)]
+    want = F.batch_norm(*wide) if x.numel() else wide[0]
+    torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance * 1e3)
+    assert y.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inference_is_differentiable(layout):
+    x, weight, bias = (t.requires_grad_() for t in arguments((3, 5, 2, 2), layout=layout))
+    mean, var = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    sample = (x, weight, bias, mean, var, 1e-5)
+    assert torch.autograd.gradcheck(torch.ops.cctorch.batch_norm_inference, sample)
+    torch.library.opcheck(torch.ops.cctorch.batch_norm_inference.default, sample)
+    with pytest.raises(RuntimeError, match="var must have one element for each of 5 channels, got 4"):
+        ops.batch_norm_inference(x, weight, bias, mean, var[:4])
+
+
 MODULES = itertools.product((0.1, None), (True, False), LAYOUTS)
 
 
@@ -191,6 +215,14 @@ def test_module_falls_back_where_torch_has_the_word():
     assert plain(torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)).shape == (2, 3, 4, 4)
     with pytest.raises(ValueError, match="expected 4D input"):
         module(torch.randn(3, 4, 4))
+
+
+def test_module_in_an_exported_program_is_torchs():
+    module = cnn.BatchNorm2d(5).eval()
+    x = torch.randn(4, 5, 6, 6).contiguous(memory_format=torch.channels_last)
+    program = torch.export.export(module, (x,), strict=False)
+    assert not any("cctorch" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), module(x))
 
 
 def test_module_compiles_whole():
