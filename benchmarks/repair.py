@@ -1,6 +1,6 @@
 """What each ingredient of the closed-form repair gives, before any fine-tuning.
 
-    python benchmarks/repair.py configs/resnet56_cifar10.yaml --plan docs/results/resnet56_cifar10/plan.json \
+    python benchmarks/repair.py configs/resnet56_cifar10.yaml --plan docs/results/repair/resnet56_c50_plan.json \
         --output docs/results/repair/resnet56_c50.json
 
 Every variant starts from the same plan and the same images of the training set. Top-1 is on the test set, measured once
