@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 #include <cctorch/batch_norm.h>
 #include <gtest/gtest.h>
 
@@ -24,7 +25,7 @@ TEST(BatchNorm, IsATensWithItsGradients) {
     EXPECT_TRUE(weight.grad().allclose(gradients[1], 1e-10, 1e-12));
     EXPECT_TRUE(bias.grad().allclose(gradients[2], 1e-10, 1e-12));
 
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const auto var = inverse_deviation.pow(-2) - 1e-5;
     EXPECT_TRUE(batch_norm_inference(x, weight, bias, mean, var, 1e-5).allclose(y, 1e-9, 1e-9));
   }
