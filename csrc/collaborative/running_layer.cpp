@@ -20,7 +20,7 @@ at::Tensor unfold(const at::Tensor& weight, at::ScalarType precision) {
 }
 
 double scale_of(const at::Tensor& tensor) {
-  const double largest = tensor.detach().abs().max().item<double>();
+  const auto largest = tensor.detach().abs().max().item<double>();
   return largest > 0 ? largest : 1.0;
 }
 
@@ -191,7 +191,7 @@ std::vector<double> RunningLayer::scores(const Options& options) {
   const bool may_prune = options.units != Units::singular_values && channels_left() > 1;
   const bool may_truncate = options.units != Units::channels && rank() > 1;
   const UnitSums sums = unit_sums(may_truncate);
-  const double others = static_cast<double>(std::max<int64_t>(channels_left() + rank() - 1, 1));
+  const auto others = static_cast<double>(std::max<int64_t>(channels_left() + rank() - 1, 1));
   // (E3) with (E4): loss + gamma (loss + (4 cross + square + next) / (m - 1))
   const auto score = [&](const at::Tensor& loss, const at::Tensor& cross, const at::Tensor& square,
                          const at::Tensor& next) {

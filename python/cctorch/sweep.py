@@ -183,9 +183,12 @@ class _Sweep:
 
 
 def _table(points: Sequence[Point]) -> Table:
-    table = Table(title=f"trade-off, top-1 on the {points[0].images} images, not fine-tuned", title_justify="left")
+    table = Table(
+        title=f"trade-off, top-1 on the {points[0].images} images, not fine-tuned; times over the dense model's",
+        title_justify="left",
+    )
     batches = list(points[0].latency)
-    for heading in ("target", "MACs", "parameters", *(f"time, batch {batch}" for batch in batches)):
+    for heading in ("target", "MACs", "parameters", *(f"batch {batch}" for batch in batches)):
         table.add_column(heading, justify="right")
     for heading in ("compressed", "re-estimated", "repaired"):
         table.add_column(heading, justify="right")
@@ -195,7 +198,7 @@ def _table(points: Sequence[Point]) -> Table:
             f"{point.target:g}",
             f"{point.macs / 1e6:.2f} M",
             f"{point.parameters / 1e6:.3f} M",
-            *(f"{own * 1e3:.2f} ms, {own / dense:.3f}" for own, dense in point.latency.values()),
+            *(f"{own / dense:.3f}" for own, dense in point.latency.values()),
             *("" if value is None else f"{value:.2f} %" for value in top1),
         )
     return table

@@ -51,7 +51,7 @@ struct Rows {
     blocks = ceil_div(numel, per_block);
   }
 
-  double count() const { return static_cast<double>(numel / channels); }
+  double count() const { return static_cast<double>(numel) / static_cast<double>(channels); }
 
   template <typename T>
   std::vector<T> written_out(const std::vector<double>& values) const {
@@ -106,7 +106,7 @@ std::vector<double> values(const at::Tensor& tensor) {
 
 template <typename T>
 at::Tensor tensor(const std::vector<double>& from, const at::Tensor& like) {
-  const at::Tensor out = at::empty({static_cast<int64_t>(from.size())}, like.options());
+  at::Tensor out = at::empty({static_cast<int64_t>(from.size())}, like.options());
   std::transform(from.begin(), from.end(), out.mutable_data_ptr<T>(), [](double v) { return static_cast<T>(v); });
   return out;
 }
