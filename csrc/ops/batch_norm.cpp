@@ -52,30 +52,34 @@ void check_not_empty(const at::Tensor& x) {
                   x.sym_sizes());
 }
 
-namespace {
+namespace fallback {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> anywhere(const at::Tensor& x, const at::Tensor& weight,
-                                                        const at::Tensor& bias, double eps) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, const at::Tensor& weight,
+                                                          const at::Tensor& bias, double eps) {
   check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}});
   check_not_empty(x);
-  return at::native_batch_norm(x, weight, bias, {}, {}, /*training=*/true, /*momentum=*/0.0, eps);
+  auto [y, mean, inverse] = at::native_batch_norm(x, weight, bias, {}, {}, /*training=*/true, /*momentum=*/0.0, eps);
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return {y, mean.to(type), inverse.to(type)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> anywhere_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                                 const at::Tensor& weight, const at::Tensor& mean,
-                                                                 const at::Tensor& inverse_deviation, double eps) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                                   const at::Tensor& weight, const at::Tensor& mean,
+                                                                   const at::Tensor& inverse_deviation, double eps) {
   check_backward(grad, x, "batch_norm_backward");
-  return at::native_batch_norm_backward(grad, x, weight, {}, {}, mean, inverse_deviation, /*train=*/true, eps,
-                                        {true, true, true});
+  // The CPU kernel wants the statistics in the type that it returned them in.
+  const auto type = x.is_cpu() ? x.scalar_type() : mean.scalar_type();
+  return at::native_batch_norm_backward(grad, x, weight, {}, {}, mean.to(type), inverse_deviation.to(type),
+                                        /*train=*/true, eps, {true, true, true});
 }
 
-at::Tensor inference_anywhere(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                              const at::Tensor& mean, const at::Tensor& var, double eps) {
+at::Tensor batch_norm_inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                                const at::Tensor& mean, const at::Tensor& var, double eps) {
   check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}, {"mean", &mean}, {"var", &var}});
   return std::get<0>(at::native_batch_norm(x, weight, bias, mean, var, /*training=*/false, /*momentum=*/0.0, eps));
 }
 
-}  // namespace
+}  // namespace fallback
 
 TORCH_LIBRARY_FRAGMENT(cctorch, m) {
   m.def("batch_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
@@ -88,11 +92,11 @@ TORCH_LIBRARY_FRAGMENT(cctorch, m) {
         {at::Tag::pt2_compliant_tag});
 }
 
-// Also what CPU falls back on; on CUDA it is all there is.
+// On CUDA this is all there is.
 TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
-  m.impl("batch_norm", &anywhere);
-  m.impl("batch_norm_backward", &anywhere_backward);
-  m.impl("batch_norm_inference", &inference_anywhere);
+  m.impl("batch_norm", &fallback::batch_norm);
+  m.impl("batch_norm_backward", &fallback::batch_norm_backward);
+  m.impl("batch_norm_inference", &fallback::batch_norm_inference);
 }
 
 }  // namespace cctorch

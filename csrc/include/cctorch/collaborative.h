@@ -50,8 +50,7 @@ struct Options {
   Units units = Units::both;
   Basis basis = Basis::fixed;
   Budget budget = Budget::macs;
-  int64_t multiple =
-      1;  // of kept channels and ranks, where not all are kept; with Budget::table, the table's own holds
+  int64_t multiple = 1;  // of kept channels and ranks, where not all are kept; with Budget::table, the table's holds
 };
 
 // Loss against rate for one layer, and what the budget made of it: loss ~ a exp(b rate). With a table, the points are

@@ -1,8 +1,6 @@
 #include "csrc/ops/batch_norm.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/native_batch_norm.h>
-#include <ATen/ops/native_batch_norm_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -53,10 +51,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiable_backward(const at:
                                                                        const at::Tensor& inverse_deviation,
                                                                        double eps) {
   // PyTorch knows the second derivative.
-  if (needs_graph(grad, x, weight)) {
-    return at::native_batch_norm_backward(grad, x, weight, {}, {}, mean, inverse_deviation, /*train=*/true, eps,
-                                          {true, true, true});
-  }
+  if (needs_graph(grad, x, weight)) return fallback::batch_norm_backward(grad, x, weight, mean, inverse_deviation, eps);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return batch_norm_backward(grad, x, weight, mean, inverse_deviation, eps);
 }
@@ -64,10 +59,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiable_backward(const at:
 at::Tensor differentiable_inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                                     const at::Tensor& mean, const at::Tensor& var, double eps) {
   // PyTorch knows the derivative.
-  if (needs_graph(x, weight, bias)) {
-    check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}, {"mean", &mean}, {"var", &var}});
-    return std::get<0>(at::native_batch_norm(x, weight, bias, mean, var, /*training=*/false, /*momentum=*/0.0, eps));
-  }
+  if (needs_graph(x, weight, bias)) return fallback::batch_norm_inference(x, weight, bias, mean, var, eps);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return batch_norm_inference(x, weight, bias, mean, var, eps);
 }

@@ -3,8 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/native_batch_norm.h>
-#include <ATen/ops/native_batch_norm_backward.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -173,34 +171,22 @@ Outputs backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& 
   return {grad_x, tensor<T>(grad_weight, weight), tensor<T>(grad_bias, weight)};
 }
 
-// PyTorch's kernels for CPU return statistics in half precision, those for CUDA don't.
-at::ScalarType statistics_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 bool ours(const at::Tensor& x) {
-  return x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
+  return x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
          (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
 }
 
 Outputs batch_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  if (!ours(x)) return fallback::batch_norm(x, weight, bias, eps);
   check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}});
   check_not_empty(x);
-  if (!ours(x)) {
-    auto [y, mean, inverse] = at::native_batch_norm(x, weight, bias, {}, {}, /*training=*/true, /*momentum=*/0.0, eps);
-    return {y, mean.to(statistics_type(x)), inverse.to(statistics_type(x))};
-  }
   return x.scalar_type() == at::kDouble ? forward<double>(x, weight, bias, eps) : forward<float>(x, weight, bias, eps);
 }
 
 Outputs batch_norm_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
                             const at::Tensor& mean, const at::Tensor& inverse_deviation, double eps) {
+  if (!ours(x)) return fallback::batch_norm_backward(grad, x, weight, mean, inverse_deviation, eps);
   check_backward(grad, x, "batch_norm_backward");
-  if (!ours(x)) {
-    return at::native_batch_norm_backward(grad, x, weight, {}, {}, mean.to(x.scalar_type()),
-                                          inverse_deviation.to(x.scalar_type()), /*train=*/true, eps,
-                                          {true, true, true});
-  }
   const at::Tensor dense = grad.contiguous(at::MemoryFormat::ChannelsLast);
   return x.scalar_type() == at::kDouble ? backward<double>(dense, x, weight, mean, inverse_deviation)
                                         : backward<float>(dense, x, weight, mean, inverse_deviation);
@@ -229,9 +215,7 @@ at::Tensor batch_norm_inference(const at::Tensor& x, const at::Tensor& weight, c
                                 const at::Tensor& mean, const at::Tensor& var, double eps) {
   check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}, {"mean", &mean}, {"var", &var}});
   if (x.numel() == 0) return at::empty_like(x);
-  if (!ours(x)) {
-    return std::get<0>(at::native_batch_norm(x, weight, bias, mean, var, /*training=*/false, /*momentum=*/0.0, eps));
-  }
+  if (!ours(x)) return fallback::batch_norm_inference(x, weight, bias, mean, var, eps);
   return x.scalar_type() == at::kDouble ? inference<double>(x, weight, bias, mean, var, eps)
                                         : inference<float>(x, weight, bias, mean, var, eps);
 }

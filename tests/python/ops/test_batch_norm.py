@@ -68,6 +68,22 @@ def test_half_precision_is_torchs(dtype, layout):
     torch.testing.assert_close(y, F.batch_norm(x, None, None, weight, bias, training=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_second_derivative_is_torchs(dtype, layout):
+    tensors = [t.requires_grad_() for t in arguments((4, 7, 6, 6), dtype, layout)]
+
+    def second(function):
+        y = function(*tensors)
+        first = torch.autograd.grad(y.float().tanh().sum(), tensors[1], create_graph=True)[0]
+        return torch.autograd.grad(first.float().sum(), tensors[0])[0]
+
+    got = second(lambda x, w, b: ops.batch_norm(x, w, b)[0])
+    want = second(lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True))
+    scale = float(want.abs().max())
+    torch.testing.assert_close(got, want, rtol=0, atol=scale * (2e-2 if dtype == torch.bfloat16 else 1e-4))
+
+
 def test_gradients_twice():
     x, weight, bias = (t.requires_grad_() for t in arguments((3, 5, 2, 2)))
     function = lambda *t: ops.batch_norm(*t)[0]  # noqa: E731
