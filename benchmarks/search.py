@@ -15,12 +15,13 @@ afford; --exact asks for it.
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -76,22 +77,16 @@ def examine(name: str, target: float, images: int, exact: bool) -> dict[str, Any
     graph = trace(model, example)
     searched = [spec.name for spec in _C.participants(graph.specs) if spec.name not in graph.left_alone]
     gradients = collaborative.mean_gradients(model, batches, searched)
-    weights = dict(model.named_parameters())
-    layers = [
-        _C.SolverLayer(spec, weights[f"{spec.name}.weight"].detach(), gradients[spec.name])
-        for spec in graph.specs
-        if spec.name in gradients
-    ]
-    total = _C.dense_macs(graph.specs)
 
-    def solve(basis: str) -> _C.Solution:
-        return _C.solve(layers, total, _C.SolverOptions(target=target, basis=basis), None)
+    def solve(basis: Literal["exact", "fixed"]) -> collaborative.Compression:
+        options = _C.SolverOptions(target=target, basis=basis)
+        return collaborative.solve(model, trace(model, example), gradients, options)
 
     found = solve("fixed")
     row: dict[str, Any] = {
         "model": name,
-        "layers": len(layers),
-        "largest": max((list(layer.weight.shape) for layer in layers), key=lambda shape: torch.Size(shape).numel()),
+        "layers": len(gradients),
+        "largest": max((list(gradient.shape) for gradient in gradients.values()), key=math.prod),
         "target": target,
         "rate_seconds": found.curve_seconds,
         "heuristic_seconds": found.heuristic_seconds,

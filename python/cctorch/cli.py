@@ -88,7 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return {"run": _run, "report": _report, "sweep": _sweep, "status": _status}[parsed.command](parsed)
     except KeyboardInterrupt:
         resume = shlex.join(["cctorch", *(word for word in given if word != "--fresh")])
-        print(f"\ninterrupted; this goes on from the last finished epoch:\n  {resume}", file=sys.stderr)
+        print(
+            f"\ninterrupted; this goes on from what was finished (of training, the last epoch):\n  {resume}",
+            file=sys.stderr,
+        )
         return 130
 
 

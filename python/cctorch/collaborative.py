@@ -254,9 +254,9 @@ def compress(
         budget: ``macs`` and ``parameters`` count what the layers' removed inputs and singular values save. ``latency``
             is measured on the device of `example`, with its dtype and layout and as many threads as torch uses now:
             layers are timed by their shapes, forms that don't pay are left out, and the whole model is measured.
-        multiple: kept channels and ranks are multiples of it, where not all are kept; by default 8 on CUDA, whose
-            kernels want them, and 1 elsewhere. The rates then come from the counts that are possible, not from fitted
-            curves. A budget of latency has its own, from the times.
+        multiple: kept channels and ranks are multiples of it, where not all are kept; by default 8 on CUDA, as its
+            tensor cores want them (not measured yet), and 1 elsewhere. The rates then come from the counts that are
+            possible, not from fitted curves. A budget of latency has its own, from the times.
         latency_batch: examples in the forward pass whose latency counts.
         latency_table: times of layers made before, in place of `latency_batch`.
         exclude: patterns of names, such as ``layer1.*``, of layers that keep their inputs and rank.

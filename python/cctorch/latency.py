@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cctorch import _C, atomic, measure
-from cctorch.nn import GatherChannels, LowRankConv2d, LowRankLinear
+from cctorch.nn import BatchNorm2d, GatherChannels, LowRankConv2d, LowRankLinear
 
 __all__ = ["LatencyTable", "LayerShape"]
 
@@ -28,7 +28,7 @@ Units = Literal["both", "channels", "singular_values"]
 Timer = Callable[[Sequence[nn.Module], Tensor], list[list[float]]]
 """Seconds of repeated runs of each module on one input, the modules in turn: `measure.interleaved`."""
 
-_FORMAT = 1
+_FORMAT = 2
 # Processors that others may keep busy. A second thread that waits for its turn costs a small layer ten times over.
 _UNDISTURBED = 0.15
 # Seconds by which processor times, counted in ticks, may be off.
@@ -105,7 +105,7 @@ class LayerShape:
         """A module of this shape. A normalization comes with the ReLU that follows it."""
         layer: nn.Module
         if self.kind == "batch_norm2d":
-            return nn.Sequential(nn.BatchNorm2d(self.inputs), nn.ReLU())
+            return nn.Sequential(BatchNorm2d(self.inputs), nn.ReLU())
         if self.kind == "linear" and self.rank is None:
             layer = nn.Linear(self.inputs, self.outputs, self.bias)
         elif self.kind == "linear":

@@ -92,7 +92,9 @@ class Log:
         if Path(filename).is_relative_to(Path(__file__).parent):
             self.warning(str(message))
         else:
-            self.line(f"warning: {filename}:{lineno}: {message}", on_console=False)
+            # From the package on: where it is installed says something of the machine, and nothing of the warning.
+            where = filename.rpartition("site-packages/")[2]
+            self.line(f"warning: {where}:{lineno}: {message}", on_console=False)
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:

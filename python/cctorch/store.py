@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -260,9 +260,9 @@ def _lock(file: TextIO) -> bool:
     return False
 
 
-def _save(path: Path, content: Mapping[str, Any]) -> None:
+def _save(path: Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
-    torch.save(dict(content), buffer)
+    torch.save(content, buffer)
     atomic.write(path, buffer.getvalue())
 
 
