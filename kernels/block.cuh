@@ -35,4 +35,20 @@ __device__ Scan<T> block_scan(T value, T* warp_sums) {
   return scan;
 }
 
+// The largest value of all threads. Called by all threads of the block.
+template <typename T>
+__device__ T block_max(T value, T* warp_values) {
+  const unsigned lane = threadIdx.x % kWarp;
+  for (unsigned delta = 1; delta < kWarp; delta *= 2) {
+    const T below = __shfl_up_sync(0xffffffff, value, delta);
+    if (lane >= delta && below > value) value = below;
+  }
+  if (lane == kWarp - 1) warp_values[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  T largest = warp_values[0];
+  for (unsigned i = 1; i < kWarps; ++i) largest = warp_values[i] > largest ? warp_values[i] : largest;
+  __syncthreads();  // warp_values may be written again
+  return largest;
+}
+
 }  // namespace cctorch::cuda

@@ -54,13 +54,7 @@ void check_sparsity(const char* op, double sparsity) {
 void check_magnitude_masks(at::TensorList weights, double sparsity) {
   constexpr auto op = "magnitude_masks";
   check_sparsity(op, sparsity);
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const auto name = "weights[" + std::to_string(i) + "]";
-    check_floating(weights[i], op, name.c_str());
-    check_same_device(weights[i], op, name.c_str(), weights[0], "weights[0]");
-    TORCH_CHECK(weights[i].scalar_type() == weights[0].scalar_type(), op, ": all weights must be of one type, got ",
-                weights[0].scalar_type(), " in weights[0] and ", weights[i].scalar_type(), " in ", name);
-  }
+  check_like_tensors(weights, op, "weights");
 }
 
 int64_t check_nm_mask(const at::Tensor& weight, int64_t n, int64_t m, int64_t axis) {

@@ -59,6 +59,7 @@ KERNELS = {
     "fake_quant": ("elementwise_kernel.*FakeQuant", "BackwardRows.*FakeQuant", "BackwardColumns.*FakeQuant"),
     "channel_gate": ("elementwise_kernel.*ChannelGate", "BackwardRows.*ChannelGate", "BackwardColumns.*ChannelGate"),
     "both": ("SumPartials",),
+    "fake_quant_weights": ("QuantizeRows",),
     "magnitude_masks": ("Prepare", "CountDigits", "ChooseDigit", "MarkAbove", "MarkTies"),
     "nm_mask": ("MarkGroups",),
     "apply_mask": ("ApplyMask",),

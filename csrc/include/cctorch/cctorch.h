@@ -5,6 +5,7 @@
 #include <cctorch/channel_graph.h>
 #include <cctorch/collaborative.h>
 #include <cctorch/fake_quant.h>
+#include <cctorch/fake_quant_weights.h>
 #include <cctorch/low_rank.h>
 #include <cctorch/mask.h>
 #include <cctorch/memory.h>
