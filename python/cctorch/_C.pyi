@@ -184,6 +184,20 @@ class Solution:
     heuristic_seconds: float
     warnings: list[str]
 
+class Search:
+    """A search made once for the highest of several targets."""
+
+    def __init__(
+        self,
+        layers: list[SolverLayer],
+        model_cost: float,
+        options: SolverOptions,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None: ...
+    def at(self, target: float) -> Solution: ...
+    def at_final(self, target: float, model: list[LayerSpec], graph: ChannelGraph) -> Solution: ...
+
+def remaining(model: list[LayerSpec], plan: CompressionPlan, budget: str, final: bool) -> int: ...
 def participants(specs: Sequence[LayerSpec]) -> list[LayerSpec]: ...
 def layer_choices(
     layers: Sequence[SolverLayer], options: SolverOptions, progress: Callable[[str, int, int], None] | None = None

@@ -24,6 +24,7 @@ __all__ = ["Compression", "compress", "mean_gradients", "solve", "solve_latency"
 
 Progress = Callable[[str, int, int], None]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+Count = Literal["final", "nominal"]
 
 
 @dataclass
@@ -119,6 +120,7 @@ def solve(
     gradients: dict[str, Tensor],
     options: _C.SolverOptions,
     *,
+    count: Count = "final",
     bounds: Mapping[str, float] | None = None,
     progress: Progress | None = None,
     gradient_seconds: float = 0.0,
@@ -129,17 +131,23 @@ def solve(
         ValueError: a weight or gradient is not finite, no allocation reaches the target, or what was reached falls
             short of the target by more than 1 % of the model's budget.
     """
-    dense = _dense(graph.specs, options.budget)
-    solution = _C.solve(_solver_layers(model, graph, gradients, bounds or {}), dense, options, progress)
-    reduction = 1.0 - _nominal(graph.specs, solution.plan, options.budget) / dense
-    if reduction < options.target - 0.01:
-        raise ValueError(
-            f"compress: target = {options.target:g}, but the plan removes only {reduction:.4f} of the model's "
-            f"{options.budget}; lower the target"
-        )
+    dense = _C.remaining(graph.specs, CompressionPlan(), options.budget, False)
+    search = _C.Search(_solver_layers(model, graph, gradients, bounds or {}), dense, options, progress)
+    if count == "nominal":
+        solution = search.at(options.target)
+    else:
+        solution = search.at_final(options.target, graph.specs, graph.channels)
     nominal_macs = _C.nominal_macs(graph.specs, solution.plan)
+    left = _C.remaining(graph.specs, solution.plan, options.budget, False)
     graph.channels.resolve(solution.plan)
     _C.drop_idle_ranks(graph.specs, solution.plan)
+    if count == "final":
+        left = _C.remaining(graph.specs, solution.plan, options.budget, True)
+    if 1.0 - left / dense < options.target - 0.01:
+        raise ValueError(
+            f"compress: target = {options.target:g}, but the plan removes only {1.0 - left / dense:.4f} of the "
+            f"model's {options.budget}; lower the target"
+        )
     return _compression(graph, solution, nominal_macs, gradient_seconds)
 
 
@@ -200,17 +208,6 @@ def _compression(graph: ModelGraph, solution: _C.Solution, nominal_macs: int, gr
     )
 
 
-def _dense(specs: list[LayerSpec], budget: str) -> int:
-    return _C.dense_macs(specs) if budget == "macs" else sum(spec.parameters for spec in specs)
-
-
-def _nominal(specs: list[LayerSpec], plan: CompressionPlan, budget: str) -> int:
-    if budget == "macs":
-        return _C.nominal_macs(specs, plan)
-    # A layer's multiply-accumulates are its parameters at every position.
-    return sum(_C.layer_macs(spec, plan.find(spec.name), False) // spec.positions for spec in specs)
-
-
 def compress(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -223,6 +220,7 @@ def compress(
     step_fraction: float = 0.01,
     max_rate: float = 0.95,
     budget: Literal["macs", "parameters", "latency"] = "macs",
+    count: Count = "final",
     multiple: int | None = None,
     latency_batch: int = 1,
     latency_table: LatencyTable | None = None,
@@ -251,9 +249,12 @@ def compress(
         basis: `exact` decomposes the weight anew for every candidate channel, `fixed` keeps its singular vectors.
         step_fraction: share of a layer's units removed between two rankings.
         max_rate: no layer gives up more than this share.
-        budget: ``macs`` and ``parameters`` count what the layers' removed inputs and singular values save. ``latency``
+        budget: what `target` is a fraction of: multiply-accumulates, parameters of weights, or latency. ``latency``
             is measured on the device of `example`, with its dtype and layout and as many threads as torch uses now:
             layers are timed by their shapes, forms that don't pay are left out, and the whole model is measured.
+        count: what counts as removed, with a budget of ``macs`` or ``parameters``. ``final`` is what the network has
+            lost once the filters that nobody reads any more are gone too; ``nominal`` is what the layers' removed
+            inputs and singular values save, as in the paper, and the network may lose more.
         multiple: kept channels and ranks are multiples of it, where not all are kept; by default 8 on CUDA, as its
             tensor cores want them (not measured yet), and 1 elsewhere. The rates then come from the counts that are
             possible, not from fitted curves. A budget of latency has its own, from the times.
@@ -277,7 +278,7 @@ def compress(
         >>> model = nn.Sequential(conv(3, 16), conv(16, 16), conv(16, 16), nn.Flatten(), nn.Linear(16 * 64, 10))
         >>> batches = [(torch.randn(8, 3, 8, 8), torch.arange(8))]
         >>> compression = cctorch.compress(model, batches, batches[0][0], target=0.4)
-        >>> compression.nominal_reduction > 0.39
+        >>> compression.final_reduction > 0.39
         True
     """
     counted: Literal["macs", "parameters"] = "macs" if budget == "latency" else budget
@@ -297,7 +298,9 @@ def compress(
     )
     seconds = time.perf_counter() - start
     if latency_table is None:
-        compression = solve(model, graph, found, options, bounds=bounded, progress=progress, gradient_seconds=seconds)
+        compression = solve(
+            model, graph, found, options, count=count, bounds=bounded, progress=progress, gradient_seconds=seconds
+        )
     else:
         compression = solve_latency(
             model,

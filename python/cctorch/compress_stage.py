@@ -34,6 +34,7 @@ def search(
         step_fraction=settings.step_fraction,
         max_rate=settings.max_rate,
         budget=settings.budget,
+        count=settings.count,
         multiple=settings.multiple,
         latency_batch=settings.latency_batch,
         exclude=settings.exclude,

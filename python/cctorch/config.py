@@ -111,6 +111,9 @@ class Compress(Section):
     max_rate: float = Field(default=0.95, gt=0, lt=1)
     # latency: measured on the run's device at this batch.
     budget: Literal["macs", "parameters", "latency"] = "macs"
+    # Of macs and parameters: what the final network has lost, dead filters with it, or what the layers' removed inputs
+    # and singular values save, as in the paper.
+    count: Literal["final", "nominal"] = "final"
     # Of kept channels and ranks. Absent: 8 on CUDA, 1 elsewhere.
     multiple: int | None = Field(default=None, ge=1)
     latency_batch: int = Field(default=1, ge=1)

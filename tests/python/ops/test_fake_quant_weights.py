@@ -141,7 +141,10 @@ def test_scales_of_half_precision_are_float32(dtype: torch.dtype) -> None:
         (([torch.ones(2, 2)], 17), r"bits must be in \[2, 16\], got 17"),
         (([torch.ones(2, 2), torch.ones(2)], 4, 1), r"axis must be in \[-1, 0\] for a 1-dimensional weights\[1\]"),
         (([torch.ones(())], 4), r"0-dimensional weights\[0\]"),
-        (([torch.ones(2), torch.ones(2).double()], 4), r"one type, got Float in weights\[0\] and Double in weights\[1\]"),
+        (
+            ([torch.ones(2), torch.ones(2).double()], 4),
+            r"one type, got Float in weights\[0\] and Double in weights\[1\]",
+        ),
         (([torch.ones(2, dtype=torch.int64)], 4), r"weights\[0\] must be float32"),
         (([torch.ones(2), torch.ones(2, device="meta")], 4), r"weights\[1\] is on meta but weights\[0\] is on cpu"),
     ],
