@@ -5,6 +5,7 @@
 #include <cctorch/channel_graph.h>
 #include <cctorch/collaborative.h>
 #include <cctorch/fake_quant.h>
+#include <cctorch/gates.h>
 #include <cctorch/low_rank.h>
 #include <cctorch/mask.h>
 #include <cctorch/memory.h>
@@ -12,3 +13,4 @@
 #include <cctorch/plan.h>
 #include <cctorch/regularize.h>
 #include <cctorch/repair.h>
+#include <cctorch/soft_threshold.h>
