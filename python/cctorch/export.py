@@ -63,6 +63,9 @@ def _decompositions() -> dict[Any, Callable[..., Tensor]]:
         library.fake_quant.default: _fake_quant,
         library.apply_mask.default: _apply_mask,
         library.channel_gate.default: _channel_gate,
+        library.soft_threshold.default: _soft_threshold,
+        library.sigmoid_gate.default: _sigmoid_gate,
+        library.hard_concrete.default: _hard_concrete,
         library.low_rank_linear.default: _low_rank_linear,
         library.low_rank_conv2d.default: _low_rank_conv2d,
     }
@@ -86,6 +89,33 @@ def _apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
 
 def _channel_gate(x: Tensor, gate: Tensor) -> Tensor:
     return x * gate.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _soft_threshold(x: Tensor, threshold: Tensor, axis: int | None = None) -> Tensor:
+    if axis is not None:
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        threshold = threshold.view(shape)
+    return (x.sign() * (x.abs() - threshold).relu()).to(x.dtype)
+
+
+def _sigmoid_gate(x: Tensor, logit: Tensor, temperature: float = 1.0) -> Tensor:
+    return _channel_gate(x, torch.sigmoid(logit / temperature))
+
+
+def _hard_concrete(
+    log_alpha: Tensor,
+    training: bool,
+    beta: float = 2 / 3,
+    gamma: float = -0.1,
+    zeta: float = 1.1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    logit = log_alpha
+    if training:
+        u = torch.rand(log_alpha.shape, generator=generator, dtype=log_alpha.dtype, device=log_alpha.device)
+        logit = (u.log() - (-u).log1p() + log_alpha) / beta
+    return (torch.sigmoid(logit) * (zeta - gamma) + gamma).clamp(0, 1)
 
 
 def _low_rank_linear(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -58,10 +58,16 @@ def usage() -> dict[tuple[str, str], dict[str, int]]:
 KERNELS = {
     "fake_quant": ("elementwise_kernel.*FakeQuant", "BackwardRows.*FakeQuant", "BackwardColumns.*FakeQuant"),
     "channel_gate": ("elementwise_kernel.*ChannelGate", "BackwardRows.*ChannelGate", "BackwardColumns.*ChannelGate"),
-    "both": ("SumPartials",),
     "fake_quant_weights": ("QuantizeRows",),
-    "magnitude_masks": ("Prepare", "CountDigits", "ChooseDigit", "MarkAbove", "MarkTies"),
-    "nm_mask": ("MarkGroups",),
+    "soft_threshold": (
+        "elementwise_kernel.*SoftThreshold",
+        "BackwardRows.*SoftThreshold",
+        "BackwardColumns.*SoftThreshold",
+    ),
+    "all of these": ("SumPartials",),
+    "magnitude_masks": ("Prepare", "CountDigits", "ChooseDigit", "KeepAboveIjbE", "KeepTiesIjbE"),
+    "magnitude_prune": ("KeepAboveIjjE", "KeepTiesIjjE"),
+    "nm_masks": ("MarkGroups",),
     "apply_mask": ("ApplyMask",),
 }
 

@@ -6,6 +6,7 @@
 #include <cctorch/collaborative.h>
 #include <cctorch/fake_quant.h>
 #include <cctorch/fake_quant_weights.h>
+#include <cctorch/gates.h>
 #include <cctorch/low_rank.h>
 #include <cctorch/mask.h>
 #include <cctorch/memory.h>
@@ -13,3 +14,4 @@
 #include <cctorch/plan.h>
 #include <cctorch/regularize.h>
 #include <cctorch/repair.h>
+#include <cctorch/soft_threshold.h>

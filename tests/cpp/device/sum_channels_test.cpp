@@ -8,6 +8,7 @@
 
 #include "csrc/ops/formula/channel_gate.h"
 #include "csrc/ops/formula/fake_quant.h"
+#include "csrc/ops/formula/soft_threshold.h"
 #include "kernels/sum_channels.cuh"
 
 namespace cctorch::device {
@@ -119,6 +120,24 @@ TYPED_TEST(SumChannels, FakeQuantEqualsFloat64) {
       if (v < kQmin) return std::pair(0.0, g * s * kQmin);
       if (v > kQmax) return std::pair(0.0, g * s * kQmax);
       return std::pair(g, g * s * (std::round(v) - v));
+    });
+  }
+}
+
+TYPED_TEST(SumChannels, SoftThresholdEqualsFloat64) {
+  using S = TypeParam;
+  using T = Math<S>;
+  for (const Layout& l : kLayouts) {
+    const int64_t numel = l.outer * l.channels * l.inner;
+    const auto grad = normal<S>(numel, 1);
+    auto x = normal<S>(numel, 2);
+    x[0] = S(0);
+    std::vector<T> thresholds = normal<T>(l.channels, 3);
+    for (T& threshold : thresholds) threshold = std::abs(threshold);
+    const auto result = run(formula::SoftThreshold<T>{}, l, grad, x, thresholds, 12, 2);
+    expect_gradients(result, l, grad, x, thresholds, [](double g, double x, double threshold) {
+      if (std::abs(x) <= threshold) return std::pair(0.0, 0.0);
+      return std::pair(g, x > 0 ? -g : g);
     });
   }
 }

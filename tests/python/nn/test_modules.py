@@ -6,7 +6,18 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from cctorch.nn import ChannelGate, FakeQuant, GatherChannels, LowRankConv2d, LowRankLinear, LowRankWeight, Mask
+from cctorch.nn import (
+    ChannelGate,
+    FakeQuant,
+    GatherChannels,
+    HardConcreteGate,
+    LowRankConv2d,
+    LowRankLinear,
+    LowRankWeight,
+    Mask,
+    SoftThreshold,
+)
+from cctorch.prepare import convert
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -36,6 +47,45 @@ def test_channel_gate_starts_as_the_identity_and_its_gradient_is_the_taylor_impo
     assert torch.equal(y, x)
     (y**2).sum().backward()
     torch.testing.assert_close(gate.gate.grad, (2 * x * x).sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize(("axis", "channels"), [(None, None), (0, 4), (1, 6)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_soft_threshold_starts_where_asked_and_is_learned(
+    axis: int | None, channels: int | None, dtype: torch.dtype
+) -> None:
+    layer = nn.Linear(6, 4, bias=False, dtype=dtype)
+    dense = layer.weight.detach().clone()
+    parametrize.register_parametrization(layer, "weight", SoftThreshold(axis, channels, threshold=0.2))
+    step = layer.parametrizations.weight[0]
+    torch.testing.assert_close(torch.sigmoid(step.s), torch.full((channels or 1,), 0.2))
+    expected = F.softshrink(dense.double(), 0.2)
+    eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
+    torch.testing.assert_close(layer.weight.double(), expected, rtol=eps, atol=torch.finfo(torch.float32).eps)
+    layer.weight.sum().backward()
+    count = expected.sign().sum().view(1) if axis is None else expected.sign().sum(1 - axis)
+    torch.testing.assert_close(step.s.grad, (-count * 0.2 * 0.8).float(), rtol=1e-5, atol=1e-6)
+    pruned = layer.weight.detach().clone()
+    convert(layer)
+    assert torch.equal(layer.weight, pruned)
+    assert not parametrize.is_parametrized(layer)
+
+
+def test_hard_concrete_gate_draws_in_training_only() -> None:
+    gate = HardConcreteGate(2000, open=0.7, dtype=torch.float64)
+    torch.testing.assert_close(gate.expected_l0(), torch.tensor(1400.0, dtype=torch.float64))
+    x = torch.ones(3, 2000, dtype=torch.float64)
+    torch.manual_seed(0)
+    y = gate(x)
+    assert torch.equal(y[0], y[2])
+    assert not torch.equal(gate(x), y)
+    # Five standard deviations of 2000 draws
+    assert abs(int((y[0] > 0).sum()) - 1400) < 5 * math.sqrt(2000 * 0.7 * 0.3)
+    (y.sum() + gate.expected_l0()).backward()
+    assert gate.log_alpha.grad.gt(0).all()
+    gate.eval()
+    assert torch.equal(gate(x), gate(x))
+    assert torch.equal(reloaded(gate, HardConcreteGate(2000, dtype=torch.float64)).eval()(x), gate(x))
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(2, True), (4, True), (8, True), (8, False), (16, True)])
@@ -83,6 +133,11 @@ def test_zeros_and_masked_values_give_finite_scales() -> None:
         (lambda: FakeQuant(1), "bits = 1, expected 2 to 16"),
         (lambda: FakeQuant(4, axis=0), "axis = 0 with channels = None, expected both or neither"),
         (lambda: ChannelGate(0), "channels = 0, expected at least 1"),
+        (lambda: SoftThreshold(axis=0), "axis = 0 with channels = None, expected both or neither"),
+        (lambda: SoftThreshold(0, 0), "channels = 0, expected at least 1"),
+        (lambda: SoftThreshold(threshold=0.0), "threshold = 0.0, expected a number between 0 and 1"),
+        (lambda: HardConcreteGate(0), "channels = 0, expected at least 1"),
+        (lambda: HardConcreteGate(3, open=1.0), "open = 1.0, expected a probability between 0 and 1"),
         (lambda: LowRankLinear(3, 4, 0), "rank = 0, expected at least 1"),
         (lambda: LowRankConv2d(3, 4, 2, 3, padding="half"), "padding = 'half', expected numbers, 'same' or 'valid'"),
         (lambda: LowRankConv2d(3, 4, 2, 3, 2, "same"), "needs stride 1"),

@@ -64,7 +64,7 @@ TORCH_MODULE(ChannelGate);
 // cctorch::apply_mask with the buffer `mask` (bool, true where a weight is kept).
 class MaskImpl : public torch::nn::Cloneable<MaskImpl> {
  public:
-  // E.g. one of magnitude_masks(), nm_mask() or channel_mask().
+  // E.g. one of magnitude_masks(), nm_masks() or channel_masks().
   explicit MaskImpl(at::Tensor mask);
 
   void reset() override;
@@ -74,6 +74,45 @@ class MaskImpl : public torch::nn::Cloneable<MaskImpl> {
   at::Tensor mask;
 };
 TORCH_MODULE(Mask);
+
+// cctorch::soft_threshold of a weight by sigmoid(s) (STR, Kusupati et al. 2020). The parameter `s` has one element, or
+// `channels` where there is an axis.
+class SoftThresholdImpl : public torch::nn::Cloneable<SoftThresholdImpl> {
+ public:
+  // threshold: sigmoid(s) at the start, between 0 and 1.
+  explicit SoftThresholdImpl(double threshold = 1e-3, std::optional<int64_t> axis = std::nullopt, int64_t channels = 1);
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  at::Tensor forward(const at::Tensor& weight);
+
+  at::Tensor s;
+
+ private:
+  double threshold_;
+  std::optional<int64_t> axis_;
+  int64_t channels_;
+};
+TORCH_MODULE(SoftThreshold);
+
+// cctorch::channel_gate by cctorch::hard_concrete of the parameter `log_alpha`: drawn anew at every call in training.
+class HardConcreteGateImpl : public torch::nn::Cloneable<HardConcreteGateImpl> {
+ public:
+  // open: probability that a gate is not 0 at the start, between 0 and 1.
+  explicit HardConcreteGateImpl(int64_t channels, double open = 0.9);
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  at::Tensor forward(const at::Tensor& x);
+  at::Tensor expected_l0() const;
+
+  at::Tensor log_alpha;
+
+ private:
+  int64_t channels_;
+  double open_;
+};
+TORCH_MODULE(HardConcreteGate);
 
 struct LowRankLinearOptions {
   LowRankLinearOptions(int64_t in_features, int64_t out_features, int64_t rank)

@@ -146,5 +146,7 @@ template Loops<formula::FakeQuant<float>> loops(Storage);
 template Loops<formula::FakeQuant<double>> loops(Storage);
 template Loops<formula::ChannelGate<float>> loops(Storage);
 template Loops<formula::ChannelGate<double>> loops(Storage);
+template Loops<formula::SoftThreshold<float>> loops(Storage);
+template Loops<formula::SoftThreshold<double>> loops(Storage);
 
 }  // namespace cctorch::simd::CCTORCH_ISA

@@ -4,6 +4,7 @@
 
 #include "csrc/ops/formula/channel_gate.h"
 #include "csrc/ops/formula/fake_quant.h"
+#include "csrc/ops/formula/soft_threshold.h"
 
 namespace cctorch::simd {
 
@@ -25,14 +26,16 @@ struct Loops {
                         T* grad_parameters);
 };
 
-#define CCTORCH_DECLARE_LOOPS(isa)                                    \
-  namespace isa {                                                     \
-  template <typename Formula>                                         \
-  Loops<Formula> loops(Storage);                                      \
-  extern template Loops<formula::FakeQuant<float>> loops(Storage);    \
-  extern template Loops<formula::FakeQuant<double>> loops(Storage);   \
-  extern template Loops<formula::ChannelGate<float>> loops(Storage);  \
-  extern template Loops<formula::ChannelGate<double>> loops(Storage); \
+#define CCTORCH_DECLARE_LOOPS(isa)                                      \
+  namespace isa {                                                       \
+  template <typename Formula>                                           \
+  Loops<Formula> loops(Storage);                                        \
+  extern template Loops<formula::FakeQuant<float>> loops(Storage);      \
+  extern template Loops<formula::FakeQuant<double>> loops(Storage);     \
+  extern template Loops<formula::ChannelGate<float>> loops(Storage);    \
+  extern template Loops<formula::ChannelGate<double>> loops(Storage);   \
+  extern template Loops<formula::SoftThreshold<float>> loops(Storage);  \
+  extern template Loops<formula::SoftThreshold<double>> loops(Storage); \
   }
 
 CCTORCH_DECLARE_LOOPS(baseline)
