@@ -1,5 +1,7 @@
 #pragma once
 
+#include "csrc/ops/formula/parameters.h"
+
 // What the threads of a block do together. Device code in headers is plain CUDA: nvcc compiles it, and so does a C++
 // compiler after tests/cpp/device/fibers.h, which runs it on the CPU.
 namespace cctorch::cuda {
@@ -33,6 +35,17 @@ __device__ Scan<T> block_scan(T value, T* warp_sums) {
   }
   __syncthreads();  // warp_sums may be written again
   return scan;
+}
+
+template <typename T>
+__device__ T block_sum(T value, T* warp_sums) {
+  return block_scan(value, warp_sums).total;
+}
+
+template <typename T>
+__device__ formula::Pair<T> block_sum(const formula::Pair<T>& value, T* warp_sums) {
+  const T first = block_scan(value.first, warp_sums).total;
+  return {first, block_scan(value.second, warp_sums).total};
 }
 
 }  // namespace cctorch::cuda
