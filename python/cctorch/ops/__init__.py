@@ -6,19 +6,43 @@ format of its input. All are traced by ``torch.compile(fullgraph=True)`` and ``t
 
 from cctorch.ops.batch_norm import batch_norm, batch_norm_inference
 from cctorch.ops.channel_gate import channel_gate
-from cctorch.ops.fake_quant import fake_quant
+from cctorch.ops.fake_quant import fake_quant, fake_quant_groups, fake_quant_offset, pact
+from cctorch.ops.float_quant import fp8_quant, power_of_two_quant
 from cctorch.ops.low_rank import low_rank_conv2d, low_rank_linear
 from cctorch.ops.mask import apply_mask, channel_mask, magnitude_masks, nm_mask
+from cctorch.ops.quant_range import observe_range_, quant_range, quant_range_offset
+from cctorch.ops.value_grid import (
+    binary_code_quant,
+    binary_quant,
+    codebook_indices,
+    codebook_quant,
+    codebook_update,
+    ternary_quant,
+)
 
 __all__ = [
     "apply_mask",
     "batch_norm",
     "batch_norm_inference",
+    "binary_code_quant",
+    "binary_quant",
     "channel_gate",
     "channel_mask",
+    "codebook_indices",
+    "codebook_quant",
+    "codebook_update",
     "fake_quant",
+    "fake_quant_groups",
+    "fake_quant_offset",
+    "fp8_quant",
     "low_rank_conv2d",
     "low_rank_linear",
     "magnitude_masks",
     "nm_mask",
+    "observe_range_",
+    "pact",
+    "power_of_two_quant",
+    "quant_range",
+    "quant_range_offset",
+    "ternary_quant",
 ]
