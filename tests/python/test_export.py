@@ -10,9 +10,11 @@ from cctorch.apply import apply
 from cctorch.export import save_program
 from cctorch.graph import trace
 from cctorch.nn import ChannelGate, FakeQuant, LowRankLinear
+from cctorch.ops import pact
 from cctorch.prepare import prepare
 from networks import PaddedResNet, Vgg, random_plan, randomized
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 RUN = """
 import sys, torch
@@ -41,10 +43,17 @@ class EveryModule(nn.Module):
         self.features = randomized(Vgg())
         self.gate = ChannelGate(3)
         self.activations = FakeQuant(8, signed=False)
+        self.shifted = FakeQuant(8, offset=True, init="mse")
         self.head = LowRankLinear(5, 4, 2)
+        self.last = nn.Linear(4, 4)
+        parametrize.register_parametrization(
+            self.last, "weight", FakeQuant(4, axis=0, channels=4, groups=2, offset=True)
+        )
+        self.log_alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.activations(torch.relu(self.features(self.gate(x)))))
+        x = self.shifted(self.activations(torch.relu(self.features(self.gate(x)))))
+        return pact(self.last(self.head(x)), self.log_alpha, 4)
 
 
 def test_compressed_and_prepared_model_runs_without_cctorch_at_any_batch_size(tmp_path: Path) -> None:
