@@ -1,5 +1,7 @@
 #pragma once
 
+#include "csrc/ops/formula/parameters.h"
+
 // What the threads of a block do together. Device code in headers is plain CUDA: nvcc compiles it, and so does a C++
 // compiler after tests/cpp/device/fibers.h, which runs it on the CPU.
 namespace cctorch::cuda {
@@ -49,6 +51,17 @@ __device__ T block_max(T value, T* warp_values) {
   for (unsigned i = 1; i < kWarps; ++i) largest = warp_values[i] > largest ? warp_values[i] : largest;
   __syncthreads();  // warp_values may be written again
   return largest;
+}
+
+template <typename T>
+__device__ T block_sum(T value, T* warp_sums) {
+  return block_scan(value, warp_sums).total;
+}
+
+template <typename T>
+__device__ formula::Pair<T> block_sum(const formula::Pair<T>& value, T* warp_sums) {
+  const T first = block_scan(value.first, warp_sums).total;
+  return {first, block_scan(value.second, warp_sums).total};
 }
 
 }  // namespace cctorch::cuda

@@ -61,6 +61,9 @@ def _decompositions() -> dict[Any, Callable[..., Tensor]]:
     library = torch.ops.cctorch
     return {
         library.fake_quant.default: _fake_quant,
+        library.fake_quant_offset.default: _fake_quant_offset,
+        library.fake_quant_groups.default: _fake_quant_groups,
+        library.pact.default: _pact,
         library.apply_mask.default: _apply_mask,
         library.channel_gate.default: _channel_gate,
         library.soft_threshold.default: _soft_threshold,
@@ -74,13 +77,55 @@ def _decompositions() -> dict[Any, Callable[..., Tensor]]:
 def _fake_quant(
     x: Tensor, log_scale: Tensor, qmin: int, qmax: int, axis: int | None = None, grad_scale: float = 1.0
 ) -> Tensor:
-    limits = torch.finfo(log_scale.dtype)
-    scale = log_scale.exp().clamp(limits.tiny, limits.max)
-    if axis is not None:
-        shape = [1] * x.dim()
-        shape[axis] = -1
-        scale = scale.view(shape)
+    scale = _along(x, _positive(log_scale), axis)
     return ((x / scale).round().clamp(qmin, qmax) * scale).to(x.dtype)
+
+
+def _positive(logarithm: Tensor) -> Tensor:
+    limits = torch.finfo(logarithm.dtype)
+    return logarithm.exp().clamp(limits.tiny, limits.max)
+
+
+def _along(x: Tensor, parameter: Tensor, axis: int | None) -> Tensor:
+    if axis is None:
+        return parameter
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return parameter.view(shape)
+
+
+def _fake_quant_offset(
+    x: Tensor,
+    log_scale: Tensor,
+    offset: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    offset = _along(x, offset, axis)
+    return (_fake_quant(x - offset, log_scale, qmin, qmax, axis) + offset).to(x.dtype)
+
+
+def _fake_quant_groups(
+    x: Tensor,
+    log_scale: Tensor,
+    qmin: int,
+    qmax: int,
+    group_size: int,
+    grad_scale: float = 1.0,
+    offset: Tensor | None = None,
+) -> Tensor:
+    groups = x.reshape(-1, group_size)
+    if offset is None:
+        return _fake_quant(groups, log_scale.reshape(-1), qmin, qmax, 0).view(x.shape)
+    return _fake_quant_offset(groups, log_scale.reshape(-1), offset.reshape(-1), qmin, qmax, 0).view(x.shape)
+
+
+def _pact(x: Tensor, log_alpha: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    levels = 2**bits - 1
+    scale: Tensor = (_along(x, _positive(log_alpha), axis) / levels).clamp_min(torch.finfo(log_alpha.dtype).tiny)
+    return ((x / scale).round().clamp(0, levels) * scale).to(x.dtype)
 
 
 def _apply_mask(weight: Tensor, mask: Tensor) -> Tensor:

@@ -57,6 +57,49 @@ def test_fake_quant(dtype: torch.dtype, shape: tuple[int, ...], memory_format: t
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("op", ["fake_quant_offset", "pact", "fp8_quant"])
+def test_relatives_of_fake_quant(
+    op: str, dtype: torch.dtype, shape: tuple[int, ...], memory_format: torch.memory_format, axis: Any
+) -> None:
+    step = 2.0**-3
+    # Off the halves again; fp8's numbers that lie off the ties of both formats.
+    x = ((torch.randint(-60, 60, shape) * 4 + 1) * step / 16).to(dtype).contiguous(memory_format=memory_format)
+    kind = torch.promote_types(dtype, torch.float32)
+    count = 1 if axis is None else shape[axis]
+    log_scale, offset = torch.full((count,), step).log().to(kind), torch.full((count,), step).to(kind)
+    calls: dict[str, Callable[..., Tensor]] = {
+        "fake_quant_offset": lambda x, s, o: ops.fake_quant_offset(x, s, o, -8, 7, axis, 0.5),
+        "pact": lambda x, s: ops.pact(x, s + 2.01, 3, axis),
+        "fp8_quant": lambda x, s: ops.fp8_quant(x, s + 0.01, torch.float8_e4m3fn, axis, 0.5),
+    }
+    parameters = (log_scale, offset) if op == "fake_quant_offset" else (log_scale,)
+    assert_agree(on_both(calls[op], x, *parameters), dtype, x.numel())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_value_grids(dtype: torch.dtype, axis: Any) -> None:
+    x = torch.randn(16, 8, 3, 3).to(dtype)
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda x: ops.power_of_two_quant(x, 4, axis),
+        lambda x: ops.binary_quant(x, axis),
+        lambda x: ops.ternary_quant(x, axis),
+        lambda x: ops.binary_code_quant(x, 3, "greedy", axis),
+        lambda x: ops.binary_code_quant(x, 2, axis=axis),
+        lambda x: ops.quant_range(x, -8, 7, axis).to(x.dtype),
+        lambda x: ops.quant_range_offset(x, 0, 15, axis, "mse")[1].to(x.dtype),
+    ]
+    for call in calls:
+        torch.testing.assert_close(call(x.cuda()).cpu(), call(x), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    codebook = torch.randn(7).to(torch.promote_types(dtype, torch.float32))
+    assert_agree(on_both(ops.codebook_quant, x, codebook), dtype, x.numel())
+    torch.testing.assert_close(ops.codebook_update(x.cuda(), codebook.cuda()).cpu(), ops.codebook_update(x, codebook))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_channel_gate(dtype: torch.dtype, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
     x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
     assert_agree(on_both(ops.channel_gate, x, torch.randn(shape[1]).to(dtype)), dtype, x.numel())

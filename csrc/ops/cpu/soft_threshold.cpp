@@ -43,7 +43,7 @@ std::tuple<at::Tensor, at::Tensor> soft_threshold_backward(const at::Tensor& gra
     using T = typename std::decay_t<decltype(formula)>::value_type;
     const auto sums = channelwise::backward(formula, channelwise::layout(dense, axis), grad_x, dense_grad, dense,
                                             thresholds.const_data_ptr<T>());
-    channelwise::store(sums, grad_threshold);
+    channelwise::store([&](int64_t i) { return sums[i]; }, grad_threshold);
   });
   return {grad_x, grad_threshold};
 }

@@ -25,10 +25,7 @@ struct FakeQuantWeights {
 
   // Kept in the normal range, so that it is positive and finite.
   CCTORCH_HOST_DEVICE T scale(T largest) const {
-    const T s = largest / grid.qmax;
-    const T low = std::numeric_limits<T>::min();
-    const T high = std::numeric_limits<T>::max();
-    return s < low ? low : (s > high ? high : s);
+    return clamp(largest / grid.qmax, std::numeric_limits<T>::min(), std::numeric_limits<T>::max());
   }
 };
 

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "csrc/ops/formula/host_device.h"
+#include "csrc/ops/formula/parameters.h"
 
 namespace cctorch::formula {
 
@@ -10,6 +10,7 @@ namespace cctorch::formula {
 template <typename T>
 struct SoftThreshold {
   using value_type = T;
+  using parameter_type = T;
 
   CCTORCH_HOST_DEVICE T forward(T x, T threshold) const {
     const T left = std::abs(x) - threshold;

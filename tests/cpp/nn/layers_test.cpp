@@ -244,6 +244,24 @@ TEST(FakeQuant, AChannelOfZerosHasAFiniteScale) {
   EXPECT_TRUE(quant->log_scale.isfinite().all().item<bool>());
 }
 
+TEST(FakeQuant, OffsetsGroupsAndRanges) {
+  const at::Tensor weight = torch::rand({3, 2, 4}) + 1;
+  FakeQuant quant(FakeQuantOptions(8).axis(0).channels(3).groups(2).offset(true).init("minmax"));
+  EXPECT_LT(difference(quant(weight), weight), 1.0 / 255);
+  EXPECT_EQ(quant->log_scale.sizes(), at::IntArrayRef({3, 2}));
+  const at::Tensor groups = weight.view({3, 2, 4});
+  EXPECT_LT(difference(quant->log_scale.exp(), (groups.amax(-1) - groups.amin(-1)) / 255), 1e-6);
+  quant(weight).sum().backward();
+  EXPECT_TRUE(quant->offset.grad().defined());
+  for (const char* init : {"minmax", "mse"}) {
+    FakeQuant symmetric(FakeQuantOptions(8).init(init));
+    EXPECT_LT(difference(symmetric(weight), weight), 2.0 / 127);
+  }
+  EXPECT_THROW(FakeQuant(FakeQuantOptions(8).groups(2)), c10::Error);
+  EXPECT_THROW(FakeQuant(FakeQuantOptions(8).init("best")), c10::Error);
+  EXPECT_THROW(quant(torch::rand({3, 5})), c10::Error);
+}
+
 TEST(Modules, GateAndMask) {
   ChannelGate gate(3);
   const at::Tensor x = torch::randn({2, 3, 4, 4});

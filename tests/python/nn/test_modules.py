@@ -2,10 +2,12 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cctorch import ops
 from cctorch.nn import (
     ChannelGate,
     FakeQuant,
@@ -127,11 +129,73 @@ def test_zeros_and_masked_values_give_finite_scales() -> None:
     assert torch.equal(quant(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("init", ["lsq", "minmax", "mse"])
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_scales_and_offsets_start_from_the_data(init: str, offset: bool, groups: int) -> None:
+    x = torch.randn(3, 4, 2, dtype=torch.float64) + (2 if offset else 0)
+    quant = FakeQuant(3, axis=0, channels=3, dtype=torch.float64, offset=offset, groups=groups, init=init)
+    y = quant(x)
+    rows = x.view(3 * groups, -1)
+    log_scale, start = 2 * rows.abs().mean(1).div(math.sqrt(3)), torch.zeros(len(rows), dtype=torch.float64)
+    log_scale = log_scale.log()
+    if init != "lsq" and offset:
+        log_scale, start = ops.quant_range_offset(rows, -4, 3, 0, init)
+    elif init != "lsq":
+        log_scale = ops.quant_range(rows, -4, 3, 0, init)
+    torch.testing.assert_close(quant.log_scale.detach().flatten(), log_scale)
+    assert quant.log_scale.shape == ((3,) if groups == 1 else (3, groups))
+    if offset:
+        torch.testing.assert_close(quant.offset.detach().flatten(), start)
+    scale, start = log_scale.exp().unsqueeze(1), start.unsqueeze(1)
+    expected = scale * ((rows - start) / scale).clamp(-4, 3).round() + start
+    torch.testing.assert_close(y.detach(), expected.view_as(x))
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in quant.parameters())
+    fresh = FakeQuant(3, axis=0, channels=3, dtype=torch.float64, offset=offset, groups=groups, init=init)
+    assert torch.equal(reloaded(quant, fresh)(x * 2), quant(x * 2))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("options", [{}, {"offset": True}, {"init": "mse"}, {"groups": 2, "init": "minmax"}], ids=str)
+@pytest.mark.parametrize("lr", [0.1, 10.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_from_scratch_keeps_scales_positive_and_finite(
+    bits: int, options: dict[str, Any], lr: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    for layer in (net[0], net[2]):
+        quant = FakeQuant(bits, axis=0, channels=layer.out_features, **options)
+        parametrize.register_parametrization(layer, "weight", quant)
+    activations = FakeQuant(bits, signed=False, offset="offset" in options, init=options.get("init", "lsq"))
+    net.insert(2, activations)
+    x, target = torch.randn(64, 8), torch.randint(4, (64,))
+    net(x)
+    quants = [module for module in net.modules() if isinstance(module, FakeQuant)]
+    assert len(quants) == 3
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), target).backward()
+        optimizer.step()
+        for quant in quants:
+            assert quant.log_scale.isfinite().all()
+            # What one step above zero is quantized to: the scale that is used.
+            one = ops.fake_quant(torch.full_like(quant.log_scale, math.inf).view(-1), quant.log_scale.view(-1), 0, 1, 0)
+            assert one.isfinite().all()
+            assert (one > 0).all()
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: FakeQuant(1), "bits = 1, expected 2 to 16"),
         (lambda: FakeQuant(4, axis=0), "axis = 0 with channels = None, expected both or neither"),
+        (lambda: FakeQuant(4, groups=2), "groups = 2 with axis = None, expected 1, or more with axis 0"),
+        (lambda: FakeQuant(4, axis=0, channels=2, groups=0), "groups = 0 with axis = 0"),
+        (lambda: FakeQuant(4, init="best"), "init = 'best', expected 'lsq', 'minmax' or 'mse'"),
+        (lambda: FakeQuant(4, axis=0, channels=2, groups=3)(torch.ones(2, 4)), "each of 3 equal groups"),
         (lambda: ChannelGate(0), "channels = 0, expected at least 1"),
         (lambda: SoftThreshold(axis=0), "axis = 0 with channels = None, expected both or neither"),
         (lambda: SoftThreshold(0, 0), "channels = 0, expected at least 1"),
