@@ -32,8 +32,8 @@ examples:
   cctorch sweep runs/demo 0.3 0.5 0.7                    its dense model, compressed to each of these targets
 """
 _RUN = """\
-Runs what CONFIG describes and writes into runs/<name>/: config.yaml, metrics.jsonl, steps.jsonl, tensorboard/, plan.json,
-checkpoints/, compressed.pt2 (a torch.export program), summary.json, run.log and report.html.
+Runs what CONFIG describes and writes into runs/<name>/: config.yaml, metrics.jsonl, steps.jsonl and tensorboard/,
+plan.json, checkpoints/, compressed.pt2 (a torch.export program), summary.json, run.log and report.html.
 
 An interrupted run goes on from its last checkpoint when the same command is given again. SIGTERM, SIGUSR1 and Ctrl-C
 write one after the step of training that runs.

@@ -45,19 +45,21 @@ class Interruption:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, who trains asks for `requested` and ends at a checkpoint."""
+        """Within, who trains asks for `requested` and ends at a checkpoint. One that came too late is heard after."""
         self._deferred = True
         try:
             yield
         finally:
             self._deferred = False
+        if self.requested:
+            raise self.interrupted()
 
     def interrupted(self) -> Interrupted:
         return Interrupted(f"{self.signal.name} received" if self.signal else "another rank was asked to end")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         repeated = self.requested
-        self.signal = signal.Signals(number)
+        self.signal = self.signal or signal.Signals(number)
         if repeated:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt

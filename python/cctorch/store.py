@@ -153,10 +153,9 @@ class Folder:
         foreign = [item for item in self.path.iterdir() if not self._own(item, _FILES)]
         if self.checkpoints.is_dir():
             foreign += [item for item in self.checkpoints.iterdir() if not self._own(item, _CHECKPOINTS)]
-        if (self.path / "tensorboard").is_dir():
-            foreign += [
-                f for f in (self.path / "tensorboard").iterdir() if not f.name.startswith("events.out.tfevents")
-            ]
+        for name, ours in (("tensorboard", "events.out.tfevents*"), ("logs", "rank*.log")):
+            if (self.path / name).is_dir():
+                foreign += [item for item in (self.path / name).iterdir() if not item.match(ours)]
         if foreign:
             names = ", ".join(str(item) for item in foreign[:3])
             raise ConfigError(f"--fresh deletes nothing in {self.path}: {names} is not a run's own file; move it away")

@@ -37,7 +37,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     text = capsys.readouterr().out
-    for word in ("plan.json", "report.html", "CCTORCH_DATA", "key=value", "goes on from its last epoch"):
+    for word in ("plan.json", "report.html", "CCTORCH_DATA", "key=value", "goes on from its last checkpoint"):
         assert word in text
 
 

@@ -178,15 +178,20 @@ def _refuse(*_: object, **__: object) -> None:
     raise RuntimeError("no more of this")
 
 
+def _twice(interruption: Interruption) -> None:
+    with interruption.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.requested
+        with pytest.raises(KeyboardInterrupt) as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not isinstance(caught.value, Interrupted)
+
+
 def test_ctrl_c_twice_waits_for_nothing() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Interruption() as interruption:
-        with interruption.deferred():
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert interruption.requested
-            with pytest.raises(KeyboardInterrupt) as caught:
-                os.kill(os.getpid(), signal.SIGINT)
-        assert not isinstance(caught.value, Interrupted)
+        with pytest.raises(Interrupted, match="SIGINT received"):
+            _twice(interruption)
         os.kill(os.getpid(), signal.SIGTERM)  # what has been asked for is not asked for again
     assert signal.getsignal(signal.SIGINT) is before

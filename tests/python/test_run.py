@@ -289,7 +289,9 @@ def test_fresh_deletes_a_runs_own_files_only(dataset: Path, tmp_path: Path, monk
     _fail_at(monkeypatch, driver, "train_epoch", 2, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run(settings, console=_quiet())
-    for foreign in ("notes.txt", "checkpoints/mine.pt", "tensorboard/mine"):
+    (settings.folder / "logs").mkdir()
+    (settings.folder / "logs" / "rank1.log").touch()
+    for foreign in ("notes.txt", "checkpoints/mine.pt", "tensorboard/mine", "logs/mine.log"):
         (settings.folder / foreign).touch()
         before = sorted(settings.folder.rglob("*"))
         with pytest.raises(ConfigError, match=f"deletes nothing.*{foreign} is not a run's own file"):

@@ -1,4 +1,4 @@
-"""The command under torchrun: a rank that dies, a warning before the end, and a run that ends as if neither had been."""
+"""The command under torchrun: a rank that dies, a warning of the end, and a run that ends as if neither had been."""
 
 from __future__ import annotations
 
