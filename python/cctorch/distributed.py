@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cctorch.rendezvous import fresh_store
+
 T = TypeVar("T")
 
 # Rank 0 searches, measures and exports while the others wait. A rank that died is noticed at once, by torchrun.
@@ -69,7 +71,9 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    store, rank, ranks = fresh_store()
+    backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backends, store=store, rank=rank, world_size=ranks, timeout=_PATIENCE)
     yield
     # Not after an error: the others may wait for what this rank will never send.
     dist.destroy_process_group()
