@@ -120,7 +120,8 @@ def _again(given: Sequence[str]) -> str:
 def _run(parsed: argparse.Namespace) -> int:
     from cctorch import _C
     from cctorch.config import load_config
-    from cctorch.run import run, select_device
+    from cctorch.device import select_device
+    from cctorch.run import run
 
     try:
         config = load_config(parsed.config, parsed.overrides)

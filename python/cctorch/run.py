@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import traceback
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -23,12 +20,14 @@ from torch import Tensor, nn
 from cctorch import _C, batch_norm, collaborative, compress_stage, data, distributed, export, measure, models, report
 from cctorch.apply import apply
 from cctorch.config import Compress, Config, ConfigError, Finetune, Training, expand
+from cctorch.device import describe, select_device
 from cctorch.graph import trace
-from cctorch.interruption import Interrupted, Interruption
+from cctorch.interruption import Interruption
 from cctorch.log import Log, duration
 from cctorch.nn import BatchNorm2d
 from cctorch.regularize_stage import RegularizeStage, select
 from cctorch.repair import repair
+from cctorch.session import opened
 from cctorch.store import Architecture, Events, Folder, State, Steps, build, load_model
 from cctorch.summary import Figures, Summary, counted, search_results, show
 from cctorch.train import (
@@ -50,49 +49,11 @@ def run(config: Config, *, fresh: bool = False, console: Console | None = None) 
     not finite, ValueError where the target is missed by more than 1 % of the budget. Interrupted, after a signal or
     without one of its ranks: the same call goes on.
     """
-    with Interruption() as interruption, distributed.joined(select_device(config)), contextlib.ExitStack() as stack:
-        # Settings of another machine's file would go unnoticed.
+    with Interruption() as interruption, distributed.joined(select_device(config)):
+        # Rank 0's, in case that another machine's file says something else.
         config = distributed.on_main(lambda: config)
-        folder = Folder(config.folder)
-        distributed.on_main(lambda: _open(folder, config, fresh, stack))
-        log = stack.enter_context(_log(folder, console))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.showwarning = log.show_warning
-        with _failures_noted(folder, log, interruption):
+        with opened(config, interruption, fresh, console) as (folder, log):
             return _finish(config, folder, log, interruption)
-
-
-def _open(folder: Folder, config: Config, fresh: bool, stack: contextlib.ExitStack) -> None:
-    stack.enter_context(folder.locked())
-    # The command that a launcher repeats may say --fresh.
-    if fresh and not distributed.was_restarted():
-        folder.clear()
-    folder.begin(config)
-
-
-def _log(folder: Folder, console: Console | None) -> Log:
-    if distributed.is_main():
-        return Log(folder.path / "run.log", console)
-    return Log(folder.path / "logs" / f"rank{distributed.rank()}.log", Console(quiet=True))
-
-
-@contextlib.contextmanager
-def _failures_noted(folder: Folder, log: Log, interruption: Interruption) -> Iterator[None]:
-    """In the log, and for `cctorch status` in failure.txt: a failed run will fail again, an interrupted one not."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        log.line(f"interrupted: {error or 'Ctrl-C'}", on_console=False)
-        raise
-    except Exception as error:
-        if interruption.requested or distributed.lost_a_rank(error):
-            log.line(f"interrupted, another rank is gone: {error}", on_console=False)
-            raise Interrupted(f"another rank is gone: {error}") from error
-        with contextlib.suppress(OSError):
-            log.line(f"failed: {error}\n{traceback.format_exc()}", on_console=False)
-            if distributed.is_main():
-                folder.write("failure.txt", f"{error}\n")
-        raise
 
 
 def _finish(config: Config, folder: Folder, log: Log, interruption: Interruption) -> Summary:
@@ -108,27 +69,6 @@ def _finish(config: Config, folder: Folder, log: Log, interruption: Interruption
     show(summary, log)
     log.line(f"report: {page}")
     return summary
-
-
-def select_device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda': torch sees no CUDA device; expected auto or cpu on this machine")
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if not distributed.launched():
-        return torch.device("cuda")
-    if distributed.local_rank() >= torch.cuda.device_count():
-        raise ConfigError(
-            f"torchrun --nproc-per-node: rank {distributed.local_rank()} of this machine has no GPU; expected at most "
-            f"{torch.cuda.device_count()} processes, one for each GPU, or device=cpu"
-        )
-    return torch.device("cuda", distributed.local_rank())
-
-
-def describe(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    ranks = distributed.world_size()
-    return name if ranks == 1 else f"{ranks} ranks of {name}"
 
 
 class _Run:
