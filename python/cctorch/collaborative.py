@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cctorch import _C, latency_budget
+from cctorch import _C, distributed, latency_budget
 from cctorch.graph import ModelGraph, trace
 from cctorch.latency import LatencyTable
 from cctorch.latency_budget import Latency
@@ -64,6 +64,7 @@ def mean_gradients(
     *,
     loss: LossFunction = F.cross_entropy,
     progress: Progress | None = None,
+    across_ranks: bool = False,
 ) -> dict[str, Tensor]:
     """Gradient of the mean loss with respect to the weight of each layer in `layers`, the model in eval mode.
 
@@ -71,6 +72,7 @@ def mean_gradients(
         batches: pairs (inputs, labels) on the model's device, un-augmented; weighted by their number of examples.
         layers: paths of modules with a `weight`.
         loss: mean loss of a batch.
+        across_ranks: `batches` are this rank's share; every rank calls, and gets the gradients over all of them.
 
     Returns:
         For each layer, a tensor of its weight's shape. The model's own `.grad` fields are left as they were.
@@ -103,6 +105,10 @@ def mean_gradients(
             parameter.requires_grad_(flag)
         for module, mode in training.items():
             module.training = mode
+    if across_ranks:
+        examples = int(distributed.sum_(torch.tensor(examples)))
+        for gradient in sums:
+            distributed.sum_(gradient)
     if examples == 0:
         raise ValueError("compress: `batches` is empty, expected at least one batch of training images")
     for name, gradient in zip(layers, sums, strict=True):
@@ -229,6 +235,7 @@ def compress(
     gradients: Mapping[str, Tensor] | None = None,
     loss: LossFunction = F.cross_entropy,
     progress: Progress | None = None,
+    across_ranks: bool = False,
 ) -> Compression:
     """Finds a plan that removes a fraction of a model's multiply-accumulates, parameters or latency.
 
@@ -265,6 +272,8 @@ def compress(
             patterns fit, the smallest holds. 0 is `exclude`.
         gradients: of an earlier `Compression` of this model, in place of a pass over `batches`.
         progress: called with (stage, done, total).
+        across_ranks: `batches` are this rank's share, and every rank calls. Gradients are those over all shares; rank 0
+            searches while the others wait, and all get its plan. The curves and the measured latency stay with rank 0.
 
     Raises:
         ValueError: a bad argument, a pattern that names no layer, weights or gradients that are not finite, or a target
@@ -292,17 +301,18 @@ def compress(
     bounded = _bounds(graph, bounds or {})
     searched = _candidates(graph, exclude)
     found = (
-        mean_gradients(model, batches, searched, loss=loss, progress=progress)
+        mean_gradients(model, batches, searched, loss=loss, progress=progress, across_ranks=across_ranks)
         if gradients is None
         else _given(gradients, searched)
     )
     seconds = time.perf_counter() - start
-    if latency_table is None:
-        compression = solve(
-            model, graph, found, options, count=count, bounds=bounded, progress=progress, gradient_seconds=seconds
-        )
-    else:
-        compression = solve_latency(
+
+    def search() -> Compression:
+        if latency_table is None:
+            return solve(
+                model, graph, found, options, count=count, bounds=bounded, progress=progress, gradient_seconds=seconds
+            )
+        return solve_latency(
             model,
             graph,
             found,
@@ -313,8 +323,36 @@ def compress(
             progress=progress,
             gradient_seconds=seconds,
         )
+
+    compression = _of_main(graph, search, seconds) if across_ranks else search()
     compression.gradients = found
     return compression
+
+
+def _of_main(graph: ModelGraph, search: Callable[[], Compression], gradient_seconds: float) -> Compression:
+    """What rank 0 finds; the other ranks get the plan and the counts."""
+    own: list[Compression] = []
+
+    def told() -> tuple[str, int]:
+        own.append(search())
+        return own[0].plan.to_json(), own[0].nominal_macs
+
+    text, nominal_macs = distributed.on_main(told)
+    if own:
+        return own[0]
+    plan = CompressionPlan.from_json(text)
+    return Compression(
+        plan=plan,
+        curves=[],
+        model_specs=graph.specs,
+        dense_macs=_C.dense_macs(graph.specs),
+        nominal_macs=nominal_macs,
+        final_macs=_C.final_macs(graph.specs, plan),
+        gradient_seconds=gradient_seconds,
+        curve_seconds=0.0,
+        heuristic_seconds=0.0,
+        warnings=list(graph.warnings),
+    )
 
 
 def _given(gradients: Mapping[str, Tensor], searched: Sequence[str]) -> dict[str, Tensor]:

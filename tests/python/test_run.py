@@ -27,6 +27,7 @@ from tiny_run import config, tree, write_dataset
 OUTPUTS = {
     "config.yaml",
     "metrics.jsonl",
+    "steps.jsonl",
     "plan.json",
     "curves.json",
     "summary.json",
@@ -275,7 +276,7 @@ def test_two_processes_do_not_write_one_run(dataset: Path, tmp_path: Path) -> No
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
         for fresh in (False, True):
-            with pytest.raises(ConfigError, match=f"is being written by process {process.pid}: "):
+            with pytest.raises(ConfigError, match=f"is being written by process {process.pid} on .*: "):
                 run(settings, fresh=fresh, console=_quiet())
         assert [item.name for item in settings.folder.iterdir()] == [".lock"]
         process.kill()
@@ -288,7 +289,9 @@ def test_fresh_deletes_a_runs_own_files_only(dataset: Path, tmp_path: Path, monk
     _fail_at(monkeypatch, driver, "train_epoch", 2, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run(settings, console=_quiet())
-    for foreign in ("notes.txt", "checkpoints/mine.pt", "tensorboard/mine"):
+    (settings.folder / "logs").mkdir()
+    (settings.folder / "logs" / "rank1.log").touch()
+    for foreign in ("notes.txt", "checkpoints/mine.pt", "tensorboard/mine", "logs/mine.log"):
         (settings.folder / foreign).touch()
         before = sorted(settings.folder.rglob("*"))
         with pytest.raises(ConfigError, match=f"deletes nothing.*{foreign} is not a run's own file"):
