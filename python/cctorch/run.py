@@ -37,23 +37,26 @@ def run(config: Config, *, fresh: bool = False, console: Console | None = None) 
     """
     folder = Folder(config.folder)
     with folder.locked():
+        if not fresh:
+            folder.check(config)
+        # What is refused is refused here, before anything is written or, for --fresh, deleted.
+        ahead = None if folder.finished and not fresh else _Run(config, folder, fresh)
         if fresh:
             folder.clear()
         folder.begin(config)
         with Log(folder.path / "run.log", console) as log, warnings.catch_warnings():
             warnings.showwarning = log.show_warning
-            return _finish(config, folder, log)
+            return _finish(folder, ahead, log)
 
 
-def _finish(config: Config, folder: Folder, log: Log) -> Summary:
-    finished = folder.path / "summary.json"
-    if finished.exists():
-        summary = Summary.from_json(finished.read_text())
+def _finish(folder: Folder, ahead: _Run | None, log: Log) -> Summary:
+    if ahead is None:
+        summary = Summary.from_json((folder.path / "summary.json").read_text())
         log.line(f"{folder.path} is finished; --fresh starts it over")
         if not (folder.path / "report.html").exists():
             report.write(folder.path)
     else:
-        summary = _Run(config, folder, log).execute()
+        summary = ahead.execute(log)
         report.write(folder.path)
     show(summary, log)
     log.line(f"report: {folder.path / 'report.html'}")
@@ -71,8 +74,11 @@ def describe(device: torch.device) -> str:
 
 
 class _Run:
-    def __init__(self, config: Config, folder: Folder, log: Log) -> None:
-        self.config, self.folder, self.log = config, folder, log
+    log: Log
+    events: Events
+
+    def __init__(self, config: Config, folder: Folder, fresh: bool) -> None:
+        self.config, self.folder = config, folder
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -83,20 +89,12 @@ class _Run:
         self.architecture = Architecture(
             config.model.name, self.data.classes, self.data.shape, self.data.mean, self.data.std
         )
-        state, damaged = folder.load_state()
-        for warning in damaged:
-            log.warning(warning)
+        state, self.damaged = (None, []) if fresh else folder.load_state()
+        self.resuming = state is not None
         self.state = state or State()
         self.model = self._model()
         self.optimizer = self._optimizer(self.state.momentum)
         self.regularized = self._regularized()
-        self.events = Events(folder, self.state.events)
-        log.line(
-            f"data: {self.data.source}, {len(self.data.train)} training, {len(self.data.validation)} validation, "
-            f"{len(self.data.test)} test images; device: {self.device_name}"
-        )
-        if state:
-            log.line(f"resuming at stage {state.stage}, after epoch {state.epoch}")
 
     @property
     def device_name(self) -> str:
@@ -107,8 +105,18 @@ class _Run:
         settings = {"finetune": self.config.finetune, "regularize": self.config.regularize}.get(self.state.stage)
         return settings or self.config.train
 
-    def execute(self) -> Summary:
+    def execute(self, log: Log) -> Summary:
+        self.log = log
+        for warning in self.damaged:
+            log.warning(warning)
+        self.events = Events(self.folder, self.state.events)
         try:
+            log.line(
+                f"data: {self.data.source}, {len(self.data.train)} training, {len(self.data.validation)} validation, "
+                f"{len(self.data.test)} test images; device: {self.device_name}"
+            )
+            if self.resuming:
+                log.line(f"resuming at stage {self.state.stage}, after epoch {self.state.epoch}")
             if self.state.stage == "train":
                 self._train()
                 self._finish_dense()

@@ -16,6 +16,7 @@ import yaml
 from cctorch import _C, batch_norm, collaborative, export, measure, models, report, store
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
+from cctorch.data import DataError
 from cctorch.models import CheckpointError
 from cctorch.report import page
 from cctorch.run import Summary, run
@@ -263,6 +264,26 @@ def test_another_configuration_needs_another_name(
         run(config(dataset, tmp_path), console=_quiet())
     with pytest.raises(ConfigError, match=r"seed: 0 -> 5.*--fresh"):
         run(config(dataset, tmp_path, seed=5), console=_quiet())
+
+
+def test_a_refused_configuration_leaves_the_folder_as_it_was(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(dataset, tmp_path)
+    described = settings.model_dump()
+    described["data"]["validation"] = 96
+    too_much = parse_config(described)
+    with pytest.raises(DataError, match=r"data\.validation = 96"):
+        run(too_much, console=_quiet())
+    assert [item.name for item in settings.folder.iterdir()] == [".lock"]
+    with monkeypatch.context() as patch:
+        _fail_at(patch, driver, "train_epoch", 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, console=_quiet())
+    before = {file: file.read_bytes() for file in settings.folder.rglob("*") if file.is_file()}
+    with pytest.raises(DataError, match=r"data\.validation = 96"):
+        run(too_much, fresh=True, console=_quiet())
+    assert {file: file.read_bytes() for file in settings.folder.rglob("*") if file.is_file()} == before
 
 
 def test_two_processes_do_not_write_one_run(dataset: Path, tmp_path: Path) -> None:
