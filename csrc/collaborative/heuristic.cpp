@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "csrc/collaborative/running_layer.h"
@@ -17,7 +18,7 @@ std::vector<int64_t> best_units(const std::vector<double>& scores, int64_t count
     if (std::isfinite(scores[u])) units.push_back(static_cast<int64_t>(u));
   }
   std::stable_sort(units.begin(), units.end(), [&](int64_t a, int64_t b) { return scores[a] < scores[b]; });
-  if (static_cast<int64_t>(units.size()) > count) units.resize(count);
+  if (std::cmp_greater(units.size(), count)) units.resize(count);
   return units;
 }
 
@@ -51,12 +52,12 @@ LayerPlan compress_layer(const Layer& layer, double rate, const Options& options
 
   RunningLayer running(layer.weight, layer.gradient, options.basis);
   const double goal = (1.0 - rate) * static_cast<double>(running.dense_macs()) * (1 + 1e-12);
-  while (std::min(running.macs(), running.pruned_macs()) > goal) {
+  while (static_cast<double>(std::min(running.macs(), running.pruned_macs())) > goal) {
     if (!remove_best_units(running, options)) break;
   }
   plan.kept_in = running.kept_channels();
   // Channels alone suffice: the weight is not decomposed, and loses nothing else.
-  if (running.decomposed() && running.pruned_macs() > goal) plan.rank = running.rank();
+  if (running.decomposed() && static_cast<double>(running.pruned_macs()) > goal) plan.rank = running.rank();
   return plan;
 }
 
