@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import shlex
 import sys
@@ -143,6 +144,10 @@ def _status(parsed: argparse.Namespace) -> int:
 
 
 def _fail(error: Exception) -> int:
-    text = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.filename else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.strerror} ({error.filename})"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = "the disk is full: free some space, then give the same command again"
     print(f"cctorch: {text}", file=sys.stderr)
     return 1

@@ -23,6 +23,7 @@ from cctorch.run import Summary, run
 from cctorch.store import Folder
 from cctorch.train import TrainingError
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import config, tree, write_dataset
 
 OUTPUTS = {
@@ -105,7 +106,12 @@ def test_a_run_leaves_all_its_files(finished: tuple[Config, Summary, str]) -> No
     for event in events:
         if event["event"] == "epoch":
             assert event.keys() >= {"epoch", "stage", "loss", "accuracy", "lr", "seconds", "images_per_second"}
-    assert any((folder / "tensorboard").glob("events.out.tfevents*"))
+    scalars = EventAccumulator(str(folder / "tensorboard"))
+    scalars.Reload()
+    losses = [event["loss"] for event in events if event["event"] == "epoch" and event["stage"] == "train"]
+    assert [point.value for point in scalars.Scalars("train/loss")] == pytest.approx(losses)
+    accuracies = {event["event"]: event["accuracy"] for event in events if event["event"] != "epoch"}
+    assert {f"{kind}/accuracy" for kind in accuracies} <= set(scalars.Tags()["scalars"])
 
 
 def test_the_figures_are_those_of_the_models(finished: tuple[Config, Summary, str]) -> None:
