@@ -32,12 +32,12 @@ void for_each_layer(const std::vector<Layer>& layers, std::string_view stage, co
   const auto total = static_cast<int64_t>(layers.size());
   if (progress) progress(stage, 0, total);
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), total), 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView without_autograd;
+    const at::AutoDispatchBelowADInplaceOrView without_autograd;
     for (int64_t worker = begin; worker < end; ++worker) {
       try {
         for (size_t taken = next++; taken < order.size(); taken = next++) {
           function(order[taken]);
-          const std::lock_guard lock(report);
+          const std::scoped_lock lock(report);
           if (progress) progress(stage, ++done, total);
         }
       } catch (...) {

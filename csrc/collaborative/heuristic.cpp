@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "csrc/collaborative/running_layer.h"
@@ -18,7 +19,7 @@ std::vector<int64_t> best_units(const std::vector<double>& scores, int64_t count
     if (std::isfinite(scores[u])) units.push_back(static_cast<int64_t>(u));
   }
   std::stable_sort(units.begin(), units.end(), [&](int64_t a, int64_t b) { return scores[a] < scores[b]; });
-  if (static_cast<int64_t>(units.size()) > count) units.resize(count);
+  if (std::cmp_greater(units.size(), count)) units.resize(count);
   return units;
 }
 

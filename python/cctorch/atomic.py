@@ -33,6 +33,8 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
                 f"the disk is full: {len(data):,} bytes did not fit; {state}. Free some space, then try again",
                 str(target),
             ) from error
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shlex
@@ -169,7 +170,11 @@ def _fail(error: Exception) -> int:
     from cctorch.config import ConfigError
     from cctorch.data import DataError
 
-    text = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.filename else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.strerror} ({error.filename})"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = "the disk is full: free some space, then give the same command again"
     of = "" if distributed.is_main() else f" (rank {distributed.rank()})"
     print(f"cctorch{of}: {text}", file=sys.stderr)
     return 2 if isinstance(error, ConfigError | DataError) else 1

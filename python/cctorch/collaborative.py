@@ -78,9 +78,10 @@ def mean_gradients(
         For each layer, a tensor of its weight's shape. The model's own `.grad` fields are left as they were.
 
     Raises:
-        ValueError: there is no batch, or the gradient of a layer is not finite (the layer is named).
+        ValueError: there is no batch, or a parameter, a buffer or the gradient of a layer is not finite (it is named).
     """
     weights = [_weight(model, name) for name in layers]
+    _check_finite(model)
     training = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     sums = [torch.zeros_like(weight) for weight in weights]
@@ -115,9 +116,20 @@ def mean_gradients(
         gradient /= examples
         if not torch.isfinite(gradient).all():
             raise ValueError(
-                f"compress: the gradient of layer '{name}' is NaN or infinite; check the model's weights and the images"
+                f"compress: the gradient of layer '{name}' is NaN or infinite; check the images, and the loss that the "
+                "model has on them"
             )
     return dict(zip(layers, sums, strict=True))
+
+
+def _check_finite(model: nn.Module) -> None:
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"compress: the {kind} '{name}' holds NaN or infinite values, expected finite ones; load a sound "
+                    "checkpoint, or train the model again"
+                )
 
 
 def solve(
@@ -388,11 +400,18 @@ def _bounds(graph: ModelGraph, bounds: Mapping[str, float]) -> dict[str, float]:
 
 def _candidates(graph: ModelGraph, exclude: Sequence[str]) -> list[str]:
     excluded = {name for pattern in exclude for name in _named(graph, pattern, "exclude")}
-    return [
+    candidates = [
         spec.name
         for spec in _C.participants(graph.specs)
         if spec.name not in graph.left_alone and spec.name not in excluded
     ]
+    if not candidates:
+        raise ValueError(
+            f"compress: none of the model's {len(graph.specs)} layers can be compressed, expected a convolution or a "
+            "linear layer besides the first convolution and the last linear layer"
+            + "".join(f"; {warning}" for warning in graph.warnings)
+        )
+    return candidates
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -27,7 +27,7 @@ from cctorch.log import Log, duration
 from cctorch.nn import BatchNorm2d
 from cctorch.regularize_stage import RegularizeStage, select
 from cctorch.repair import repair
-from cctorch.session import opened
+from cctorch.session import locked, logged
 from cctorch.store import Architecture, Events, Folder, State, Steps, build, load_model
 from cctorch.summary import Figures, Summary, counted, search_results, show
 from cctorch.train import (
@@ -51,20 +51,25 @@ def run(config: Config, *, fresh: bool = False, console: Console | None = None) 
     """
     with Interruption() as interruption, distributed.joined(select_device(config)):
         # Rank 0's, in case that another machine's file says something else.
-        config = distributed.on_main(lambda: config)
-        with opened(config, interruption, fresh, console) as (folder, log):
-            return _finish(config, folder, log, interruption)
+        config, fresh = distributed.on_main(lambda: (config, fresh and not distributed.was_restarted()))
+        with locked(config, interruption) as folder:
+            if not fresh:
+                distributed.on_main(lambda: folder.check(config))
+            summary = None if fresh else distributed.on_main(folder.summary)
+            # What is refused is refused here, before anything is written or, for --fresh, deleted.
+            ahead = None if summary else _Run(config, folder, interruption, fresh)
+            with logged(folder, config, interruption, fresh, console) as log:
+                return _finish(summary, ahead, folder, log)
 
 
-def _finish(config: Config, folder: Folder, log: Log, interruption: Interruption) -> Summary:
+def _finish(summary: Summary | None, ahead: _Run | None, folder: Folder, log: Log) -> Summary:
     page = folder.path / "report.html"
-    summary = distributed.on_main(folder.summary)
-    finished = summary is not None
-    if summary is None:
-        summary = _Run(config, folder, log, interruption).execute()
+    if ahead is not None:
+        summary = ahead.execute(log)
     else:
         log.line(f"{folder.path} is finished; --fresh starts it over")
-    if distributed.is_main() and not (finished and page.exists()):
+    assert summary is not None
+    if distributed.is_main() and (ahead is not None or not page.exists()):
         report.write(folder.path)
     show(summary, log)
     log.line(f"report: {page}")
@@ -72,8 +77,12 @@ def _finish(config: Config, folder: Folder, log: Log, interruption: Interruption
 
 
 class _Run:
-    def __init__(self, config: Config, folder: Folder, log: Log, interruption: Interruption) -> None:
-        self.config, self.folder, self.log, self.interruption = config, folder, log, interruption
+    log: Log
+    events: Events
+    steps: Steps
+
+    def __init__(self, config: Config, folder: Folder, interruption: Interruption, fresh: bool) -> None:
+        self.config, self.folder, self.interruption = config, folder, interruption
         self.vote = distributed.Vote()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -85,23 +94,16 @@ class _Run:
         self.architecture = Architecture(
             config.model.name, self.data.classes, self.data.shape, self.data.mean, self.data.std
         )
-        (state, damaged), rng = distributed.on_main(lambda: (folder.load_state(), torch.get_rng_state()))
+        (state, self.damaged), rng = distributed.on_main(
+            lambda: ((None, []) if fresh else folder.load_state(), torch.get_rng_state())
+        )
         torch.set_rng_state(rng)
-        for warning in damaged:
-            log.warning(warning)
+        self.resuming = state is not None
         self.state = state or State()
         self.model = self._model()
         self.parallel = self._parallel()
         self.optimizer = self._optimizer(self.state.momentum)
         self.regularized = self._regularized()
-        self.events, self.steps = Events(folder, self.state.events), Steps(folder, self.state.steps_bytes)
-        log.line(
-            f"data: {self.data.source}, {len(self.data.train)} training, {len(self.data.validation)} validation, "
-            f"{len(self.data.test)} test images; device: {self.device_name}"
-        )
-        if state:
-            behind = f" and {len(state.losses)} steps" if state.losses else ""
-            log.line(f"resuming at stage {state.stage}, after epoch {state.epoch}{behind}")
 
     @property
     def device_name(self) -> str:
@@ -112,8 +114,19 @@ class _Run:
         settings = {"finetune": self.config.finetune, "regularize": self.config.regularize}.get(self.state.stage)
         return settings or self.config.train
 
-    def execute(self) -> Summary:
+    def execute(self, log: Log) -> Summary:
+        self.log = log
+        for warning in self.damaged:
+            log.warning(warning)
+        self.events, self.steps = Events(self.folder, self.state.events), Steps(self.folder, self.state.steps_bytes)
         try:
+            log.line(
+                f"data: {self.data.source}, {len(self.data.train)} training, {len(self.data.validation)} validation, "
+                f"{len(self.data.test)} test images; device: {self.device_name}"
+            )
+            if self.resuming:
+                behind = f" and {len(self.state.losses)} steps" if self.state.losses else ""
+                log.line(f"resuming at stage {self.state.stage}, after epoch {self.state.epoch}{behind}")
             if self.state.stage == "train":
                 self._train()
                 self._finish_dense()

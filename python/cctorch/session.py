@@ -17,30 +17,42 @@ from cctorch.store import Folder
 
 
 @contextlib.contextmanager
-def opened(
-    config: Config, interruption: Interruption, fresh: bool, console: Console | None
-) -> Iterator[tuple[Folder, Log]]:
-    """The folder, locked by rank 0, and this rank's log. How the block ends is noted in both.
+def locked(config: Config, interruption: Interruption) -> Iterator[Folder]:
+    """The run's folder, locked by rank 0; nothing is written to it yet.
 
-    Raises ConfigError where the folder belongs to another process or configuration, Interrupted for an error that says
-    no more than that another rank is gone.
+    Raises ConfigError where it belongs to another process, Interrupted for an error that says no more than that another
+    rank is gone.
     """
     folder = Folder(config.folder)
     with contextlib.ExitStack() as stack:
-        distributed.on_main(lambda: _open(folder, config, fresh, stack))
-        log = stack.enter_context(_log(folder, console))
-        stack.enter_context(warnings.catch_warnings())
+        distributed.on_main(lambda: stack.enter_context(folder.locked()))
+        try:
+            yield folder
+        except Exception as error:
+            if _other_rank_is_gone(error, interruption):
+                raise Interrupted(f"another rank is gone: {error}") from error
+            raise
+
+
+@contextlib.contextmanager
+def logged(
+    folder: Folder, config: Config, interruption: Interruption, fresh: bool, console: Console | None
+) -> Iterator[Log]:
+    """This rank's log, once the folder has its configuration. How the block ends is noted in both."""
+
+    def begin() -> None:
+        if fresh:
+            folder.clear()
+        folder.begin(config)
+
+    distributed.on_main(begin)
+    with _log(folder, console) as log, warnings.catch_warnings(), _failures_noted(folder, log, interruption):
         warnings.showwarning = log.show_warning
-        with _failures_noted(folder, log, interruption):
-            yield folder, log
+        yield log
 
 
-def _open(folder: Folder, config: Config, fresh: bool, stack: contextlib.ExitStack) -> None:
-    stack.enter_context(folder.locked())
-    # The command that a launcher repeats may say --fresh.
-    if fresh and not distributed.was_restarted():
-        folder.clear()
-    folder.begin(config)
+def _other_rank_is_gone(error: Exception, interruption: Interruption) -> bool:
+    return distributed.world_size() > 1 and (interruption.requested or distributed.lost_a_rank(error))
 
 
 def _log(folder: Folder, console: Console | None) -> Log:
@@ -58,9 +70,9 @@ def _failures_noted(folder: Folder, log: Log, interruption: Interruption) -> Ite
         log.line(f"interrupted: {error or 'Ctrl-C'}", on_console=False)
         raise
     except Exception as error:
-        if distributed.world_size() > 1 and (interruption.requested or distributed.lost_a_rank(error)):
+        if _other_rank_is_gone(error, interruption):
             log.line(f"interrupted, another rank is gone: {error}", on_console=False)
-            raise Interrupted(f"another rank is gone: {error}") from error
+            raise
         with contextlib.suppress(OSError):
             log.line(f"failed: {error}\n{traceback.format_exc()}", on_console=False)
             if distributed.is_main():

@@ -169,20 +169,24 @@ class Folder:
     def _own(item: Path, names: set[str]) -> bool:
         return item.name in names or atomic.is_partial(item)
 
-    def begin(self, config: Config) -> None:
-        """Writes config.yaml. Raises ConfigError if the run was begun with another configuration."""
+    def check(self, config: Config) -> None:
+        """Raises ConfigError if the run was begun with another configuration."""
         file = self.path / "config.yaml"
-        if file.exists():
-            old, new = _flat(yaml.safe_load(file.read_text())), _flat(config.model_dump())
-            changed = [
-                f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
-            ]
-            if changed:
-                raise ConfigError(
-                    f"{self.path} was begun with another configuration ({'; '.join(changed)}). "
-                    "Give the new one a name of its own with name=..., or start over with --fresh"
-                )
-        else:
+        if not file.exists():
+            return
+        old, new = _flat(yaml.safe_load(file.read_text())), _flat(config.model_dump())
+        changed = [
+            f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.path} was begun with another configuration ({'; '.join(changed)}). "
+                "Give the new one a name of its own with name=..., or start over with --fresh"
+            )
+
+    def begin(self, config: Config) -> None:
+        """Writes config.yaml, unless it is there."""
+        if not (self.path / "config.yaml").exists():
             self.write("config.yaml", config.to_yaml())
         (self.path / "failure.txt").unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,17 @@ def test_ctrl_c_tells_how_to_go_on(
         assert cli.main(["run", str(file), "--fresh", "name=again"]) == 130
     assert f"cctorch run {file} name=again" in capsys.readouterr().err
     assert cli.main(["run", str(file), "name=again"]) == 0
+
+
+def test_a_full_disk_is_one_line_whoever_met_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(driver, "train_epoch", full)
+    assert cli.main(["run", str(file)]) == 1
+    assert capsys.readouterr().err == ("cctorch: the disk is full: free some space, then give the same command again\n")
 
 
 def test_a_folder_without_a_run_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -305,8 +305,11 @@ class Auxiliary(Awkward):
 
 
 @pytest.mark.parametrize(("model", "named"), [(DataDependent(nn.ReLU()), "DataDependent"), (Auxiliary(), "auxiliary")])
-def test_model_that_cannot_be_followed_keeps_its_filters_with_one_warning(model: nn.Module, named: str) -> None:
+def test_model_that_cannot_be_followed_keeps_its_filters_with_one_warning(
+    model: nn.Module, named: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     graph = trace(model, EXAMPLE)
+    assert capfd.readouterr() == ("", "")
     assert len(graph.warnings) == 1
     assert named in graph.warnings[0]
     assert type(model).__name__ in graph.warnings[0]

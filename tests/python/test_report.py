@@ -145,3 +145,12 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     (folder / "summary.json").unlink()
     with pytest.raises(ValueError, match=r"holds no finished run \(summary\.json missing\)"):
         report.write(folder)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "curves.json"])
+def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
+    folder = _record(tmp_path / "run")
+    file = folder / name
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(ValueError, match=rf"{name} is damaged \("):
+        report.write(folder)

@@ -16,12 +16,14 @@ import yaml
 from cctorch import _C, batch_norm, collaborative, export, measure, models, report, store
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
+from cctorch.data import DataError
 from cctorch.models import CheckpointError
 from cctorch.report import page
 from cctorch.run import Summary, run
 from cctorch.store import Folder
 from cctorch.train import TrainingError
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import config, tree, write_dataset
 
 OUTPUTS = {
@@ -105,7 +107,12 @@ def test_a_run_leaves_all_its_files(finished: tuple[Config, Summary, str]) -> No
     for event in events:
         if event["event"] == "epoch":
             assert event.keys() >= {"epoch", "stage", "loss", "accuracy", "lr", "seconds", "images_per_second"}
-    assert any((folder / "tensorboard").glob("events.out.tfevents*"))
+    scalars = EventAccumulator(str(folder / "tensorboard"))
+    scalars.Reload()
+    losses = [event["loss"] for event in events if event["event"] == "epoch" and event["stage"] == "train"]
+    assert [point.value for point in scalars.Scalars("train/loss")] == pytest.approx(losses)
+    accuracies = {event["event"]: event["accuracy"] for event in events if event["event"] != "epoch"}
+    assert {f"{kind}/accuracy" for kind in accuracies} <= set(scalars.Tags()["scalars"])
 
 
 def test_the_figures_are_those_of_the_models(finished: tuple[Config, Summary, str]) -> None:
@@ -264,6 +271,26 @@ def test_another_configuration_needs_another_name(
         run(config(dataset, tmp_path), console=_quiet())
     with pytest.raises(ConfigError, match=r"seed: 0 -> 5.*--fresh"):
         run(config(dataset, tmp_path, seed=5), console=_quiet())
+
+
+def test_a_refused_configuration_leaves_the_folder_as_it_was(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(dataset, tmp_path)
+    described = settings.model_dump()
+    described["data"]["validation"] = 96
+    too_much = parse_config(described)
+    with pytest.raises(DataError, match=r"data\.validation = 96"):
+        run(too_much, console=_quiet())
+    assert [item.name for item in settings.folder.iterdir()] == [".lock"]
+    with monkeypatch.context() as patch:
+        _fail_at(patch, driver, "train_epoch", 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, console=_quiet())
+    before = {file: file.read_bytes() for file in settings.folder.rglob("*") if file.is_file()}
+    with pytest.raises(DataError, match=r"data\.validation = 96"):
+        run(too_much, fresh=True, console=_quiet())
+    assert {file: file.read_bytes() for file in settings.folder.rglob("*") if file.is_file()} == before
 
 
 def test_two_processes_do_not_write_one_run(dataset: Path, tmp_path: Path) -> None:

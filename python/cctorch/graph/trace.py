@@ -1,3 +1,8 @@
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +32,8 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
     example = torch.cat([example, example]) if example.shape[0] == 1 else example
     with evaluating(model):
         try:
-            program = torch.export.export(model, (example,), strict=False)
+            with _quiet():
+                program = torch.export.export(model, (example,), strict=False)
         except Exception as error:
             reason = str(error).strip().split("\n")[0][:200]
             return from_hooks(model, example, f"it cannot be exported ({type(error).__name__}: {reason})")
@@ -37,3 +43,15 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
         if unseen is not None:
             return from_hooks(model, example, f"layer '{unseen}' does not run in evaluation mode")
     return walker.finish()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Where torch.export gives up it logs and prints what it has so far; the graph's one warning says it shortly."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.disabled = disabled

@@ -41,8 +41,15 @@ def read(folder: Path) -> Record:
         )
     return Record(
         (folder / "config.yaml").read_text(),
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
-        json.loads(curves.read_text()) if (curves := folder / "curves.json").exists() else [],
-        json.loads((folder / "summary.json").read_text()),
-        json.loads(sweep.read_text()) if (sweep := folder / "sweep.json").exists() else [],
+        [_json(folder / "metrics.jsonl", line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        _json(curves, curves.read_text()) if (curves := folder / "curves.json").exists() else [],
+        _json(folder / "summary.json", (folder / "summary.json").read_text()),
+        _json(sweep, sweep.read_text()) if (sweep := folder / "sweep.json").exists() else [],
     )
+
+
+def _json(file: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again, or start the run over with --fresh") from error

@@ -69,6 +69,38 @@ def test_gradients_refuse_no_images_and_nan_and_leave_the_model_as_it_was() -> N
     assert model.middle.weight.grad is None
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["last.weight", "first.bias", "norm.running_var"])
+def test_values_that_are_not_finite_are_named_before_the_pass_over_the_images(name: str, bad: float) -> None:
+    model = CallsOneLayerTwice()
+    model.norm = nn.BatchNorm2d(3)
+    with torch.no_grad():
+        model.state_dict()[name].view(-1)[1] = bad
+    with pytest.raises(ValueError, match=f"'{name}' holds NaN or infinite"):
+        mean_gradients(model, iter(()), ["middle"])
+
+
+def test_a_model_without_a_layer_to_compress_is_refused() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    with pytest.raises(ValueError, match="none of the model's 1 layers can be compressed"):
+        compress(model, [(images, torch.arange(2))], images)
+
+
+def test_an_already_compressed_model_is_compressed_further() -> None:
+    torch.manual_seed(0)
+    model = CallsOneLayerTwice()
+    data = batches()
+    images = torch.cat([x for x, _ in data])
+    apply(model, compress(model, data, data[0][0], target=0.2).plan)
+    second = compress(model, data, data[0][0], target=0.2)
+    assert second.nominal_reduction >= 0.2
+    parameters = sum(value.numel() for value in model.parameters())
+    apply(model, second.plan)
+    assert sum(value.numel() for value in model.parameters()) < parameters
+    assert torch.isfinite(model(images)).all()
+
+
 def test_an_already_compressed_model_is_compressed_no_further_than_it_can_be() -> None:
     torch.manual_seed(0)
     model = CallsOneLayerTwice()
