@@ -67,17 +67,20 @@ def measure(function: Callable[[Tensor, Tensor], Tensor], device: str, repeats: 
 
 
 def mask_rows(device: str, repeats: int) -> list[dict[str, Any]]:
-    weights = [torch.randn(512, 512, 3, 3, device=device) for _ in range(4)]
+    """The exact global top 20 % of ResNet-50's weights, and the weights pruned by it; the limit is a copy of them."""
+    import torchvision
 
-    def by_sort() -> Tensor:
-        return torch.cat([weight.abs().view(-1) for weight in weights]).sort().values
-
-    ours = median_ms(lambda: ops.magnitude_masks(weights, 0.9), device, repeats)
-    theirs = median_ms(by_sort, device, 1)
-    return [
-        {"op": "magnitude_masks", "by": "cctorch", "forward_ms": ours},
-        {"op": "magnitude_masks", "by": "torch sort", "forward_ms": theirs},
+    weights = [p.detach().to(device) for p in torchvision.models.resnet50().parameters() if p.dim() > 1]
+    magnitudes = torch.cat([weight.abs().view(-1) for weight in weights])
+    count = magnitudes.numel() // 5
+    functions: list[tuple[str, str, Callable[[], Any], int]] = [
+        ("copy of weights", "torch", lambda: [weight.clone() for weight in weights], repeats),
+        ("magnitude_masks", "cctorch", lambda: ops.magnitude_masks(weights, 0.8), repeats),
+        ("magnitude_prune", "cctorch", lambda: ops.magnitude_prune(weights, 0.8), repeats),
+        ("top-k alone", "torch topk", lambda: magnitudes.topk(count, sorted=False), 1),
+        ("top-k alone", "torch sort", lambda: magnitudes.sort(), 1),
     ]
+    return [{"op": op, "by": by, "forward_ms": median_ms(f, device, times)} for op, by, f, times in functions]
 
 
 def main() -> None:
