@@ -103,8 +103,16 @@ void forward_each(const Formula& shared_formula, void* y, const void* x, int64_t
     const int64_t size = tile_size(begin, n);
     const T* xs = read_x(x, begin, size);
     T* ys = write_y.tile(y, begin);
+    // Plain pointers, or the loop is not vectorized.
+    const T* first = parameters.numbers + begin;
+    if constexpr (formula::is_pair<typename Formula::parameter_type>) {
+      const T* second = first + parameters.length;
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) ys[i] = formula.forward(xs[i], parameters[begin + i]);
+      for (int64_t i = 0; i < size; ++i) ys[i] = formula.forward(xs[i], {first[i], second[i]});
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) ys[i] = formula.forward(xs[i], first[i]);
+    }
     write_y.flush(y, begin, size);
   }
 }
@@ -121,7 +129,6 @@ void backward_each(const Formula& shared_formula, void* grad_x, const void* grad
     const T* xs = read_x(x, begin, size);
     const T* gs = read_grad(grad, begin, size);
     T* out = write.tile(grad_x, begin);
-    // Plain pointers, or the loop is not vectorized.
     const T* first = parameters.numbers + begin;
     T* first_sums = sums.numbers + begin;
     if constexpr (formula::is_pair<typename Formula::parameter_type>) {
