@@ -20,6 +20,7 @@ from cctorch.interruption import Interrupted
 from cctorch.nn import BatchNorm2d
 from cctorch.report import page
 from cctorch.run import run
+from cctorch.train import Partial, _Losses
 from rich.console import Console
 from tiny_run import images_and_labels, tree, write_dataset
 from torch import Tensor, nn
@@ -190,6 +191,19 @@ def _hooks_go_with_the_wrapper() -> None:
         del wrapped
 
 
+def _losses_do_not_depend_on_how_many_are_read_at_once() -> None:
+    values = torch.rand(20, generator=torch.Generator().manual_seed(dist.get_rank()))
+    read = []
+    for stops in ((20,), (17, 20), (1, 2, 5, 20)):
+        losses = _Losses(20, torch.device("cpu"), done := Partial(), 0)
+        for step, value in enumerate(values):
+            losses.put(step, value)
+        for stop in stops:
+            losses.read(stop)
+        read.append(done.losses)
+    assert read[0] == read[1] == read[2]
+
+
 def _a_fresh_wrapper_adds_up_like_a_used_one() -> None:
     """To the bit: a run that goes on has a fresh one."""
     torch.manual_seed(0)
@@ -217,6 +231,7 @@ TOGETHER = [
     _a_difference_is_named,
     _votes_come_one_call_later,
     _hooks_go_with_the_wrapper,
+    _losses_do_not_depend_on_how_many_are_read_at_once,
     _a_fresh_wrapper_adds_up_like_a_used_one,
 ]
 
