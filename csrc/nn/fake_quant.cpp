@@ -40,10 +40,10 @@ int64_t FakeQuantImpl::qmax() const {
 void FakeQuantImpl::initialize(const at::Tensor& x) {
   const torch::NoGradGuard no_grad;
   std::vector<int64_t> reduced;
-  if (options.axis()) {
-    const int64_t axis = *options.axis() < 0 ? *options.axis() + x.dim() : *options.axis();
+  if (const std::optional<int64_t> wanted = options.axis()) {
+    const int64_t axis = *wanted < 0 ? *wanted + x.dim() : *wanted;
     TORCH_CHECK_VALUE(axis >= 0 && axis < x.dim() && x.size(axis) == options.channels(), "x of shape ", x.sizes(),
-                      ": expected ", options.channels(), " channels along axis ", *options.axis());
+                      ": expected ", options.channels(), " channels along axis ", *wanted);
     for (int64_t dimension = 0; dimension < x.dim(); ++dimension) {
       if (dimension != axis) reduced.push_back(dimension);
     }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "csrc/ops/checks.h"
 #include "csrc/ops/formula/mask.h"
@@ -49,10 +50,10 @@ void check_no_nan(const at::Tensor& weight, const char* op, const std::string& n
 // How many magnitudes have each value of the digit at `shift`, among those that agree with `prefix` above it.
 template <typename Bits>
 Histogram histogram(const std::vector<at::Tensor>& weights, Bits prefix, int shift) {
-  Histogram total(size_t(1) << kDigitBits);
+  Histogram total(size_t{1} << kDigitBits);
   std::mutex mutex;
   const int above = shift + kDigitBits;
-  const Bits prefix_mask = above < static_cast<int>(8 * sizeof(Bits)) ? static_cast<Bits>(~Bits(0) << above) : Bits(0);
+  const Bits prefix_mask = std::cmp_less(above, 8 * sizeof(Bits)) ? static_cast<Bits>(~Bits(0) << above) : Bits(0);
   for (const auto& weight : weights) {
     const Bits* from = data<Bits>(weight);
     at::parallel_for(0, weight.numel(), kBlock, [&](int64_t begin, int64_t end) {
@@ -61,7 +62,7 @@ Histogram histogram(const std::vector<at::Tensor>& weights, Bits prefix, int shi
         const Bits key = magnitude(from[i]);
         if ((key & prefix_mask) == prefix) ++part[(key >> shift) & 0xffff];
       }
-      const std::lock_guard lock(mutex);
+      const std::scoped_lock lock(mutex);
       for (size_t digit = 0; digit < part.size(); ++digit) total[digit] += part[digit];
     });
   }
