@@ -2,34 +2,21 @@
 
     python benchmarks/batch_norm.py [--batch 128] [--side 32] [--json FILE]
 
-Forward and backward, float32, medians of 15 runs taken in turns. Limit: eight passes over a tensor, at the bandwidth of
+Forward and backward, float32, medians of runs taken in turns. Limit: eight passes over a tensor, at the bandwidth of
 a copy of the same size: forward reads x for the sums and again for y, backward both x and the gradient for the sums and
 again for the result.
 """
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from cctorch import _C, ops
+from timing import in_turns, machine
 
 PASSES = 8  # forward: x, x, y; backward: grad, x, grad, x, grad_x
-
-
-def seconds(functions: list[Callable[[], object]], repeats: int) -> list[float]:
-    runs: list[list[float]] = [[] for _ in functions]
-    for repeat in range(repeats + 3):
-        for times, function in zip(runs, functions, strict=True):
-            start = time.perf_counter()
-            function()
-            if repeat >= 3:
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in runs]
 
 
 def row(channels: int, batch: int, side: int) -> dict[str, float]:
@@ -47,8 +34,8 @@ def row(channels: int, batch: int, side: int) -> dict[str, float]:
     def copied() -> None:
         copy.copy_(x.detach())
 
-    own, peer, two_passes = seconds([ours, torchs, copied], 15)
-    return {"channels": channels, "ours": own, "torch": peer, "limit": PASSES / 2 * two_passes}
+    ms = in_turns({"ours": ours, "torch": torchs, "copy": copied}, seconds=1.0)
+    return {"channels": channels, "ours": ms["ours"], "torch": ms["torch"], "limit": PASSES / 2 * ms["copy"]}
 
 
 def main() -> None:
@@ -65,14 +52,13 @@ def main() -> None:
     )
     for channels in arguments.channels:
         rows.append(row(channels, arguments.batch, arguments.side))
-        own, peer, limit = (rows[-1][key] * 1e3 for key in ("ours", "torch", "limit"))
+        own, peer, limit = (rows[-1][key] for key in ("ours", "torch", "limit"))
         print(
             f"| {channels} | {own:.2f} | {peer:.2f} | {peer / own:.2f} | {limit:.2f} | {own / limit:.2f} |", flush=True
         )
     if arguments.json:
-        settings = {"batch": arguments.batch, "side": arguments.side, "threads": torch.get_num_threads()}
-        machine = {"capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({**settings, **machine, "rows": rows}, indent=1) + "\n")
+        settings = {"batch": arguments.batch, "side": arguments.side, **machine()}
+        arguments.json.write_text(json.dumps({**settings, "rows_ms": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

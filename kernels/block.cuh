@@ -1,5 +1,7 @@
 #pragma once
 
+#include "csrc/ops/formula/parameters.h"
+
 // What the threads of a block do together. Device code in headers is plain CUDA: nvcc compiles it, and so does a C++
 // compiler after tests/cpp/device/fibers.h, which runs it on the CPU.
 namespace cctorch::cuda {
@@ -33,6 +35,33 @@ __device__ Scan<T> block_scan(T value, T* warp_sums) {
   }
   __syncthreads();  // warp_sums may be written again
   return scan;
+}
+
+// The largest value of all threads. Called by all threads of the block.
+template <typename T>
+__device__ T block_max(T value, T* warp_values) {
+  const unsigned lane = threadIdx.x % kWarp;
+  for (unsigned delta = 1; delta < kWarp; delta *= 2) {
+    const T below = __shfl_up_sync(0xffffffff, value, delta);
+    if (lane >= delta && below > value) value = below;
+  }
+  if (lane == kWarp - 1) warp_values[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  T largest = warp_values[0];
+  for (unsigned i = 1; i < kWarps; ++i) largest = warp_values[i] > largest ? warp_values[i] : largest;
+  __syncthreads();  // warp_values may be written again
+  return largest;
+}
+
+template <typename T>
+__device__ T block_sum(T value, T* warp_sums) {
+  return block_scan(value, warp_sums).total;
+}
+
+template <typename T>
+__device__ formula::Pair<T> block_sum(const formula::Pair<T>& value, T* warp_sums) {
+  const T first = block_scan(value.first, warp_sums).total;
+  return {first, block_scan(value.second, warp_sums).total};
 }
 
 }  // namespace cctorch::cuda

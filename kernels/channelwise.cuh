@@ -15,7 +15,7 @@
 #include "kernels/launch.cuh"
 #include "kernels/sum_channels.cuh"
 
-// Element-wise formulas with one parameter per channel; `parameters` are of the formula's type.
+// Element-wise formulas with one parameter per channel, or two; they are of the formula's type.
 namespace cctorch::cuda {
 
 // [C] as [1, ..., C, ..., 1] with C at `axis`; a single parameter broadcasts as it is.
@@ -46,11 +46,25 @@ at::Tensor forward(const Formula& formula, const at::Tensor& x, const at::Tensor
   return y;
 }
 
-// The gradient of x, and `factor` times that of the parameters.
+// The same with two parameters.
+template <typename S, typename Formula>
+at::Tensor forward(const Formula& formula, const at::Tensor& x, const at::Tensor& first, const at::Tensor& second) {
+  using T = typename Formula::value_type;
+  const at::Tensor y = at::empty_like(x);
+  auto iter = iterator({y}, {x, first, second});
+  at::native::gpu_kernel(iter, [formula] GPU_LAMBDA(S x, T first, T second) -> S {
+    return static_cast<S>(formula.forward(static_cast<T>(x), {first, second}));
+  });
+  return y;
+}
+
+// The gradient of x, and `factor` times that of the parameters: channels, or channels x 2 where there are two.
 template <typename S, typename Formula>
 std::tuple<at::Tensor, at::Tensor> backward(const Formula& formula, const at::Tensor& grad, const at::Tensor& x,
                                             const at::Tensor& parameters, std::optional<int64_t> axis, double factor) {
   using T = typename Formula::value_type;
+  using P = typename Formula::parameter_type;
+  constexpr auto numbers = static_cast<int64_t>(sizeof(P) / sizeof(T));
   const at::Tensor grad_x = at::empty_like(x);
   const at::Tensor sums = at::empty(parameters.sizes(), parameters.options());
   if (x.numel() == 0) return {grad_x, sums.zero_()};
@@ -60,15 +74,15 @@ std::tuple<at::Tensor, at::Tensor> backward(const Formula& formula, const at::Te
   const auto layout = channelwise::layout(dense, axis);
   const auto partition = sum_channels::partition(layout, enough_blocks());
   const auto& part = partition.partials;
-  const at::Tensor partials = at::empty({part.outer, part.channels, part.inner}, parameters.options());
+  const at::Tensor partials = at::empty({part.outer, part.channels, part.inner, numbers}, parameters.options());
   const sum_channels::Arguments<S, Formula> arguments{formula,
                                                       layout,
                                                       grad_x.mutable_data_ptr<S>(),
                                                       dense_grad.const_data_ptr<S>(),
                                                       dense.const_data_ptr<S>(),
-                                                      dense_parameters.const_data_ptr<T>()};
-  sum_channels::backward(Launch(), arguments, partition, partials.mutable_data_ptr<T>(), factor,
-                         sums.mutable_data_ptr<T>());
+                                                      reinterpret_cast<const P*>(dense_parameters.const_data_ptr<T>())};
+  sum_channels::backward(Launch(), arguments, partition, reinterpret_cast<P*>(partials.mutable_data_ptr<T>()), factor,
+                         reinterpret_cast<P*>(sums.mutable_data_ptr<T>()));
   return {grad_x, sums};
 }
 

@@ -1,32 +1,69 @@
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "csrc/ops/formula/mask.h"
-#include "kernels/block.cuh"
+#include "kernels/list.cuh"
 
 namespace cctorch::cuda {
 
 struct NoShared {};
 
-// Marks the n largest of every m weights, `inner` apart in memory; one thread for each group.
+// A weight whose groups have their elements `inner` apart in memory; `first` counts groups.
+struct GroupsEntry {
+  const void* weight;
+  void* mask;
+  int64_t first;
+  int64_t inner;
+};
+
+// Marks the n largest of every m weights; one thread for each group. The list travels as an argument.
 template <typename Bits>
 struct MarkGroups {
   using Shared = NoShared;
+  static constexpr int64_t kEntries = 120;  // within the 4 KB that arguments may have
 
   formula::MagnitudeOrNan<Bits> key;
-  const Bits* weight;
-  bool* mask;
-  int64_t groups;
   int64_t n;
   int64_t m;
-  int64_t inner;
+  int64_t count;
+  int64_t total;
+  int64_t span;
+  GroupsEntry entries[kEntries + 1];
 
   __device__ void operator()(Shared&) const {
-    const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    if (group >= groups) return;
-    const int64_t offset = group / inner * m * inner + group % inner;
-    formula::mark_group(weight + offset, mask + offset, n, m, inner, key);
+    const List<GroupsEntry> list{entries, count, total, span};
+    list.for_each_piece([&](const GroupsEntry& entry, int64_t begin, int64_t end) {
+      for (int64_t group = begin + threadIdx.x; group < end; group += kThreads) {
+        const int64_t offset = group / entry.inner * m * entry.inner + group % entry.inner;
+        formula::mark_group(static_cast<const Bits*>(entry.weight) + offset, static_cast<bool*>(entry.mask) + offset, n,
+                            m, entry.inner, key);
+      }
+    });
   }
 };
+
+// As few launches as the arguments allow. launch(blocks, kernel) starts a kernel after the ones before.
+template <typename Bits, typename Launch>
+void mark_groups(const Launch& launch, const std::vector<GroupsEntry>& weights, const std::vector<int64_t>& groups,
+                 int64_t n, int64_t m, int64_t blocks, Bits infinity) {
+  using Kernel = MarkGroups<Bits>;
+  static_assert(sizeof(Kernel) <= 4096);
+  const auto size = static_cast<int64_t>(weights.size());
+  for (int64_t begin = 0; begin < size; begin += Kernel::kEntries) {
+    Kernel kernel{{infinity}, n, m, std::min(Kernel::kEntries, size - begin), 0, 0, {}};
+    for (int64_t i = 0; i < kernel.count; ++i) {
+      kernel.entries[i] = weights[begin + i];
+      kernel.entries[i].first = kernel.total;
+      kernel.total += groups[begin + i];
+    }
+    kernel.entries[kernel.count] = {nullptr, nullptr, kernel.total, 1};
+    if (kernel.total == 0) continue;
+    kernel.span = span_of(kernel.total, blocks);
+    launch(ceil_div(kernel.total, kernel.span), kernel);
+  }
+}
 
 // The bits of the weights where mask, else 0.
 template <typename Bits>

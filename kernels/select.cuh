@@ -1,11 +1,12 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "csrc/ops/formula/layout.h"
 #include "csrc/ops/formula/mask.h"
-#include "kernels/block.cuh"
+#include "kernels/list.cuh"
 
 // The largest magnitudes over a list of tensors, by radix selection. Every pass counts one digit of the magnitudes that
 // agree with the digits found so far, from the top; what is found stays on the device.
@@ -16,44 +17,15 @@ using Count = unsigned long long;  // a type that atomicAdd knows
 constexpr int kDigitBits = 11;
 constexpr unsigned kBins = 1u << kDigitBits;
 
-// A weight and its mask, both row-major; `first` is the position of element 0 in the concatenation of all weights.
-struct Entry {
-  const void* weight;
-  bool* mask;
-  int64_t first;
-};
-
-// The list, ended by an entry with first = total. Each block takes `span` elements of the concatenation, so blocks are
-// in the order of the elements.
-struct List {
-  const Entry* entries;
-  int64_t count;
-  int64_t total;
-  int64_t span;
-
-  // The last entry that starts at or before `position`; empty ones are behind others with the same first.
-  __device__ int64_t find(int64_t position) const {
-    int64_t low = 0;
-    for (int64_t high = count; high - low > 1;) {
-      const int64_t middle = (low + high) / 2;
-      (entries[middle].first <= position ? low : high) = middle;
-    }
-    return low;
+// Writes a mask's element, or a weight's: its own value or 0.
+template <typename Result, typename Bits>
+__device__ void keep(const Entry& entry, int64_t i, Bits bits, bool kept) {
+  if constexpr (std::is_same_v<Result, bool>) {
+    static_cast<bool*>(entry.result)[i] = kept;
+  } else {
+    static_cast<Bits*>(entry.result)[i] = kept ? bits : Bits(0);
   }
-
-  // visit(entry, begin, end) for every piece of a weight that belongs to this block
-  template <typename Visit>
-  __device__ void for_each_piece(const Visit& visit) const {
-    int64_t begin = blockIdx.x * span;
-    const int64_t end = std::min(begin + span, total);
-    if (begin >= end) return;
-    for (int64_t e = find(begin); begin < end; ++e) {
-      const int64_t last = std::min(end, entries[e + 1].first);
-      visit(entries[e], begin - entries[e].first, last - entries[e].first);
-      begin = last;
-    }
-  }
-};
+}
 
 // After the last pass: the smallest magnitude that is kept, and how many of its equals are.
 struct State {
@@ -107,7 +79,7 @@ struct Digit {
 // What a pass over all weights works with.
 template <typename Bits>
 struct Pass {
-  List list;
+  List<Entry> list;
   Workspace workspace;
   formula::MagnitudeOrNan<Bits> key;
 };
@@ -186,9 +158,9 @@ struct ChooseDigit {
   }
 };
 
-// Marks what is above the threshold, and counts what equals it.
-template <typename Bits>
-struct MarkAbove {
+// Keeps what is above the threshold, and counts what equals it. The result is bool for masks, Bits for weights.
+template <typename Bits, typename Result>
+struct KeepAbove {
   using Shared = WarpSums;
 
   Pass<Bits> pass;
@@ -200,8 +172,9 @@ struct MarkAbove {
     pass.list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
       const auto* weight = static_cast<const Bits*>(entry.weight);
       for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-        const Bits magnitude = pass.key(weight[i]);
-        entry.mask[i] = magnitude > threshold;
+        const Bits bits = weight[i];
+        const Bits magnitude = pass.key(bits);
+        keep<Result>(entry, i, bits, magnitude > threshold);
         equal += magnitude == threshold;
       }
     });
@@ -210,9 +183,9 @@ struct MarkAbove {
   }
 };
 
-// Marks the first `wanted` of those that equal the threshold. Few blocks have any, the others leave at once.
-template <typename Bits>
-struct MarkTies {
+// Keeps the first `wanted` of those that equal the threshold. Few blocks have any, the others leave at once.
+template <typename Bits, typename Result>
+struct KeepTies {
   using Shared = WarpSums;
 
   Pass<Bits> pass;
@@ -224,15 +197,16 @@ struct MarkTies {
     if (workspace.ties[blockIdx.x] == 0) return;
     Count part = 0;
     for (unsigned block = threadIdx.x; block < blockIdx.x; block += kThreads) part += workspace.ties[block];
-    Count marked = block_scan(part, shared.warp_sums).total;
+    Count kept = block_scan(part, shared.warp_sums).total;
     pass.list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
       const auto* weight = static_cast<const Bits*>(entry.weight);
-      for (int64_t first = begin; first < end && marked < wanted; first += kThreads) {
+      for (int64_t first = begin; first < end && kept < wanted; first += kThreads) {
         const int64_t i = first + threadIdx.x;
-        const bool tie = i < end && pass.key(weight[i]) == threshold;
+        const Bits bits = i < end ? weight[i] : Bits(0);
+        const bool tie = i < end && pass.key(bits) == threshold;
         const Scan<Count> scan = block_scan(static_cast<Count>(tie), shared.warp_sums);
-        if (tie && marked + scan.before < wanted) entry.mask[i] = true;
-        marked += scan.total;
+        if (tie && kept + scan.before < wanted) keep<Result>(entry, i, bits, true);
+        kept += scan.total;
       }
     });
   }
@@ -249,16 +223,13 @@ std::vector<Digit> digits() {
   return result;
 }
 
-// The elements of each of at most `blocks` blocks, which are then ceil(total / span); whole rows of threads.
-inline int64_t span_of(int64_t total, int64_t blocks) { return ceil_div(ceil_div(total, kThreads), blocks) * kThreads; }
-
-// Marks the `count` largest of list.total > 0 elements. `entries` end as in List; launch(blocks, kernel) starts a
+// Keeps the `count` largest of list.total > 0 elements. `entries` end as in List; launch(blocks, kernel) starts a
 // kernel after the ones before.
-template <typename Bits, typename Launch>
-void mark_largest(const Launch& launch, const std::vector<Entry>& entries, int64_t span, int64_t count, Bits infinity,
+template <typename Bits, typename Result, typename Launch>
+void keep_largest(const Launch& launch, const std::vector<Entry>& entries, int64_t span, int64_t count, Bits infinity,
                   const Workspace& workspace) {
   const auto size = static_cast<int64_t>(entries.size());
-  const List list{workspace.entries, size - 1, entries.back().first, span};
+  const List<Entry> list{workspace.entries, size - 1, entries.back().first, span};
   const int64_t blocks = ceil_div(list.total, span);
   const Pass<Bits> pass{list, workspace, {infinity}};
   // No magnitude reaches all bits: the threshold of no weight at all.
@@ -272,8 +243,8 @@ void mark_largest(const Launch& launch, const std::vector<Entry>& entries, int64
     launch(blocks, CountDigits<Bits>{pass, digit});
     launch(1, ChooseDigit{workspace, digit});
   }
-  launch(blocks, MarkAbove<Bits>{pass});
-  launch(blocks, MarkTies<Bits>{pass});
+  launch(blocks, KeepAbove<Bits, Result>{pass});
+  launch(blocks, KeepTies<Bits, Result>{pass});
 }
 
 }  // namespace cctorch::cuda::select

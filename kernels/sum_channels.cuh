@@ -18,16 +18,17 @@ constexpr int64_t kSegment = 2048;
 template <typename S, typename Formula>
 struct Arguments {
   using T = typename Formula::value_type;
+  using P = typename Formula::parameter_type;
 
   Formula formula;
   Layout layout;
   S* grad_x;
   const S* grad;
   const S* x;
-  const T* parameters;
+  const P* parameters;
 
   // Writes the gradient of one element of x; returns its contribution to that of the parameter.
-  __device__ T backward(int64_t i, T parameter) const {
+  __device__ P backward(int64_t i, const P& parameter) const {
     const auto gradients = formula.backward(static_cast<T>(grad[i]), static_cast<T>(x[i]), parameter);
     grad_x[i] = static_cast<S>(gradients.x);
     return gradients.parameter;
@@ -37,22 +38,22 @@ struct Arguments {
 // `splits` blocks for each channel; every warp takes segments of its rows. For layouts with long rows.
 template <typename S, typename Formula>
 struct BackwardRows {
-  using T = typename Formula::value_type;
+  using P = typename Formula::parameter_type;
   struct Shared {
-    T warp_sums[kWarps];
+    typename Formula::value_type warp_sums[kWarps];
   };
 
   Arguments<S, Formula> arguments;
   int64_t splits;
-  T* partials;  // channels x splits
+  P* partials;  // channels x splits
 
   __device__ void operator()(Shared& shared) const {
     const Layout& l = arguments.layout;
     const int64_t channel = blockIdx.x / splits;
-    const T parameter = arguments.parameters[channel];
+    const P parameter = arguments.parameters[channel];
     const int64_t per_row = ceil_div(l.inner, kSegment);
     const unsigned lane = threadIdx.x % kWarp;
-    T sum = 0;
+    P sum{};
     for (int64_t segment = blockIdx.x % splits * kWarps + threadIdx.x / kWarp; segment < l.outer * per_row;
          segment += splits * kWarps) {
       const int64_t outer = per_row == 1 ? segment : segment / per_row;  // spares short rows the division
@@ -61,7 +62,7 @@ struct BackwardRows {
       const int64_t end = std::min(begin + kSegment, l.inner);
       for (int64_t i = begin + lane; i < end; i += kWarp) sum += arguments.backward(row + i, parameter);
     }
-    const T total = block_scan(sum, shared.warp_sums).total;
+    const P total = block_sum(sum, shared.warp_sums);
     if (threadIdx.x == 0) partials[blockIdx.x] = total;
   }
 };
@@ -70,14 +71,14 @@ struct BackwardRows {
 // short rows.
 template <typename S, typename Formula>
 struct BackwardColumns {
-  using T = typename Formula::value_type;
+  using P = typename Formula::parameter_type;
   struct Shared {
-    T sums[kWarps][kWarp];
+    P sums[kWarps][kWarp];
   };
 
   Arguments<S, Formula> arguments;
   int64_t splits;
-  T* partials;  // splits x channels x inner
+  P* partials;  // splits x channels x inner
 
   __device__ void operator()(Shared& shared) const {
     const Layout& l = arguments.layout;
@@ -86,9 +87,9 @@ struct BackwardColumns {
     const unsigned warp = threadIdx.x / kWarp;
     const unsigned lane = threadIdx.x % kWarp;
     const int64_t column = blockIdx.x / splits * kWarp + lane;
-    T sum = 0;
+    P sum{};
     if (column < columns) {
-      const T parameter = arguments.parameters[column / l.inner];
+      const P parameter = arguments.parameters[column / l.inner];
       for (int64_t row = split * kWarps + warp; row < l.outer; row += splits * kWarps) {
         sum += arguments.backward(row * columns + column, parameter);
       }
@@ -102,26 +103,26 @@ struct BackwardColumns {
 };
 
 // One block for each channel: factor times the sum of its partials, which are outer x channels x inner.
-template <typename T>
+template <typename P>
 struct SumPartials {
   struct Shared {
     double warp_sums[kWarps];
   };
 
   Layout layout;
-  const T* partials;
+  const P* partials;
   double factor;
-  T* sums;
+  P* sums;
 
   __device__ void operator()(Shared& shared) const {
     const int64_t channel = blockIdx.x;
-    double sum = 0;
+    formula::Wide<P> sum{};
     for (int64_t i = threadIdx.x; i < layout.outer * layout.inner; i += kThreads) {
       const int64_t row = i / layout.inner * layout.channels + channel;
-      sum += static_cast<double>(partials[row * layout.inner + i % layout.inner]);
+      sum += formula::wide(partials[row * layout.inner + i % layout.inner]);
     }
-    const double total = block_scan(sum, shared.warp_sums).total;
-    if (threadIdx.x == 0) sums[channel] = static_cast<T>(factor * total);
+    const auto total = block_sum(sum, shared.warp_sums);
+    if (threadIdx.x == 0) sums[channel] = formula::Narrow<P>::from(total * factor);
   }
 };
 
@@ -145,15 +146,15 @@ inline Partition partition(const Layout& l, int64_t most_blocks) {
 
 // Writes arguments.grad_x, and to `sums` the gradient of each channel's parameter times factor. launch(blocks, kernel)
 // starts a kernel after the ones before; `partials` has room for part.partials.
-template <typename S, typename Formula, typename Launch, typename T = typename Formula::value_type>
-void backward(const Launch& launch, const Arguments<S, Formula>& arguments, const Partition& part, T* partials,
-              double factor, T* sums) {
+template <typename S, typename Formula, typename Launch, typename P = typename Formula::parameter_type>
+void backward(const Launch& launch, const Arguments<S, Formula>& arguments, const Partition& part, P* partials,
+              double factor, P* sums) {
   if (part.rows) {
     launch(part.blocks, BackwardRows<S, Formula>{arguments, part.splits, partials});
   } else {
     launch(part.blocks, BackwardColumns<S, Formula>{arguments, part.splits, partials});
   }
-  launch(part.partials.channels, SumPartials<T>{part.partials, partials, factor, sums});
+  launch(part.partials.channels, SumPartials<P>{part.partials, partials, factor, sums});
 }
 
 }  // namespace cctorch::cuda::sum_channels

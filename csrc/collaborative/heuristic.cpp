@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -36,6 +37,14 @@ void remove_units(RunningLayer& layer, const std::vector<int64_t>& units) {
   layer.remove_channels(channels);
 }
 
+double goal_of(const RemovalPath& path, double rate) {
+  return (1.0 - rate) * static_cast<double>(path.steps.front().macs) * (1 + 1e-12);
+}
+
+bool reaches(const RemovalPath::Step& step, double goal) {
+  return static_cast<double>(std::min(step.macs, step.pruned_macs)) <= goal;
+}
+
 }  // namespace
 
 bool remove_best_units(RunningLayer& layer, const Options& options) {
@@ -45,19 +54,32 @@ bool remove_best_units(RunningLayer& layer, const Options& options) {
   return !units.empty();
 }
 
-LayerPlan compress_layer(const Layer& layer, double rate, const Options& options) {
+RemovalPath removal_path(const Layer& layer, double rate, const Options& options) {
   const LayerSpec& spec = layer.spec;
-  LayerPlan plan = LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels);
-  if (!(rate > 0)) return plan;
-
+  const int64_t dense = spec.out_channels * spec.in_channels * spec.kernel_size();
+  RemovalPath path{{}, {{0, std::nullopt, dense, dense}}};
+  if (!(rate > 0)) return path;
   RunningLayer running(layer.weight, layer.gradient, options.basis);
-  const double goal = (1.0 - rate) * static_cast<double>(running.dense_macs()) * (1 + 1e-12);
-  while (static_cast<double>(std::min(running.macs(), running.pruned_macs())) > goal) {
-    if (!remove_best_units(running, options)) break;
+  const double goal = goal_of(path, rate);
+  while (!reaches(path.steps.back(), goal) && remove_best_units(running, options)) {
+    path.steps.push_back({static_cast<int64_t>(running.removed_channels().size()),
+                          running.decomposed() ? std::optional(running.rank()) : std::nullopt, running.macs(),
+                          running.pruned_macs()});
   }
-  plan.kept_in = running.kept_channels();
+  path.order = running.removed_channels();
+  return path;
+}
+
+LayerPlan plan_at(const LayerSpec& spec, const RemovalPath& path, double rate) {
+  const double goal = goal_of(path, rate);
+  const auto reached = std::find_if(path.steps.begin(), path.steps.end(),
+                                    [&](const RemovalPath::Step& step) { return reaches(step, goal); });
+  const RemovalPath::Step& step = reached == path.steps.end() ? path.steps.back() : *reached;
+  LayerPlan plan = LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels);
+  const std::set<int64_t> gone(path.order.begin(), path.order.begin() + step.channels_gone);
+  std::erase_if(plan.kept_in, [&](int64_t channel) { return gone.contains(channel); });
   // Channels alone suffice: the weight is not decomposed, and loses nothing else.
-  if (running.decomposed() && static_cast<double>(running.pruned_macs()) > goal) plan.rank = running.rank();
+  if (step.rank && static_cast<double>(step.pruned_macs) > goal) plan.rank = step.rank;
   return plan;
 }
 

@@ -2,35 +2,10 @@
 #include <cctorch/collaborative.h>
 
 #include <algorithm>
-#include <chrono>
 
-#include "csrc/collaborative/checks.h"
-#include "csrc/collaborative/choices.h"
-#include "csrc/collaborative/cost.h"
-#include "csrc/collaborative/for_each_layer.h"
-#include "csrc/collaborative/heuristic.h"
-#include "csrc/collaborative/rate.h"
 #include "csrc/collaborative/running_layer.h"
 
 namespace cctorch::collaborative {
-
-namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-Solution solve_by_table(const std::vector<Layer>& layers, double model_cost, const Options& options,
-                        const Progress& progress) {
-  const auto start = Clock::now();
-  const std::vector<LayerChoices> choices = layer_choices(layers, options, progress);
-  const double seconds = seconds_since(start);
-  Solution solution = select(choices, model_cost, options.target);
-  solution.heuristic_seconds = seconds;
-  return solution;
-}
-
-}  // namespace
 
 std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs) {
   const auto first = std::find_if(specs.begin(), specs.end(), [](const LayerSpec& spec) {
@@ -49,44 +24,7 @@ std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs) {
 }
 
 Solution solve(const std::vector<Layer>& layers, double model_cost, const Options& options, const Progress& progress) {
-  check_options(options);
-  if (options.budget == Budget::table) return solve_by_table(layers, model_cost, options, progress);
-  if (options.multiple > 1) {
-    std::vector<Layer> priced = layers;
-    for (Layer& layer : priced) layer.table = counted_costs(layer.spec, options.budget, options.multiple);
-    return solve_by_table(priced, model_cost, options, progress);
-  }
-  TORCH_CHECK_VALUE(!layers.empty(), "compress: the model has no layer that can be compressed");
-  int64_t total = 0;
-  for (const Layer& layer : layers) {
-    check_layer(layer);
-    total += dense_cost(layer.spec, options.budget);
-  }
-  TORCH_CHECK_VALUE(model_cost >= static_cast<double>(total), "compress: model_cost = ", model_cost, " ",
-                    to_string(options.budget), ", but the layers alone have ", total);
-
-  Solution solution;
-  solution.plan.method = "collaborative";
-  solution.plan.target = options.target;
-  solution.curves.resize(layers.size());
-  solution.plan.layers.resize(layers.size());
-
-  auto start = Clock::now();
-  for_each_layer(layers, "rate optimization", progress,
-                 [&](size_t l) { solution.curves[l] = rate_curve(layers[l], options); });
-  for (const RateCurve& curve : solution.curves) {
-    if (!(curve.b > 0)) solution.warnings.push_back(left_alone(curve.name, curve.loss));
-  }
-  solution.lambda = allocate(solution.curves, layers, model_cost, options);
-  solution.curve_seconds = seconds_since(start);
-
-  start = Clock::now();
-  for_each_layer(layers, "multi-step heuristic", progress, [&](size_t l) {
-    solution.plan.layers[l] = compress_layer(layers[l], solution.curves[l].allocated, options);
-  });
-  solution.heuristic_seconds = seconds_since(start);
-  solution.plan.validate();
-  return solution;
+  return Search(layers, model_cost, options, progress).at(options.target);
 }
 
 std::vector<double> unit_scores(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& running,

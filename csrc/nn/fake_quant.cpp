@@ -1,24 +1,47 @@
 #include <cctorch/fake_quant.h>
 #include <cctorch/nn/modules.h>
+#include <cctorch/quant_range.h>
 #include <torch/serialize/input-archive.h>
 #include <torch/types.h>
 
 #include <cmath>
 #include <limits>
 #include <ostream>
+#include <tuple>
 #include <vector>
 
 namespace cctorch::nn {
+
+namespace {
+
+at::Tensor mean_magnitude(const at::Tensor& x, std::optional<int64_t> axis, int64_t channels) {
+  if (!axis) return x.abs().mean();
+  const int64_t kept = *axis < 0 ? *axis + x.dim() : *axis;
+  TORCH_CHECK_VALUE(kept >= 0 && kept < x.dim() && x.size(kept) == channels, "x of shape ", x.sizes(), ": expected ",
+                    channels, " channels along axis ", *axis);
+  return x.abs().movedim(kept, 0).reshape({channels, -1}).mean(1);
+}
+
+}  // namespace
 
 FakeQuantImpl::FakeQuantImpl(const FakeQuantOptions& options_) : options(options_) {
   TORCH_CHECK_VALUE(options.bits() >= 2 && options.bits() <= 16, "bits = ", options.bits(), ", expected 2 to 16");
   TORCH_CHECK_VALUE(options.channels() >= 1 && (options.axis() || options.channels() == 1),
                     "channels = ", options.channels(),
                     ", expected 1, or with an axis the number of indices along that axis");
+  TORCH_CHECK_VALUE(options.groups() == 1 || (options.groups() > 1 && options.axis() == 0),
+                    "groups = ", options.groups(), ", expected at least 1, and 1 unless axis is 0");
+  TORCH_CHECK_VALUE(options.init() == "lsq" || options.init() == "minmax" || options.init() == "mse",
+                    "init = ", options.init(), ", expected lsq, minmax or mse");
   FakeQuantImpl::reset();
 }
 
-void FakeQuantImpl::reset() { log_scale = register_parameter("log_scale", torch::zeros({options.channels()})); }
+void FakeQuantImpl::reset() {
+  std::vector<int64_t> shape{options.channels()};
+  if (options.groups() > 1) shape.push_back(options.groups());
+  log_scale = register_parameter("log_scale", torch::zeros(shape));
+  if (options.offset()) offset = register_parameter("offset", torch::zeros(shape));
+}
 
 void FakeQuantImpl::load(torch::serialize::InputArchive& archive) {
   Module::load(archive);
@@ -28,6 +51,8 @@ void FakeQuantImpl::load(torch::serialize::InputArchive& archive) {
 void FakeQuantImpl::pretty_print(std::ostream& stream) const {
   stream << "cctorch::nn::FakeQuant(bits=" << options.bits() << ", signed=" << std::boolalpha << options.is_signed();
   if (options.axis()) stream << ", axis=" << *options.axis() << ", channels=" << options.channels();
+  if (options.groups() > 1) stream << ", groups=" << options.groups();
+  if (options.offset()) stream << ", offset=true";
   stream << ")";
 }
 
@@ -37,29 +62,43 @@ int64_t FakeQuantImpl::qmax() const {
   return (int64_t{1} << (options.is_signed() ? options.bits() - 1 : options.bits())) - 1;
 }
 
-void FakeQuantImpl::initialize(const at::Tensor& x) {
+at::Tensor FakeQuantImpl::grouped(const at::Tensor& x) const {
+  if (options.groups() == 1) return x;
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(0) == options.channels() && x.numel() % log_scale.numel() == 0, "x of shape ",
+                    x.sizes(), ": expected ", options.channels(), " indices of dimension 0, each of ", options.groups(),
+                    " equal groups");
+  return x.reshape({log_scale.numel(), -1});
+}
+
+void FakeQuantImpl::initialize(const at::Tensor& input) {
   const torch::NoGradGuard no_grad;
-  std::vector<int64_t> reduced;
-  if (const std::optional<int64_t> wanted = options.axis()) {
-    const int64_t axis = *wanted < 0 ? *wanted + x.dim() : *wanted;
-    TORCH_CHECK_VALUE(axis >= 0 && axis < x.dim() && x.size(axis) == options.channels(), "x of shape ", x.sizes(),
-                      ": expected ", options.channels(), " channels along axis ", *wanted);
-    for (int64_t dimension = 0; dimension < x.dim(); ++dimension) {
-      if (dimension != axis) reduced.push_back(dimension);
-    }
+  const at::Tensor x = grouped(input.detach().to(log_scale.scalar_type()));
+  at::Tensor logarithm, start = torch::zeros_like(log_scale);
+  if (options.init() == "lsq") {
+    const at::Tensor scale =
+        mean_magnitude(x, axis(), log_scale.numel()) * (2.0 / std::sqrt(static_cast<double>(qmax())));
+    // A channel of zeros has no scale of its own.
+    logarithm = torch::where(scale > 0, scale, torch::ones_like(scale)).log();
+  } else if (options.offset()) {
+    std::tie(logarithm, start) = quant_range_offset(x, qmin(), qmax(), axis(), options.init());
+  } else {
+    logarithm = quant_range(x, qmin(), qmax(), axis(), options.init());
   }
-  const at::Tensor magnitude = x.detach().to(log_scale.scalar_type()).abs();
-  at::Tensor mean = options.axis() ? (reduced.empty() ? magnitude : magnitude.mean(reduced)) : magnitude.mean();
-  mean = mean.view({-1}) * (2.0 / std::sqrt(static_cast<double>(qmax())));
-  // A channel of zeros has no scale of its own.
-  log_scale.copy_(torch::where(mean > 0, mean, torch::ones_like(mean)).log());
+  log_scale.copy_(logarithm.view(log_scale.sizes()));
+  if (options.offset()) offset.copy_(start.view(offset.sizes()));
   initialized_ = true;
 }
 
 at::Tensor FakeQuantImpl::forward(const at::Tensor& x) {
   if (!initialized_) initialize(x);
-  const double elements = static_cast<double>(x.numel()) / static_cast<double>(options.channels());
+  const double elements = static_cast<double>(x.numel()) / static_cast<double>(log_scale.numel());
   const double grad_scale = 1.0 / std::sqrt(std::max(elements, 1.0) * static_cast<double>(qmax()));
+  if (options.groups() > 1) {
+    const auto size = grouped(x).size(1);
+    const auto offsets = options.offset() ? std::optional(offset) : std::nullopt;
+    return fake_quant_groups(x, log_scale, qmin(), qmax(), size, grad_scale, offsets);
+  }
+  if (options.offset()) return fake_quant_offset(x, log_scale, offset, qmin(), qmax(), options.axis(), grad_scale);
   return fake_quant(x, log_scale, qmin(), qmax(), options.axis(), grad_scale);
 }
 

@@ -1,63 +1,141 @@
 #include "csrc/ops/fake_quant.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#include "csrc/ops/checks.h"
+#include "csrc/ops/dispatch.h"
+#include "csrc/ops/learned_grid.h"
 
 namespace cctorch {
 
 at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
                       std::optional<int64_t> axis, double grad_scale) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("cctorch::fake_quant", "").typed<decltype(fake_quant)>();
+  static const auto op = find_operator<decltype(fake_quant)>("cctorch::fake_quant");
   return op.call(x, log_scale, qmin, qmax, axis, grad_scale);
 }
 
 std::tuple<at::Tensor, at::Tensor> fake_quant_backward(const at::Tensor& grad, const at::Tensor& x,
                                                        const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
                                                        std::optional<int64_t> axis, double grad_scale) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cctorch::fake_quant_backward", "")
-                             .typed<decltype(fake_quant_backward)>();
+  static const auto op = find_operator<decltype(fake_quant_backward)>("cctorch::fake_quant_backward");
   return op.call(grad, x, log_scale, qmin, qmax, axis, grad_scale);
+}
+
+at::Tensor fake_quant_offset(const at::Tensor& x, const at::Tensor& log_scale, const at::Tensor& offset, int64_t qmin,
+                             int64_t qmax, std::optional<int64_t> axis, double grad_scale) {
+  static const auto op = find_operator<decltype(fake_quant_offset)>("cctorch::fake_quant_offset");
+  return op.call(x, log_scale, offset, qmin, qmax, axis, grad_scale);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quant_offset_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                                          const at::Tensor& log_scale,
+                                                                          const at::Tensor& offset, int64_t qmin,
+                                                                          int64_t qmax, std::optional<int64_t> axis,
+                                                                          double grad_scale) {
+  static const auto op = find_operator<decltype(fake_quant_offset_backward)>("cctorch::fake_quant_offset_backward");
+  return op.call(grad, x, log_scale, offset, qmin, qmax, axis, grad_scale);
+}
+
+at::Tensor fake_quant_groups(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
+                             int64_t group_size, double grad_scale, const std::optional<at::Tensor>& offset) {
+  static const auto op = find_operator<decltype(fake_quant_groups)>("cctorch::fake_quant_groups");
+  return op.call(x, log_scale, qmin, qmax, group_size, grad_scale, offset);
+}
+
+at::Tensor pact(const at::Tensor& x, const at::Tensor& log_alpha, int64_t bits, std::optional<int64_t> axis) {
+  static const auto op = find_operator<decltype(pact)>("cctorch::pact");
+  return op.call(x, log_alpha, bits, axis);
+}
+
+std::tuple<at::Tensor, at::Tensor> pact_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                 const at::Tensor& log_alpha, int64_t bits,
+                                                 std::optional<int64_t> axis) {
+  static const auto op = find_operator<decltype(pact_backward)>("cctorch::pact_backward");
+  return op.call(grad, x, log_alpha, bits, axis);
+}
+
+void check_range(const char* op, int64_t qmin, int64_t qmax) {
+  // Up to here a float holds every integer.
+  constexpr int64_t limit = 1 << 24;
+  TORCH_CHECK(-limit <= qmin && qmin < qmax && qmax <= limit, op,
+              ": expected qmin < qmax, both within -2^24 to 2^24, got qmin = ", qmin, " and qmax = ", qmax);
 }
 
 std::optional<int64_t> check_fake_quant(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
                                         std::optional<int64_t> axis) {
-  constexpr auto op = "fake_quant";
-  // Up to here a float holds every integer.
-  constexpr int64_t limit = 1 << 24;
-  check_floating(x, op, "x");
-  const auto scale_type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK(log_scale.scalar_type() == scale_type, op, ": log_scale must be ", scale_type, " for ", x.scalar_type(),
-              " x, got ", log_scale.scalar_type(), "; convert it with log_scale.to(...)");
-  check_same_device(x, op, "x", log_scale, "log_scale");
-  TORCH_CHECK(-limit <= qmin && qmin < qmax && qmax <= limit, op,
-              ": expected qmin < qmax, both within -2^24 to 2^24, got qmin = ", qmin, " and qmax = ", qmax);
-  if (!axis) {
-    TORCH_SYM_CHECK(log_scale.sym_numel().sym_eq(1), op,
-                    ": log_scale must have one element where axis is not given, got ", "shape ", log_scale.sym_sizes(),
-                    "; give axis for one scale per channel");
-    return axis;
-  }
-  const int64_t positive = check_axis(x, *axis, op, "x");
-  TORCH_CHECK(log_scale.dim() == 1, op, ": log_scale must be one-dimensional where axis is given, got shape ",
-              log_scale.sym_sizes());
-  TORCH_SYM_CHECK(log_scale.sym_size(0).sym_eq(x.sym_size(positive)), op,
-                  ": log_scale must have one element for each of ", "the ", x.sym_size(positive), " indices of axis ",
-                  *axis, ", got ", log_scale.sym_size(0));
-  return positive;
+  check_range("fake_quant", qmin, qmax);
+  return check_grid_parameter("fake_quant", x, log_scale, "log_scale", axis);
 }
 
+std::optional<int64_t> check_fake_quant_offset(const at::Tensor& x, const at::Tensor& log_scale,
+                                               const at::Tensor& offset, int64_t qmin, int64_t qmax,
+                                               std::optional<int64_t> axis) {
+  check_range("fake_quant_offset", qmin, qmax);
+  check_grid_parameter("fake_quant_offset", x, offset, "offset", axis);
+  return check_grid_parameter("fake_quant_offset", x, log_scale, "log_scale", axis);
+}
+
+std::optional<int64_t> check_pact(const at::Tensor& x, const at::Tensor& log_alpha, int64_t bits,
+                                  std::optional<int64_t> axis) {
+  TORCH_CHECK(1 <= bits && bits <= 16, "pact: bits must be in [1, 16], got ", bits);
+  return check_grid_parameter("pact", x, log_alpha, "log_alpha", axis);
+}
+
+namespace {
+
+// A view onto the per-channel operators: a channel is a group.
+at::Tensor grouped(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax, int64_t group_size,
+                   double grad_scale, const std::optional<at::Tensor>& offset) {
+  constexpr auto op = "fake_quant_groups";
+  TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
+  TORCH_CHECK(group_size >= 1, op, ": group_size must be at least 1, got ", group_size);
+  const c10::SymInt rows = x.sym_size(0);
+  const c10::SymInt columns = x.dim() == 1 ? c10::SymInt(1) : c10::multiply_integers(x.sym_sizes().slice(1));
+  TORCH_SYM_CHECK((columns % group_size).sym_eq(0), op, ": group_size must divide the ", columns,
+                  " elements of each index of dimension 0, got ", group_size);
+  const c10::SymInt groups = columns / group_size;
+  const auto check = [&](const at::Tensor& parameter, const char* name) {
+    TORCH_CHECK(parameter.dim() == 2, op, ": ", name, " must be rows x groups, got shape ", parameter.sym_sizes());
+    TORCH_SYM_CHECK(parameter.sym_size(0).sym_eq(rows).sym_and(parameter.sym_size(1).sym_eq(groups)), op, ": ", name,
+                    " must be rows x groups, ", rows, " x ", groups, ", got shape ", parameter.sym_sizes());
+  };
+  check(log_scale, "log_scale");
+  const at::Tensor members = x.reshape_symint({rows * groups, group_size});
+  at::Tensor y;
+  if (offset) {
+    check(*offset, "offset");
+    y = fake_quant_offset(members, log_scale.reshape(-1), offset->reshape(-1), qmin, qmax, 0, grad_scale);
+  } else {
+    y = fake_quant(members, log_scale.reshape(-1), qmin, qmax, 0, grad_scale);
+  }
+  return y.view_symint(x.sym_sizes()).contiguous(x.suggest_memory_format());
+}
+
+}  // namespace
+
 TORCH_LIBRARY_FRAGMENT(cctorch, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def("fake_quant(Tensor x, Tensor log_scale, int qmin, int qmax, int? axis=None, float grad_scale=1.0) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+        tags);
   m.def(
       "fake_quant_backward(Tensor grad, Tensor x, Tensor log_scale, int qmin, int qmax, int? axis, float grad_scale) "
-      "-> "
-      "(Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
+      "-> (Tensor, Tensor)",
+      tags);
+  m.def(
+      "fake_quant_offset(Tensor x, Tensor log_scale, Tensor offset, int qmin, int qmax, int? axis=None, "
+      "float grad_scale=1.0) -> Tensor",
+      tags);
+  m.def(
+      "fake_quant_offset_backward(Tensor grad, Tensor x, Tensor log_scale, Tensor offset, int qmin, int qmax, "
+      "int? axis, float grad_scale) -> (Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
+      "fake_quant_groups(Tensor x, Tensor log_scale, int qmin, int qmax, int group_size, float grad_scale=1.0, "
+      "Tensor? offset=None) -> Tensor",
+      tags);
+  m.def("pact(Tensor x, Tensor log_alpha, int bits, int? axis=None) -> Tensor", tags);
+  m.def("pact_backward(Tensor grad, Tensor x, Tensor log_alpha, int bits, int? axis) -> (Tensor, Tensor)", tags);
 }
+
+TORCH_LIBRARY_IMPL(cctorch, CompositeImplicitAutograd, m) { m.impl("fake_quant_groups", &grouped); }
 
 }  // namespace cctorch

@@ -11,8 +11,25 @@ std::tuple<at::Tensor, at::Tensor> fake_quant_backward(const at::Tensor& grad, c
                                                        const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
                                                        std::optional<int64_t> axis, double grad_scale);
 
-// Raises where an argument is wrong; returns the axis counted from the front.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quant_offset_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                                          const at::Tensor& log_scale,
+                                                                          const at::Tensor& offset, int64_t qmin,
+                                                                          int64_t qmax, std::optional<int64_t> axis,
+                                                                          double grad_scale);
+
+std::tuple<at::Tensor, at::Tensor> pact_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                 const at::Tensor& log_alpha, int64_t bits,
+                                                 std::optional<int64_t> axis);
+
+void check_range(const char* op, int64_t qmin, int64_t qmax);
+
+// These raise where an argument is wrong and return the axis counted from the front.
 std::optional<int64_t> check_fake_quant(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
                                         std::optional<int64_t> axis);
+std::optional<int64_t> check_fake_quant_offset(const at::Tensor& x, const at::Tensor& log_scale,
+                                               const at::Tensor& offset, int64_t qmin, int64_t qmax,
+                                               std::optional<int64_t> axis);
+std::optional<int64_t> check_pact(const at::Tensor& x, const at::Tensor& log_alpha, int64_t bits,
+                                  std::optional<int64_t> axis);
 
 }  // namespace cctorch

@@ -18,16 +18,28 @@ std::vector<at::Tensor> magnitude_masks(at::TensorList weights, double sparsity)
   return op.call(weights, sparsity);
 }
 
-at::Tensor nm_mask(const at::Tensor& weight, int64_t n, int64_t m, int64_t axis) {
+std::vector<at::Tensor> magnitude_prune(at::TensorList weights, double sparsity) {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("cctorch::nm_mask", "").typed<decltype(nm_mask)>();
-  return op.call(weight, n, m, axis);
+      c10::Dispatcher::singleton().findSchemaOrThrow("cctorch::magnitude_prune", "").typed<decltype(magnitude_prune)>();
+  return op.call(weights, sparsity);
 }
 
-at::Tensor channel_mask(const at::Tensor& weight, double sparsity, int64_t axis) {
+std::vector<at::Tensor> nm_masks(at::TensorList weights, int64_t n, int64_t m, int64_t axis) {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("cctorch::channel_mask", "").typed<decltype(channel_mask)>();
-  return op.call(weight, sparsity, axis);
+      c10::Dispatcher::singleton().findSchemaOrThrow("cctorch::nm_masks", "").typed<decltype(nm_masks)>();
+  return op.call(weights, n, m, axis);
+}
+
+std::vector<at::Tensor> channel_masks(at::TensorList weights, double sparsity, int64_t axis) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("cctorch::channel_masks", "").typed<decltype(channel_masks)>();
+  return op.call(weights, sparsity, axis);
+}
+
+std::vector<at::Tensor> block_masks(at::TensorList weights, double sparsity, int64_t rows, int64_t columns) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("cctorch::block_masks", "").typed<decltype(block_masks)>();
+  return op.call(weights, sparsity, rows, columns);
 }
 
 at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
@@ -51,34 +63,54 @@ void check_sparsity(const char* op, double sparsity) {
 
 }  // namespace
 
-void check_magnitude_masks(at::TensorList weights, double sparsity) {
-  constexpr auto op = "magnitude_masks";
+std::string nth_weight(size_t i) { return "weights[" + std::to_string(i) + "]"; }
+
+namespace {
+
+void check_multiple(const char* op, const std::string& what, const c10::SymInt& size, const char* of, int64_t value) {
+  TORCH_SYM_CHECK((size % value).sym_eq(0), op, ": ", what, " must be a multiple of ", of, " = ", value, ", got size ",
+                  size, "; leave such a layer out or choose another ", of);
+}
+
+}  // namespace
+
+void check_magnitudes(const char* op, at::TensorList weights, double sparsity) {
   check_sparsity(op, sparsity);
+  check_like_tensors(weights, op, "weights");
+}
+
+void check_nm_masks(at::TensorList weights, int64_t n, int64_t m, int64_t axis) {
+  constexpr auto op = "nm_masks";
+  TORCH_CHECK(1 <= n && n <= m, op, ": expected 1 <= n <= m, got n = ", n, " and m = ", m);
+  check_like_tensors(weights, op, "weights");
   for (size_t i = 0; i < weights.size(); ++i) {
-    const auto name = "weights[" + std::to_string(i) + "]";
-    check_floating(weights[i], op, name.c_str());
-    check_same_device(weights[i], op, name.c_str(), weights[0], "weights[0]");
-    TORCH_CHECK(weights[i].scalar_type() == weights[0].scalar_type(), op, ": all weights must be of one type, got ",
-                weights[0].scalar_type(), " in weights[0] and ", weights[i].scalar_type(), " in ", name);
+    const auto name = nth_weight(i);
+    const int64_t positive = check_axis(weights[i], axis, op, name.c_str());
+    check_multiple(op, "axis " + std::to_string(axis) + " of " + name, weights[i].sym_size(positive), "m", m);
   }
 }
 
-int64_t check_nm_mask(const at::Tensor& weight, int64_t n, int64_t m, int64_t axis) {
-  constexpr auto op = "nm_mask";
-  check_floating(weight, op, "weight");
-  TORCH_CHECK(1 <= n && n <= m, op, ": expected 1 <= n <= m, got n = ", n, " and m = ", m);
-  const int64_t positive = check_axis(weight, axis, op, "weight");
-  TORCH_SYM_CHECK((weight.sym_size(positive) % m).sym_eq(0), op, ": axis ", axis,
-                  " of weight must be a multiple of m = ", m, ", got size ", weight.sym_size(positive),
-                  "; leave such a layer dense or choose another m");
-  return positive;
+void check_channel_masks(at::TensorList weights, double sparsity, int64_t axis) {
+  constexpr auto op = "channel_masks";
+  check_sparsity(op, sparsity);
+  check_like_tensors(weights, op, "weights");
+  for (size_t i = 0; i < weights.size(); ++i) check_axis(weights[i], axis, op, nth_weight(i).c_str());
 }
 
-int64_t check_channel_mask(const at::Tensor& weight, double sparsity, int64_t axis) {
-  constexpr auto op = "channel_mask";
-  check_floating(weight, op, "weight");
+void check_block_masks(at::TensorList weights, double sparsity, int64_t rows, int64_t columns) {
+  constexpr auto op = "block_masks";
   check_sparsity(op, sparsity);
-  return check_axis(weight, axis, op, "weight");
+  TORCH_CHECK(rows >= 1 && columns >= 1, op, ": rows and columns must be at least 1, got ", rows, " and ", columns);
+  check_like_tensors(weights, op, "weights");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const auto name = nth_weight(i);
+    TORCH_CHECK(weights[i].dim() >= 2, op, ": ", name, " must have two dimensions at least, got shape ",
+                weights[i].sym_sizes());
+    c10::SymInt others = 1;
+    for (int64_t d = 1; d < weights[i].dim(); ++d) others = others * weights[i].sym_size(d);
+    check_multiple(op, "dimension 0 of " + name, weights[i].sym_size(0), "rows", rows);
+    check_multiple(op, "the product of the other dimensions of " + name, others, "columns", columns);
+  }
 }
 
 void check_apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
@@ -96,9 +128,8 @@ at::Tensor row_major_mask(const at::Tensor& weight) {
   return at::empty(weight.sizes(), weight.options().dtype(at::kBool).memory_format(at::MemoryFormat::Contiguous));
 }
 
-at::Tensor in_layout_of(const at::Tensor& weight, const at::Tensor& mask) {
-  const at::Tensor result = empty_mask(weight);
-  return result.strides() == mask.strides() ? mask : result.copy_(mask);
+at::Tensor in_layout_of(const at::Tensor& result, const at::Tensor& row_major) {
+  return result.strides() == row_major.strides() ? row_major : result.copy_(row_major);
 }
 
 uint64_t infinity_bits(at::ScalarType type) {
@@ -116,8 +147,11 @@ uint64_t infinity_bits(at::ScalarType type) {
 
 TORCH_LIBRARY_FRAGMENT(cctorch, m) {
   m.def("magnitude_masks(Tensor[] weights, float sparsity) -> Tensor[]", {at::Tag::pt2_compliant_tag});
-  m.def("nm_mask(Tensor weight, int n, int m, int axis=1) -> Tensor", {at::Tag::pt2_compliant_tag});
-  m.def("channel_mask(Tensor weight, float sparsity, int axis=0) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("magnitude_prune(Tensor[] weights, float sparsity) -> Tensor[]", {at::Tag::pt2_compliant_tag});
+  m.def("nm_masks(Tensor[] weights, int n, int m, int axis=1) -> Tensor[]", {at::Tag::pt2_compliant_tag});
+  m.def("channel_masks(Tensor[] weights, float sparsity, int axis=0) -> Tensor[]", {at::Tag::pt2_compliant_tag});
+  m.def("block_masks(Tensor[] weights, float sparsity, int rows, int columns) -> Tensor[]",
+        {at::Tag::pt2_compliant_tag});
   m.def("apply_mask(Tensor weight, Tensor mask) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 

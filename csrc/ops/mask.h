@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <cctorch/mask.h>
 
+#include <string>
 #include <vector>
 
 namespace cctorch {
@@ -10,9 +11,13 @@ namespace cctorch {
 // floor((1 - sparsity) * total), exact for the decimal fraction that `sparsity` is the nearest double of.
 int64_t kept_count(double sparsity, int64_t total);
 
-void check_magnitude_masks(at::TensorList weights, double sparsity);
-int64_t check_nm_mask(const at::Tensor& weight, int64_t n, int64_t m, int64_t axis);
-int64_t check_channel_mask(const at::Tensor& weight, double sparsity, int64_t axis);
+// "weights[i]", as errors call it
+std::string nth_weight(size_t i);
+
+void check_magnitudes(const char* op, at::TensorList weights, double sparsity);
+void check_nm_masks(at::TensorList weights, int64_t n, int64_t m, int64_t axis);
+void check_channel_masks(at::TensorList weights, double sparsity, int64_t axis);
+void check_block_masks(at::TensorList weights, double sparsity, int64_t rows, int64_t columns);
 void check_apply_mask(const at::Tensor& weight, const at::Tensor& mask);
 
 // A mask in the dense layout of at::empty_like(weight).
@@ -21,8 +26,8 @@ at::Tensor empty_mask(const at::Tensor& weight);
 // Row-major, so that positions in memory are the positions ties are decided by.
 at::Tensor row_major_mask(const at::Tensor& weight);
 
-// The mask in the layout of empty_mask(weight).
-at::Tensor in_layout_of(const at::Tensor& weight, const at::Tensor& mask);
+// row_major in the layout of result, which it may be written to.
+at::Tensor in_layout_of(const at::Tensor& result, const at::Tensor& row_major);
 
 // +infinity as a magnitude: every NaN is above it.
 uint64_t infinity_bits(at::ScalarType type);

@@ -1,55 +1,111 @@
-#include <ATen/ops/empty_like.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/sort.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <cmath>
+#include <limits>
 
 #include "csrc/ops/mask.h"
 
+// Masks of groups: one score for each, in float64, and the exact selection of magnitude_masks() among the scores.
 namespace cctorch::composite {
 namespace {
 
 // A list without tensors names no backend, and so comes here.
-std::vector<at::Tensor> magnitude_masks(at::TensorList weights, double sparsity) {
-  check_magnitude_masks(weights, sparsity);
-  TORCH_CHECK(weights.empty(), "magnitude_masks: weights[0] must be on cpu or cuda, got ", weights[0].device(),
+std::vector<at::Tensor> no_weights(const char* op, at::TensorList weights) {
+  TORCH_CHECK(weights.empty(), op, ": weights[0] must be on cpu or cuda, got ", weights[0].device(),
               "; move the weights to one of them");
   return {};
 }
 
-at::Tensor channel_mask(const at::Tensor& weight, double sparsity, int64_t axis) {
-  axis = check_channel_mask(weight, sparsity, axis);
-  const int64_t channels = weight.size(axis);
-  if (weight.numel() == 0) return empty_mask(weight);
-  const auto rows = weight.movedim(axis, 0).reshape({channels, -1});
-  const auto norms = at::linalg_vector_norm(rows, 2, {1}, false, at::kDouble);
-  if (weight.is_cpu()) {
-    TORCH_CHECK(!norms.isnan().any().item<bool>(), "channel_mask: weight has NaN, so its channels cannot be ordered");
-  }
-  const int64_t count = std::max<int64_t>(1, kept_count(sparsity, channels));
-  auto kept = at::zeros({channels}, weight.options().dtype(at::kBool));
-  // A stable descending sort puts NaN first and the lower of two tied indices first.
-  const auto order = std::get<1>(at::sort(norms, /*stable=*/true, /*dim=*/-1, /*descending=*/true));
-  kept.scatter_(0, order.narrow(0, 0, count), true);
-  std::vector<int64_t> shape(weight.dim(), 1);
-  shape[axis] = channels;
-  return empty_mask(weight).copy_(kept.view(shape));
+std::vector<at::Tensor> magnitude_masks(at::TensorList weights, double sparsity) {
+  check_magnitudes("magnitude_masks", weights, sparsity);
+  return no_weights("magnitude_masks", weights);
 }
 
-at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
-  check_apply_mask(weight, mask);
-  const auto zero = at::scalar_tensor(0, weight.options());
-  return at::empty_like(weight).copy_(at::where(mask, weight, zero));
+std::vector<at::Tensor> magnitude_prune(at::TensorList weights, double sparsity) {
+  check_magnitudes("magnitude_prune", weights, sparsity);
+  return no_weights("magnitude_prune", weights);
+}
+
+std::vector<at::Tensor> nm_masks(at::TensorList weights, int64_t n, int64_t m, int64_t axis) {
+  check_nm_masks(weights, n, m, axis);
+  return no_weights("nm_masks", weights);
+}
+
+void check_no_nan(const at::Tensor& scores, const char* op, size_t i) {
+  if (!scores.is_cpu()) return;
+  TORCH_CHECK(!scores.isnan().any().item<bool>(), op, ": ", nth_weight(i), " has NaN, so its parts cannot be ordered");
+}
+
+// The slices along `axis` as rows.
+at::Tensor slices(const at::Tensor& weight, int64_t axis) {
+  return weight.movedim(axis, 0).reshape({weight.size(axis), -1});
+}
+
+// The best slice, the first of several, is ahead of all that are not the best of theirs.
+at::Tensor with_best_ahead(const at::Tensor& scores) {
+  // A stable descending sort puts NaN first and the lower of two tied indices first.
+  const auto order = std::get<1>(at::sort(scores, /*stable=*/true, /*dim=*/-1, /*descending=*/true));
+  const auto finite = scores.clamp_max(std::numeric_limits<double>::max());
+  return finite.scatter_(0, order.narrow(0, 0, 1), std::numeric_limits<double>::infinity());
+}
+
+std::vector<at::Tensor> channel_masks(at::TensorList weights, double sparsity, int64_t axis) {
+  check_channel_masks(weights, sparsity, axis);
+  std::vector<at::Tensor> scores, masks;
+  int64_t total = 0;
+  int64_t fewest = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    masks.push_back(empty_mask(weights[i]));
+    if (weights[i].numel() == 0) continue;
+    const auto rows = slices(weights[i], axis);
+    const auto norms = at::linalg_vector_norm(rows, 2, {1}, false, at::kDouble);
+    check_no_nan(norms, "channel_masks", i);
+    scores.push_back(with_best_ahead(norms / std::sqrt(static_cast<double>(rows.size(1)))));
+    total += rows.size(0);
+    ++fewest;
+  }
+  if (total == 0) return masks;
+  const int64_t count = std::max(fewest, kept_count(sparsity, total));
+  const auto kept = cctorch::magnitude_masks(scores, 1 - static_cast<double>(count) / static_cast<double>(total));
+  auto next = kept.begin();
+  for (at::Tensor& mask : masks) {
+    if (mask.numel() == 0) continue;
+    std::vector<int64_t> shape(mask.dim(), 1);
+    shape[axis < 0 ? axis + mask.dim() : axis] = -1;
+    mask.copy_(next++->view(shape));
+  }
+  return masks;
+}
+
+std::vector<at::Tensor> block_masks(at::TensorList weights, double sparsity, int64_t rows, int64_t columns) {
+  check_block_masks(weights, sparsity, rows, columns);
+  std::vector<at::Tensor> scores, masks;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t across = weights[i].size(0) == 0 ? 0 : weights[i].numel() / weights[i].size(0) / columns;
+    const auto blocks = weights[i].reshape({weights[i].size(0) / rows, rows, across, columns});
+    scores.push_back(at::linalg_vector_norm(blocks, 2, {1, 3}, false, at::kDouble));
+    check_no_nan(scores.back(), "block_masks", i);
+  }
+  const auto kept = cctorch::magnitude_masks(scores, sparsity);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const auto blocks = kept[i].view({kept[i].size(0), 1, kept[i].size(1), 1});
+    const auto all = blocks.expand({kept[i].size(0), rows, kept[i].size(1), columns});
+    masks.push_back(empty_mask(weights[i]).copy_(all.reshape(weights[i].sizes())));
+  }
+  return masks;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
   m.impl("magnitude_masks", &magnitude_masks);
-  m.impl("channel_mask", &channel_mask);
-  m.impl("apply_mask", &apply_mask);
+  m.impl("magnitude_prune", &magnitude_prune);
+  m.impl("nm_masks", &nm_masks);
+  m.impl("channel_masks", &channel_masks);
+  m.impl("block_masks", &block_masks);
 }
 
 }  // namespace cctorch::composite

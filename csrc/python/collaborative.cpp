@@ -53,6 +53,12 @@ std::vector<collaborative::LayerChoices> layer_choices(const std::vector<collabo
   return collaborative::layer_choices(layers, options, forwarded(progress));
 }
 
+collaborative::Search search(std::vector<collaborative::Layer> layers, double model_cost, const Options& options,
+                             const std::optional<PythonProgress>& progress) {
+  const py::gil_scoped_release release;
+  return {std::move(layers), model_cost, options, forwarded(progress)};
+}
+
 void bind_options(py::module_& module) {
   py::class_<Options>(module, "SolverOptions")
       .def(py::init([](double target, double gamma, double step_fraction, double max_rate, const std::string& units,
@@ -141,6 +147,18 @@ void bind_collaborative(py::module_& module) {
       .def_readonly("curve_seconds", &collaborative::Solution::curve_seconds)
       .def_readonly("heuristic_seconds", &collaborative::Solution::heuristic_seconds)
       .def_readonly("warnings", &collaborative::Solution::warnings);
+  py::class_<collaborative::Search>(module, "Search")
+      .def(py::init(&search), py::arg("layers"), py::arg("model_cost"), py::arg("options"),
+           py::arg("progress") = py::none())
+      .def("at", &collaborative::Search::at, py::arg("target"), py::call_guard<py::gil_scoped_release>())
+      .def("at_final", &collaborative::Search::at_final, py::arg("target"), py::arg("model"), py::arg("graph"),
+           py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "remaining",
+      [](const std::vector<LayerSpec>& model, const CompressionPlan& plan, const std::string& budget, bool final) {
+        return collaborative::remaining(model, plan, parse(budget_names, "budget", budget), final);
+      },
+      py::arg("model"), py::arg("plan"), py::arg("budget"), py::arg("final"));
   module.def("participants", &collaborative::participants, py::arg("specs"));
   module.def("solve", &solve, py::arg("layers"), py::arg("model_cost"), py::arg("options"),
              py::arg("progress") = py::none());

@@ -26,10 +26,15 @@ void bind_repair(py::module_& module) {
       .def("add", &Moments::add, py::arg("x"), py::arg("y"), Release())
       .def(
           "add_conv2d",
-          [](Moments& self, const at::Tensor& x, const at::Tensor& y, const Window& window, int64_t step) {
-            self.add_conv2d(x, y, window, step);
+          [](Moments& self, const at::Tensor& x, const at::Tensor& y, const Window& window, int64_t step,
+             int64_t first_image) { self.add_conv2d(x, y, window, step, first_image); },
+          py::arg("x"), py::arg("y"), py::arg("window"), py::arg("step") = 1, py::arg("first_image") = 0, Release())
+      .def(
+          "all_reduce",
+          [](Moments& self, const py::function& sum) {
+            self.all_reduce([&sum](const at::Tensor& sums) { sum(sums); });
           },
-          py::arg("x"), py::arg("y"), py::arg("window"), py::arg("step") = 1, Release())
+          py::arg("sum"))
       .def_property_readonly("samples", &Moments::samples)
       .def_property_readonly("input_mean", &Moments::input_mean)
       .def_property_readonly("output_mean", &Moments::output_mean)

@@ -4,52 +4,12 @@
 #include <array>
 #include <limits>
 
+#include "csrc/ops/best_grids.h"
 #include "csrc/regularize/matrices.h"
-#include "csrc/regularize/sorted_rows.h"
 
 namespace cctorch::regularize {
 
 namespace {
-
-constexpr int kIterations = 20;
-
-at::Tensor with_sign_of(const at::Tensor& magnitudes, const at::Tensor& rows) {
-  return at::where(rows < 0, -magnitudes, magnitudes);
-}
-
-// Two scales give any two magnitudes a1 + a2 and a1 - a2, so the best of them are 2-means of |w|, found exactly:
-// rows x 2, the larger first.
-at::Tensor two_magnitudes(const at::Tensor& magnitudes) {
-  const int64_t columns = magnitudes.size(-1);
-  const at::Tensor upper = std::get<0>(at::sort(magnitudes, -1, /*descending=*/true)).cumsum(-1);
-  const at::Tensor lower = upper.narrow(-1, columns - 1, 1) - upper;
-  const at::Tensor count = at::arange(1, columns + 1, magnitudes.options());
-  const at::Tensor rest = (columns - count).clamp_min(1);
-  const at::Tensor best = (upper.square() / count + lower.square() / rest).argmax(-1, true);
-  return at::cat({upper.gather(-1, best) / (best + 1), lower.gather(-1, best) / (columns - 1 - best).clamp_min(1)}, -1);
-}
-
-// Alternates between the nearest of the 8 levels +-a1 +-a2 +-a3 and least squares for a.
-at::Tensor three_codes(const at::Tensor& rows) {
-  const at::Tensor magnitudes = two_magnitudes(rows.abs());
-  const at::Tensor high = magnitudes.narrow(-1, 0, 1), low = magnitudes.narrow(-1, 1, 1);
-  const at::Tensor rest = (nearest(rows.abs(), magnitudes.flip(-1)) - rows.abs()).abs_().mean(-1, true);
-  at::Tensor scales = at::cat({(high + low) / 2, (high - low) / 2, rest}, -1);
-  const at::Tensor bits = at::arange(8, rows.options().dtype(at::kLong));
-  const at::Tensor signs =
-      at::stack({bits.bitwise_and(1), bits.bitwise_and(2) / 2, bits.bitwise_and(4) / 4}, -1).to(at::kDouble) * 2 - 1;
-  const SortedRows sorted(rows);
-  for (int i = 0; i < kIterations; ++i) {
-    const auto [levels, order] = at::sort(at::matmul(scales, signs.t()));
-    const auto cells = sorted.cells(midpoints(levels));
-    const at::Tensor code = signs.index({order});  // rows x 8 x 3
-    const at::Tensor transposed = code.transpose(-1, -2);
-    const at::Tensor gram = at::matmul(transposed, cells.counts.unsqueeze(-1) * code);
-    const at::Tensor moment = at::matmul(transposed, cells.sums.unsqueeze(-1));
-    scales = at::matmul(at::linalg_pinv(gram, 1e-12, /*hermitian=*/true), moment).squeeze(-1);
-  }
-  return nearest(rows, std::get<0>(at::sort(at::matmul(scales, signs.t()))));
-}
 
 // Whether a row is a sum of `bits` scaled codes already. 1, 2 or 3 distinct magnitudes are one of 1, 2 or 3 codes; 4
 // are one of 3 codes if the smallest is |second + third - first|, as far as the type shows.
@@ -72,15 +32,7 @@ at::Tensor is_code(const at::Tensor& rows, int64_t bits, at::ScalarType type) {
 }
 
 at::Tensor quantize(const at::Tensor& rows, int64_t bits, at::ScalarType type) {
-  at::Tensor coded;
-  if (bits == 1) {
-    coded = with_sign_of(rows.abs().mean(-1, true), rows);
-  } else if (bits == 2) {
-    coded = with_sign_of(nearest(rows.abs(), two_magnitudes(rows.abs()).flip(-1)), rows);
-  } else {
-    coded = three_codes(rows);
-  }
-  return at::where(is_code(rows, bits, type), rows, coded);
+  return at::where(is_code(rows, bits, type), rows, fitted_code(rows, bits));
 }
 
 }  // namespace

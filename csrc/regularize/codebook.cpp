@@ -1,8 +1,8 @@
 #include <ATen/ATen.h>
 #include <cctorch/regularize.h>
 
+#include "csrc/ops/best_grids.h"
 #include "csrc/regularize/matrices.h"
-#include "csrc/regularize/sorted_rows.h"
 
 namespace cctorch::regularize {
 
@@ -16,11 +16,7 @@ struct Fit {
 };
 
 Fit lloyd(const SortedRows& sorted, at::Tensor centers) {
-  for (int i = 0; i < kIterations; ++i) {
-    const auto cells = sorted.cells(midpoints(centers));
-    // The center of an empty cell stays: it may be reached later.
-    centers = at::where(cells.counts > 0, cells.sums / cells.counts.clamp_min(1), centers);
-  }
+  for (int i = 0; i < kIterations; ++i) centers = kmeans_step(sorted, centers);
   const auto cells = sorted.cells(midpoints(centers));
   return {centers, (2 * centers * cells.sums - centers.square() * cells.counts).sum(-1, true)};
 }

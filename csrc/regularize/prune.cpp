@@ -74,7 +74,7 @@ void NMPruning::replace(std::vector<Weight>& weights) {
   const int64_t bits_per_position = n_ == m_ ? 0 : static_cast<int64_t>(std::bit_width(static_cast<uint64_t>(m_ - 1)));
   for (Weight& weight : weights) {
     const int64_t kept = weight.value.numel() / m_ * n_;
-    prune(weight, nm_mask(weight.value, n_, m_, axis_), kept, kept * bits_per_position);
+    prune(weight, nm_masks({weight.value}, n_, m_, axis_)[0], kept, kept * bits_per_position);
   }
 }
 
@@ -93,7 +93,7 @@ void ChannelPruning::replace(std::vector<Weight>& weights) {
   for (Weight& weight : weights) {
     const int64_t channels = weight.value.size(axis_);
     const int64_t kept = std::max<int64_t>(1, kept_count(sparsity_, channels));
-    prune(weight, channel_mask(weight.value, sparsity_, axis_), weight.value.numel() / channels * kept, channels);
+    prune(weight, channel_masks({weight.value}, sparsity_, axis_)[0], weight.value.numel() / channels * kept, channels);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "csrc/ops/best_grids.h"
 #include "csrc/regularize/matrices.h"
 
 namespace cctorch::regularize {
@@ -46,14 +47,6 @@ class Grid {
   double q_;
   at::Tensor energy_;
 };
-
-// The k largest magnitudes become +-reach, the others 0: the error is smallest where (sum of them)^2 / k is largest.
-at::Tensor ternary_reach(const at::Tensor& rows) {
-  const at::Tensor sums = std::get<0>(at::sort(rows.abs(), -1, /*descending=*/true)).cumsum(-1);
-  const at::Tensor counts = at::arange(1, rows.size(-1) + 1, rows.options());
-  const at::Tensor best = (sums.square() / counts).argmax(-1, true);
-  return sums.gather(-1, best) / (best + 1);
-}
 
 at::Tensor searched_reach(const Grid& grid, const at::Tensor& largest) {
   auto [reach, error] = grid.refit(largest, largest);

@@ -2,6 +2,7 @@
 #include <cctorch/repair.h>
 
 #include <algorithm>
+#include <cmath>
 
 namespace cctorch::repair {
 
@@ -110,7 +111,8 @@ void Moments::add(const at::Tensor& x, const at::Tensor& y) {
   samples_ += added;
 }
 
-void Moments::add_conv2d(const at::Tensor& x, const at::Tensor& y, const Window& window, int64_t step, int64_t bytes) {
+void Moments::add_conv2d(const at::Tensor& x, const at::Tensor& y, const Window& window, int64_t step,
+                         int64_t first_image, int64_t bytes) {
   check_map("the input", x, step);
   const int64_t positions = positions_of(x, window);
   const int64_t per_image = positions / std::min(step, positions);
@@ -122,8 +124,30 @@ void Moments::add_conv2d(const at::Tensor& x, const at::Tensor& y, const Window&
   const int64_t at_once = std::max<int64_t>(1, bytes / image_bytes);
   for (int64_t begin = 0; begin < x.size(0); begin += at_once) {
     const int64_t end = std::min(begin + at_once, x.size(0));
-    add(input_samples(x.slice(0, begin, end), window, step, begin), y.slice(1, begin * per_image, end * per_image));
+    add(input_samples(x.slice(0, begin, end), window, step, first_image + begin),
+        y.slice(1, begin * per_image, end * per_image));
   }
+}
+
+void Moments::all_reduce(const std::function<void(at::Tensor)>& sum) {
+  const auto own = static_cast<double>(samples_);
+  const int64_t inputs = input_mean_.numel(), outputs = output_mean_.numel();
+  // One message: what the means are made of. A mean that is NaN must stay so on every process.
+  const at::Tensor totals = at::cat({input_mean_ * own, output_mean_ * own, at::full({1}, own, input_mean_.options())});
+  sum(totals);
+  const double all = totals[inputs + outputs].item<double>();
+  const double divisor = std::max(all, 1.0);
+  const at::Tensor input_mean = totals.narrow(0, 0, inputs) / divisor;
+  const at::Tensor output_mean = totals.narrow(0, inputs, outputs) / divisor;
+  const at::Tensor x_shift = input_mean_ - input_mean, y_shift = output_mean_ - output_mean;
+  // Around the common mean a process' moments are larger by what its own mean is off.
+  input_moment_.addr_(x_shift, x_shift, 1, own);
+  cross_moment_.addr_(y_shift, x_shift, 1, own);
+  output_square_.addcmul_(y_shift, y_shift, own);
+  for (const at::Tensor& moment : {input_moment_, cross_moment_, output_square_}) sum(moment);
+  input_mean_ = input_mean;
+  output_mean_ = output_mean;
+  samples_ = std::llround(all);
 }
 
 }  // namespace cctorch::repair

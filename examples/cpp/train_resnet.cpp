@@ -86,18 +86,20 @@ Search search(ResNet& model, const Images& images, const std::vector<cctorch::La
                                                              losses(model, images, options.batch));
   cctorch::collaborative::Options solver;
   solver.target = options.target;
-  auto solution = cctorch::collaborative::solve(layers, cctorch::dense_macs(specs), solver);
+  const auto graph = model->channel_graph();
+  const cctorch::collaborative::Search search(layers, cctorch::dense_macs(specs), solver);
+  auto solution = search.at_final(options.target, specs, graph);
   for (const std::string& warning : solution.warnings) fmt::print("warning: {}\n", warning);
   fmt::print("search: rate optimization {:.2f} s, heuristic {:.2f} s\n", solution.curve_seconds,
              solution.heuristic_seconds);
   const int64_t nominal_macs = cctorch::nominal_macs(specs, solution.plan);
-  model->channel_graph().resolve(solution.plan);
+  graph.resolve(solution.plan);
   cctorch::drop_idle_ranks(specs, solution.plan);
   return {std::move(solution.plan), nominal_macs};
 }
 
-void check_target(int64_t dense_macs, int64_t nominal_macs, double target) {
-  const double removed = 1.0 - static_cast<double>(nominal_macs) / static_cast<double>(dense_macs);
+void check_target(int64_t dense_macs, int64_t final_macs, double target) {
+  const double removed = 1.0 - static_cast<double>(final_macs) / static_cast<double>(dense_macs);
   if (removed >= target - 0.01) return;
   throw std::runtime_error(
       fmt::format("the plan removes {:.1f} % of the multiply-accumulates, expected {:.1f} %: lower "
@@ -159,7 +161,7 @@ void run(const Options& options) {
   const Measurements before = measure(model, data.test, cctorch::dense_macs(specs), out / "dense.pt");
 
   const auto [plan, nominal_macs] = search(model, data.train, specs, options);
-  check_target(before.macs, nominal_macs, options.target);
+  check_target(before.macs, cctorch::final_macs(specs, plan), options.target);
   cctorch::apply(*model, plan, &optimizer);
   const double uncorrected = accuracy(model, data.test, 256);
   reestimate(model, data.train, options.batch, 4000);

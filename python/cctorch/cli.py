@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from cctorch import distributed
+from cctorch.interruption import Interrupted
+
+_EXIT_CODES = {"finished": 0, "interrupted": os.EX_TEMPFAIL, "failed": 1, "running": 3}
 _DESCRIPTION = """\
 Compression-aware training: train a network, compress it by Collaborative Compression (channel pruning and low-rank
 decomposition on one budget of multiply-accumulates), fine-tune it, measure it and export it.
@@ -21,15 +26,21 @@ examples:
                                                          the same with changed values, in runs/harder
   cctorch run configs/demo.yaml                          run again: goes on where it was interrupted
   cctorch run configs/demo.yaml --fresh                  start over
+  torchrun --nproc-per-node 4 -m cctorch run configs/demo.yaml
+                                                         the same on four processes or GPUs
   cctorch report runs/demo                               write runs/demo/report.html again
   cctorch status runs/demo                               where it stands, from another terminal
   cctorch sweep runs/demo 0.3 0.5 0.7                    its dense model, compressed to each of these targets
 """
 _RUN = """\
-Runs what CONFIG describes and writes into runs/<name>/: config.yaml, metrics.jsonl and tensorboard/, plan.json,
-checkpoints/, compressed.pt2 (a torch.export program), summary.json, run.log and report.html.
+Runs what CONFIG describes and writes into runs/<name>/: config.yaml, metrics.jsonl, steps.jsonl and tensorboard/,
+plan.json, checkpoints/, compressed.pt2 (a torch.export program), summary.json, run.log and report.html.
 
-An interrupted run goes on from its last epoch when the same command is given again.
+An interrupted run goes on from its last checkpoint when the same command is given again. SIGTERM, SIGUSR1 and Ctrl-C
+write one after the step of training that runs.
+
+exit codes: 0 finished; 75 interrupted, the same command goes on; 2 the configuration or the data can't be run;
+1 failed; 130 Ctrl-C twice. Under torchrun, which has codes of its own, ask `cctorch status RUN --exit-code`.
 
 CIFAR-10 is looked for in data.root or the environment variable CCTORCH_DATA; ${CCTORCH_WEIGHTS} in a configuration is
 the folder with the published weights.
@@ -67,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="say where a run stands: running, interrupted or finished")
     status.add_argument("run", metavar="RUN", type=Path, help="the run's folder, such as runs/demo")
     status.add_argument("--json", action="store_true", help="one line of JSON, for programs")
+    status.add_argument(
+        "--exit-code",
+        action="store_true",
+        help="exit as the run did: 0 finished, 75 interrupted, 1 failed; 3 while it is running",
+    )
     return parser
 
 
@@ -82,24 +98,31 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a run that can't go on, 2 for a wrong command, 130 after Ctrl-C."""
+    """Returns the exit code: 0, 1 for a run that failed, 2 for a wrong command or configuration, 75 (EX_TEMPFAIL) for
+    an interrupted run that can go on, 130 after a Ctrl-C that did not wait."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parse(given)
     try:
         return {"run": _run, "report": _report, "sweep": _sweep, "status": _status}[parsed.command](parsed)
+    except Interrupted as error:
+        if distributed.is_main():
+            print(f"\n{error}: checkpoint written; this goes on from it:\n  {_again(given)}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
-        resume = shlex.join(["cctorch", *(word for word in given if word != "--fresh")])
-        print(
-            f"\ninterrupted; this goes on from what was finished (of training, the last epoch):\n  {resume}",
-            file=sys.stderr,
-        )
+        print(f"\ninterrupted; this goes on from the last checkpoint:\n  {_again(given)}", file=sys.stderr)
         return 130
+
+
+def _again(given: Sequence[str]) -> str:
+    launcher = [] if distributed.world_size() == 1 else ["torchrun", "...", "-m"]
+    return shlex.join([*launcher, "cctorch", *(word for word in given if word != "--fresh")])
 
 
 def _run(parsed: argparse.Namespace) -> int:
     from cctorch import _C
     from cctorch.config import load_config
-    from cctorch.run import run, select_device
+    from cctorch.device import select_device
+    from cctorch.run import run
 
     try:
         config = load_config(parsed.config, parsed.overrides)
@@ -140,14 +163,18 @@ def _status(parsed: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return _fail(error)
     print(json.dumps(asdict(found)) if parsed.json else found)
-    return 0
+    return _EXIT_CODES[found.state] if parsed.exit_code else 0
 
 
 def _fail(error: Exception) -> int:
+    from cctorch.config import ConfigError
+    from cctorch.data import DataError
+
     text = str(error)
     if isinstance(error, OSError) and error.filename:
         text = f"{error.strerror} ({error.filename})"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         text = "the disk is full: free some space, then give the same command again"
-    print(f"cctorch: {text}", file=sys.stderr)
-    return 1
+    of = "" if distributed.is_main() else f" (rank {distributed.rank()})"
+    print(f"cctorch{of}: {text}", file=sys.stderr)
+    return 2 if isinstance(error, ConfigError | DataError) else 1

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cctorch import _C, latency_budget
+from cctorch import _C, distributed, latency_budget
 from cctorch.graph import ModelGraph, trace
 from cctorch.latency import LatencyTable
 from cctorch.latency_budget import Latency
@@ -24,6 +24,7 @@ __all__ = ["Compression", "compress", "mean_gradients", "solve", "solve_latency"
 
 Progress = Callable[[str, int, int], None]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+Count = Literal["final", "nominal"]
 
 
 @dataclass
@@ -63,6 +64,7 @@ def mean_gradients(
     *,
     loss: LossFunction = F.cross_entropy,
     progress: Progress | None = None,
+    across_ranks: bool = False,
 ) -> dict[str, Tensor]:
     """Gradient of the mean loss with respect to the weight of each layer in `layers`, the model in eval mode.
 
@@ -70,6 +72,7 @@ def mean_gradients(
         batches: pairs (inputs, labels) on the model's device, un-augmented; weighted by their number of examples.
         layers: paths of modules with a `weight`.
         loss: mean loss of a batch.
+        across_ranks: `batches` are this rank's share; every rank calls, and gets the gradients over all of them.
 
     Returns:
         For each layer, a tensor of its weight's shape. The model's own `.grad` fields are left as they were.
@@ -103,6 +106,10 @@ def mean_gradients(
             parameter.requires_grad_(flag)
         for module, mode in training.items():
             module.training = mode
+    if across_ranks:
+        examples = int(distributed.sum_(torch.tensor(examples)))
+        for gradient in sums:
+            distributed.sum_(gradient)
     if examples == 0:
         raise ValueError("compress: `batches` is empty, expected at least one batch of training images")
     for name, gradient in zip(layers, sums, strict=True):
@@ -131,6 +138,7 @@ def solve(
     gradients: dict[str, Tensor],
     options: _C.SolverOptions,
     *,
+    count: Count = "final",
     bounds: Mapping[str, float] | None = None,
     progress: Progress | None = None,
     gradient_seconds: float = 0.0,
@@ -141,17 +149,23 @@ def solve(
         ValueError: a weight or gradient is not finite, no allocation reaches the target, or what was reached falls
             short of the target by more than 1 % of the model's budget.
     """
-    dense = _dense(graph.specs, options.budget)
-    solution = _C.solve(_solver_layers(model, graph, gradients, bounds or {}), dense, options, progress)
-    reduction = 1.0 - _nominal(graph.specs, solution.plan, options.budget) / dense
-    if reduction < options.target - 0.01:
-        raise ValueError(
-            f"compress: target = {options.target:g}, but the plan removes only {reduction:.4f} of the model's "
-            f"{options.budget}; lower the target"
-        )
+    dense = _C.remaining(graph.specs, CompressionPlan(), options.budget, False)
+    search = _C.Search(_solver_layers(model, graph, gradients, bounds or {}), dense, options, progress)
+    if count == "nominal":
+        solution = search.at(options.target)
+    else:
+        solution = search.at_final(options.target, graph.specs, graph.channels)
     nominal_macs = _C.nominal_macs(graph.specs, solution.plan)
+    left = _C.remaining(graph.specs, solution.plan, options.budget, False)
     graph.channels.resolve(solution.plan)
     _C.drop_idle_ranks(graph.specs, solution.plan)
+    if count == "final":
+        left = _C.remaining(graph.specs, solution.plan, options.budget, True)
+    if 1.0 - left / dense < options.target - 0.01:
+        raise ValueError(
+            f"compress: target = {options.target:g}, but the plan removes only {1.0 - left / dense:.4f} of the "
+            f"model's {options.budget}; lower the target"
+        )
     return _compression(graph, solution, nominal_macs, gradient_seconds)
 
 
@@ -212,17 +226,6 @@ def _compression(graph: ModelGraph, solution: _C.Solution, nominal_macs: int, gr
     )
 
 
-def _dense(specs: list[LayerSpec], budget: str) -> int:
-    return _C.dense_macs(specs) if budget == "macs" else sum(spec.parameters for spec in specs)
-
-
-def _nominal(specs: list[LayerSpec], plan: CompressionPlan, budget: str) -> int:
-    if budget == "macs":
-        return _C.nominal_macs(specs, plan)
-    # A layer's multiply-accumulates are its parameters at every position.
-    return sum(_C.layer_macs(spec, plan.find(spec.name), False) // spec.positions for spec in specs)
-
-
 def compress(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -235,6 +238,7 @@ def compress(
     step_fraction: float = 0.01,
     max_rate: float = 0.95,
     budget: Literal["macs", "parameters", "latency"] = "macs",
+    count: Count = "final",
     multiple: int | None = None,
     latency_batch: int = 1,
     latency_table: LatencyTable | None = None,
@@ -243,6 +247,7 @@ def compress(
     gradients: Mapping[str, Tensor] | None = None,
     loss: LossFunction = F.cross_entropy,
     progress: Progress | None = None,
+    across_ranks: bool = False,
 ) -> Compression:
     """Finds a plan that removes a fraction of a model's multiply-accumulates, parameters or latency.
 
@@ -263,9 +268,12 @@ def compress(
         basis: `exact` decomposes the weight anew for every candidate channel, `fixed` keeps its singular vectors.
         step_fraction: share of a layer's units removed between two rankings.
         max_rate: no layer gives up more than this share.
-        budget: ``macs`` and ``parameters`` count what the layers' removed inputs and singular values save. ``latency``
+        budget: what `target` is a fraction of: multiply-accumulates, parameters of weights, or latency. ``latency``
             is measured on the device of `example`, with its dtype and layout and as many threads as torch uses now:
             layers are timed by their shapes, forms that don't pay are left out, and the whole model is measured.
+        count: what counts as removed, with a budget of ``macs`` or ``parameters``. ``final`` is what the network has
+            lost once the filters that nobody reads any more are gone too; ``nominal`` is what the layers' removed
+            inputs and singular values save, as in the paper, and the network may lose more.
         multiple: kept channels and ranks are multiples of it, where not all are kept; by default 8 on CUDA, as its
             tensor cores want them (not measured yet), and 1 elsewhere. The rates then come from the counts that are
             possible, not from fitted curves. A budget of latency has its own, from the times.
@@ -276,6 +284,8 @@ def compress(
             patterns fit, the smallest holds. 0 is `exclude`.
         gradients: of an earlier `Compression` of this model, in place of a pass over `batches`.
         progress: called with (stage, done, total).
+        across_ranks: `batches` are this rank's share, and every rank calls. Gradients are those over all shares; rank 0
+            searches while the others wait, and all get its plan. The curves and the measured latency stay with rank 0.
 
     Raises:
         ValueError: a bad argument, a pattern that names no layer, weights or gradients that are not finite, or a target
@@ -289,7 +299,7 @@ def compress(
         >>> model = nn.Sequential(conv(3, 16), conv(16, 16), conv(16, 16), nn.Flatten(), nn.Linear(16 * 64, 10))
         >>> batches = [(torch.randn(8, 3, 8, 8), torch.arange(8))]
         >>> compression = cctorch.compress(model, batches, batches[0][0], target=0.4)
-        >>> compression.nominal_reduction > 0.39
+        >>> compression.final_reduction > 0.39
         True
     """
     counted: Literal["macs", "parameters"] = "macs" if budget == "latency" else budget
@@ -303,15 +313,18 @@ def compress(
     bounded = _bounds(graph, bounds or {})
     searched = _candidates(graph, exclude)
     found = (
-        mean_gradients(model, batches, searched, loss=loss, progress=progress)
+        mean_gradients(model, batches, searched, loss=loss, progress=progress, across_ranks=across_ranks)
         if gradients is None
         else _given(gradients, searched)
     )
     seconds = time.perf_counter() - start
-    if latency_table is None:
-        compression = solve(model, graph, found, options, bounds=bounded, progress=progress, gradient_seconds=seconds)
-    else:
-        compression = solve_latency(
+
+    def search() -> Compression:
+        if latency_table is None:
+            return solve(
+                model, graph, found, options, count=count, bounds=bounded, progress=progress, gradient_seconds=seconds
+            )
+        return solve_latency(
             model,
             graph,
             found,
@@ -322,8 +335,36 @@ def compress(
             progress=progress,
             gradient_seconds=seconds,
         )
+
+    compression = _of_main(graph, search, seconds) if across_ranks else search()
     compression.gradients = found
     return compression
+
+
+def _of_main(graph: ModelGraph, search: Callable[[], Compression], gradient_seconds: float) -> Compression:
+    """What rank 0 finds; the other ranks get the plan and the counts."""
+    own: list[Compression] = []
+
+    def told() -> tuple[str, int]:
+        own.append(search())
+        return own[0].plan.to_json(), own[0].nominal_macs
+
+    text, nominal_macs = distributed.on_main(told)
+    if own:
+        return own[0]
+    plan = CompressionPlan.from_json(text)
+    return Compression(
+        plan=plan,
+        curves=[],
+        model_specs=graph.specs,
+        dense_macs=_C.dense_macs(graph.specs),
+        nominal_macs=nominal_macs,
+        final_macs=_C.final_macs(graph.specs, plan),
+        gradient_seconds=gradient_seconds,
+        curve_seconds=0.0,
+        heuristic_seconds=0.0,
+        warnings=list(graph.warnings),
+    )
 
 
 def _given(gradients: Mapping[str, Tensor], searched: Sequence[str]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from cctorch import collaborative, data
+from cctorch import collaborative, data, distributed
 from cctorch.config import Compress
 
 
@@ -20,12 +20,15 @@ def search(
     gradients: Mapping[str, Tensor] | None = None,
     progress: collaborative.Progress | None = None,
 ) -> collaborative.Compression:
-    """`target` and `gradients` replace those of `settings` and of `images`, the training images."""
+    """`target` and `gradients` replace those of `settings` and of `images`, the training images.
+
+    Every rank calls it with all the images, and takes its share.
+    """
     if settings.gradient_images is not None:
         images = images.head(settings.gradient_images, seed)
     return collaborative.compress(
         model,
-        images,
+        images.block(distributed.rank(), distributed.world_size()),
         next(iter(images))[0][:2],
         target=settings.target if target is None else target,
         units=settings.units,
@@ -34,10 +37,12 @@ def search(
         step_fraction=settings.step_fraction,
         max_rate=settings.max_rate,
         budget=settings.budget,
+        count=settings.count,
         multiple=settings.multiple,
         latency_batch=settings.latency_batch,
         exclude=settings.exclude,
         bounds=settings.bounds,
         gradients=gradients,
         progress=progress,
+        across_ranks=True,
     )

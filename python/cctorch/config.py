@@ -74,6 +74,7 @@ class Model(Section):
 
 class Training(Section):
     epochs: int = Field(ge=0)
+    # Under torchrun, of all ranks together: each gets its share of every batch.
     batch_size: int = Field(default=128, ge=1)
     lr: float = Field(default=0.1, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -111,6 +112,9 @@ class Compress(Section):
     max_rate: float = Field(default=0.95, gt=0, lt=1)
     # latency: measured on the run's device at this batch.
     budget: Literal["macs", "parameters", "latency"] = "macs"
+    # Of macs and parameters: what the final network has lost, dead filters with it, or what the layers' removed inputs
+    # and singular values save, as in the paper.
+    count: Literal["final", "nominal"] = "final"
     # Of kept channels and ranks. Absent: 8 on CUDA, 1 elsewhere.
     multiple: int | None = Field(default=None, ge=1)
     latency_batch: int = Field(default=1, ge=1)
@@ -155,7 +159,11 @@ class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Of each rank. Absent: torch's choice, or OMP_NUM_THREADS, which torchrun sets to 1.
     threads: int | None = Field(default=None, ge=1)
+    # Under torchrun, train on the statistics of the whole batch, which makes the result independent of the number of
+    # ranks up to rounding. false: each rank on those of its share, with less communication and another result.
+    synchronize_batch_norm: bool = True
     output: str = "runs"
     data: Data
     model: Model

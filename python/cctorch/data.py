@@ -11,7 +11,7 @@ import io
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -47,6 +47,11 @@ class ImageSet:
     def take(self, index: Tensor) -> ImageSet:
         return ImageSet(self.images[index], self.labels[index])
 
+    def block(self, rank: int, ranks: int) -> ImageSet:
+        """The part number `rank` of `ranks` in order, about as large as the others."""
+        begin, end = _bounds(len(self), rank, ranks)
+        return ImageSet(self.images[begin:end], self.labels[begin:end])
+
     def to(self, device: torch.device) -> ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
@@ -71,33 +76,46 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Batches:
-    """Normalized float32 batches (B x C x H x W, labels). Iterating gives all images in order, as they are."""
+    """Normalized float32 batches (B x C x H x W, labels). Iterating gives all images in order, as they are.
+
+    With several `ranks` each gets a slice of every batch, which may be empty: `batch_size` is that of all together.
+    """
 
     images: ImageSet
     batch_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels_last: bool = False
+    rank: int = 0
+    ranks: int = 1
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         scale, shift = self._affine()
-        for start in range(0, len(self.images), self.batch_size):
-            stop = start + self.batch_size
-            yield self._normalize(self.images.images[start:stop], scale, shift), self.images.labels[start:stop]
+        for part in self._parts():
+            yield self._normalize(self.images.images[part], scale, shift), self.images.labels[part]
 
-    def epoch(self, seed: int, epoch: int, augment: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images once; order, crops (of 4 pixels' padding) and flips follow from seed and epoch."""
+    def sliced(self, rank: int, ranks: int) -> Batches:
+        """The same batches, of which this rank gets its slice."""
+        return replace(self, rank=rank, ranks=ranks)
+
+    def block(self, rank: int, ranks: int) -> Batches:
+        """Full batches over this rank's part of the images."""
+        return replace(self, images=self.images.block(rank, ranks))
+
+    def epoch(self, seed: int, epoch: int, augment: bool, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images once, from batch `first` on; order, crops (of 4 pixels' padding) and flips follow from seed and
+        epoch, whatever the number of ranks."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         count, device = len(self.images), self.images.labels.device
         order = torch.randperm(count, generator=generator).to(device)
         offsets = torch.randint(0, 2 * _PAD + 1, (2, count), generator=generator).to(device)
         flips = torch.randint(0, 2, (count,), generator=generator, dtype=torch.bool).to(device)
         scale, shift = self._affine()
-        for start in range(0, count, self.batch_size):
-            index = order[start : start + self.batch_size]
+        for part in self._parts(first):
+            index = order[part]
             images = self.images.images[index]
             if augment:
                 images = crop_and_flip(images, offsets[0, index], offsets[1, index], flips[index])
@@ -107,7 +125,13 @@ class Batches:
         """Batches over `count` images chosen at random, all of them if there are not more."""
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(self.images), generator=generator)[:count].to(self.images.labels.device)
-        return Batches(self.images.take(index), self.batch_size, self.mean, self.std, self.channels_last)
+        return replace(self, images=self.images.take(index))
+
+    def _parts(self, first: int = 0) -> Iterator[slice]:
+        """Where this rank's slice of each batch begins and ends."""
+        for start in range(first * self.batch_size, len(self.images), self.batch_size):
+            begin, end = _bounds(min(self.batch_size, len(self.images) - start), self.rank, self.ranks)
+            yield slice(start + begin, start + end)
 
     def _affine(self) -> tuple[Tensor, Tensor]:
         device = self.images.labels.device
@@ -138,6 +162,10 @@ class Feed:
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return model.to(device=device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+
+def _bounds(count: int, rank: int, ranks: int) -> tuple[int, int]:
+    return rank * count // ranks, (rank + 1) * count // ranks
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

@@ -61,8 +61,14 @@ def _decompositions() -> dict[Any, Callable[..., Tensor]]:
     library = torch.ops.cctorch
     return {
         library.fake_quant.default: _fake_quant,
+        library.fake_quant_offset.default: _fake_quant_offset,
+        library.fake_quant_groups.default: _fake_quant_groups,
+        library.pact.default: _pact,
         library.apply_mask.default: _apply_mask,
         library.channel_gate.default: _channel_gate,
+        library.soft_threshold.default: _soft_threshold,
+        library.sigmoid_gate.default: _sigmoid_gate,
+        library.hard_concrete.default: _hard_concrete,
         library.low_rank_linear.default: _low_rank_linear,
         library.low_rank_conv2d.default: _low_rank_conv2d,
     }
@@ -71,13 +77,55 @@ def _decompositions() -> dict[Any, Callable[..., Tensor]]:
 def _fake_quant(
     x: Tensor, log_scale: Tensor, qmin: int, qmax: int, axis: int | None = None, grad_scale: float = 1.0
 ) -> Tensor:
-    limits = torch.finfo(log_scale.dtype)
-    scale = log_scale.exp().clamp(limits.tiny, limits.max)
-    if axis is not None:
-        shape = [1] * x.dim()
-        shape[axis] = -1
-        scale = scale.view(shape)
+    scale = _along(x, _positive(log_scale), axis)
     return ((x / scale).round().clamp(qmin, qmax) * scale).to(x.dtype)
+
+
+def _positive(logarithm: Tensor) -> Tensor:
+    limits = torch.finfo(logarithm.dtype)
+    return logarithm.exp().clamp(limits.tiny, limits.max)
+
+
+def _along(x: Tensor, parameter: Tensor, axis: int | None) -> Tensor:
+    if axis is None:
+        return parameter
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return parameter.view(shape)
+
+
+def _fake_quant_offset(
+    x: Tensor,
+    log_scale: Tensor,
+    offset: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    offset = _along(x, offset, axis)
+    return (_fake_quant(x - offset, log_scale, qmin, qmax, axis) + offset).to(x.dtype)
+
+
+def _fake_quant_groups(
+    x: Tensor,
+    log_scale: Tensor,
+    qmin: int,
+    qmax: int,
+    group_size: int,
+    grad_scale: float = 1.0,
+    offset: Tensor | None = None,
+) -> Tensor:
+    groups = x.reshape(-1, group_size)
+    if offset is None:
+        return _fake_quant(groups, log_scale.reshape(-1), qmin, qmax, 0).view(x.shape)
+    return _fake_quant_offset(groups, log_scale.reshape(-1), offset.reshape(-1), qmin, qmax, 0).view(x.shape)
+
+
+def _pact(x: Tensor, log_alpha: Tensor, bits: int, axis: int | None = None) -> Tensor:
+    levels = 2**bits - 1
+    scale: Tensor = (_along(x, _positive(log_alpha), axis) / levels).clamp_min(torch.finfo(log_alpha.dtype).tiny)
+    return ((x / scale).round().clamp(0, levels) * scale).to(x.dtype)
 
 
 def _apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
@@ -86,6 +134,33 @@ def _apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
 
 def _channel_gate(x: Tensor, gate: Tensor) -> Tensor:
     return x * gate.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _soft_threshold(x: Tensor, threshold: Tensor, axis: int | None = None) -> Tensor:
+    if axis is not None:
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        threshold = threshold.view(shape)
+    return (x.sign() * (x.abs() - threshold).relu()).to(x.dtype)
+
+
+def _sigmoid_gate(x: Tensor, logit: Tensor, temperature: float = 1.0) -> Tensor:
+    return _channel_gate(x, torch.sigmoid(logit / temperature))
+
+
+def _hard_concrete(
+    log_alpha: Tensor,
+    training: bool,
+    beta: float = 2 / 3,
+    gamma: float = -0.1,
+    zeta: float = 1.1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    logit = log_alpha
+    if training:
+        u = torch.rand(log_alpha.shape, generator=generator, dtype=log_alpha.dtype, device=log_alpha.device)
+        logit = (u.log() - (-u).log1p() + log_alpha) / beta
+    return (torch.sigmoid(logit) * (zeta - gamma) + gamma).clamp(0, 1)
 
 
 def _low_rank_linear(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from cctorch import distributed
 from cctorch.modes import evaluating
 from cctorch.nn import GatherChannels
 
 
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, across_ranks: bool = False) -> float:
     """Top-1 accuracy in percent over (inputs, targets), in evaluation mode.
+
+    Args:
+        across_ranks: ``batches`` are this rank's share; every rank calls, and gets the accuracy over all of them.
 
     Raises:
         ValueError: ``batches`` holds no example.
@@ -30,9 +34,12 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
             predicted = model(inputs.to(device, non_blocking=True)).argmax(1)
             correct += (predicted == targets.to(device, non_blocking=True)).sum()
             total += targets.numel()
+    hits = int(correct)
+    if across_ranks:
+        total, hits = distributed.sum_(torch.tensor([total, hits])).tolist()
     if total == 0:
         raise ValueError("accuracy: batches is empty, expected at least one (inputs, targets)")
-    return 100.0 * correct.item() / total
+    return 100.0 * hits / total
 
 
 def latency(model: nn.Module, example: Tensor, repeats: int = 50, warmup: int = 10) -> float:

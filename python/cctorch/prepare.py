@@ -5,10 +5,10 @@ from torch.nn.utils import parametrize
 
 from cctorch import ops
 from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
-from cctorch.nn import FakeQuant, GatherChannels, LowRankConv2d, LowRankLinear, LowRankWeight, Mask
+from cctorch.nn import FakeQuant, GatherChannels, LowRankConv2d, LowRankLinear, LowRankWeight, Mask, SoftThreshold
 
 _Weight = tuple[nn.Module, str]
-_OURS = (Mask, FakeQuant, LowRankWeight)
+_OURS = (Mask, FakeQuant, LowRankWeight, SoftThreshold)
 
 
 def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
@@ -40,7 +40,9 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Replaces every weight that :func:`prepare` constrained by its value, and returns ``model``.
+    """Replaces every weight that :func:`prepare`, or a module of :mod:`cctorch.nn`, constrained by its value.
+
+    Returns ``model``.
 
     Parametrizations of other origin stay, and so does a weight that has one of them.
     """
@@ -99,8 +101,8 @@ def _masks(plan: CompressionPlan, targets: dict[str, list[_Weight]]) -> dict[_We
 
 def _own_mask(weight: Tensor, mask: MaskPlan) -> Tensor:
     if mask.kind == "nm":
-        return ops.nm_mask(weight, mask.n, mask.m, axis=1)
-    return ops.channel_mask(weight, mask.sparsity, axis=0)
+        return ops.nm_masks([weight], mask.n, mask.m, axis=1)[0]
+    return ops.channel_masks([weight], mask.sparsity, axis=0)[0]
 
 
 def _quantize(module: nn.Module, name: str, bits: int, mask: Tensor | None) -> None:

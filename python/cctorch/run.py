@@ -2,14 +2,14 @@
 
     summary = run(load_config("configs/demo.yaml"))
 
-Everything lands in runs/<name>/. A run that was interrupted goes on from its last epoch when it is run again.
+Everything lands in runs/<name>/. A run that was interrupted goes on from its last checkpoint when it is run again.
+Started by torchrun, every rank calls `run`: each works on its share of every batch, and rank 0 writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -17,82 +17,91 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from cctorch import _C, batch_norm, compress_stage, data, export, measure, models, report
+from cctorch import _C, batch_norm, collaborative, compress_stage, data, distributed, export, measure, models, report
 from cctorch.apply import apply
 from cctorch.config import Compress, Config, ConfigError, Finetune, Training, expand
+from cctorch.device import describe, select_device
 from cctorch.graph import trace
+from cctorch.interruption import Interruption
 from cctorch.log import Log, duration
+from cctorch.nn import BatchNorm2d
 from cctorch.regularize_stage import RegularizeStage, select
 from cctorch.repair import repair
-from cctorch.store import Architecture, Events, Folder, State, build, load_model
+from cctorch.session import locked, logged
+from cctorch.store import Architecture, Events, Folder, State, Steps, build, load_model
 from cctorch.summary import Figures, Summary, counted, search_results, show
-from cctorch.train import Criterion, make_criterion, make_optimizer, momentum_by_name, restore_momentum, train_epoch
+from cctorch.train import (
+    Criterion,
+    Partial,
+    learning_rate,
+    make_criterion,
+    make_optimizer,
+    momentum_by_name,
+    restore_momentum,
+    train_epoch,
+)
 
 
 def run(config: Config, *, fresh: bool = False, console: Console | None = None) -> Summary:
     """Runs, resumes, or (if it is finished) reads the run of `config`. `fresh` starts over.
 
     Raises ConfigError, data.DataError and models.CheckpointError before any training, TrainingError where the loss is
-    not finite, ValueError where the target is missed by more than 1 % of the budget.
+    not finite, ValueError where the target is missed by more than 1 % of the budget. Interrupted, after a signal or
+    without one of its ranks: the same call goes on.
     """
-    folder = Folder(config.folder)
-    with folder.locked():
-        if not fresh:
-            folder.check(config)
-        # What is refused is refused here, before anything is written or, for --fresh, deleted.
-        ahead = None if folder.finished and not fresh else _Run(config, folder, fresh)
-        if fresh:
-            folder.clear()
-        folder.begin(config)
-        with Log(folder.path / "run.log", console) as log, warnings.catch_warnings():
-            warnings.showwarning = log.show_warning
-            return _finish(folder, ahead, log)
+    with Interruption() as interruption, distributed.joined(select_device(config)):
+        # Rank 0's, in case that another machine's file says something else.
+        config, fresh = distributed.on_main(lambda: (config, fresh and not distributed.was_restarted()))
+        with locked(config, interruption) as folder:
+            if not fresh:
+                distributed.on_main(lambda: folder.check(config))
+            summary = None if fresh else distributed.on_main(folder.summary)
+            # What is refused is refused here, before anything is written or, for --fresh, deleted.
+            ahead = None if summary else _Run(config, folder, interruption, fresh)
+            with logged(folder, config, interruption, fresh, console) as log:
+                return _finish(summary, ahead, folder, log)
 
 
-def _finish(folder: Folder, ahead: _Run | None, log: Log) -> Summary:
-    if ahead is None:
-        summary = Summary.from_json((folder.path / "summary.json").read_text())
-        log.line(f"{folder.path} is finished; --fresh starts it over")
-        if not (folder.path / "report.html").exists():
-            report.write(folder.path)
-    else:
+def _finish(summary: Summary | None, ahead: _Run | None, folder: Folder, log: Log) -> Summary:
+    page = folder.path / "report.html"
+    if ahead is not None:
         summary = ahead.execute(log)
+    else:
+        log.line(f"{folder.path} is finished; --fresh starts it over")
+    assert summary is not None
+    if distributed.is_main() and (ahead is not None or not page.exists()):
         report.write(folder.path)
     show(summary, log)
-    log.line(f"report: {folder.path / 'report.html'}")
+    log.line(f"report: {page}")
     return summary
-
-
-def select_device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda': torch sees no CUDA device; expected auto or cpu on this machine")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 class _Run:
     log: Log
     events: Events
+    steps: Steps
 
-    def __init__(self, config: Config, folder: Folder, fresh: bool) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, folder: Folder, interruption: Interruption, fresh: bool) -> None:
+        self.config, self.folder, self.interruption = config, folder, interruption
+        self.vote = distributed.Vote()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.device = select_device(config)
         self.regularizing: RegularizeStage | None = None
-        self.data = data.load(config.data, config.seed, self.device)
+        self.data = self._load_data()
         self.feed = data.Feed(self.data, config.train.channels_last)
         self.architecture = Architecture(
             config.model.name, self.data.classes, self.data.shape, self.data.mean, self.data.std
         )
-        state, self.damaged = (None, []) if fresh else folder.load_state()
+        (state, self.damaged), rng = distributed.on_main(
+            lambda: ((None, []) if fresh else folder.load_state(), torch.get_rng_state())
+        )
+        torch.set_rng_state(rng)
         self.resuming = state is not None
         self.state = state or State()
         self.model = self._model()
+        self.parallel = self._parallel()
         self.optimizer = self._optimizer(self.state.momentum)
         self.regularized = self._regularized()
 
@@ -109,14 +118,15 @@ class _Run:
         self.log = log
         for warning in self.damaged:
             log.warning(warning)
-        self.events = Events(self.folder, self.state.events)
+        self.events, self.steps = Events(self.folder, self.state.events), Steps(self.folder, self.state.steps_bytes)
         try:
             log.line(
                 f"data: {self.data.source}, {len(self.data.train)} training, {len(self.data.validation)} validation, "
                 f"{len(self.data.test)} test images; device: {self.device_name}"
             )
             if self.resuming:
-                log.line(f"resuming at stage {self.state.stage}, after epoch {self.state.epoch}")
+                behind = f" and {len(self.state.losses)} steps" if self.state.losses else ""
+                log.line(f"resuming at stage {self.state.stage}, after epoch {self.state.epoch}{behind}")
             if self.state.stage == "train":
                 self._train()
                 self._finish_dense()
@@ -127,9 +137,22 @@ class _Run:
                 self._finish_compressed()
             if self.state.stage == "regularize":
                 self._regularize()
-            return self._measure()
+            return distributed.on_main(self._measure)
         finally:
             self.events.close()
+            self.steps.close()
+
+    def _load_data(self) -> data.Dataset:
+        """Rank 0 goes first: it downloads, and decodes into the cache, what is not there."""
+        loaded: list[data.Dataset] = []
+
+        def load() -> None:
+            loaded.append(data.load(self.config.data, self.config.seed, self.device))
+
+        distributed.on_main(load)
+        if not loaded:
+            load()
+        return loaded[0]
 
     def _model(self) -> nn.Module:
         model = build(self.architecture, self.state.plan)
@@ -153,67 +176,123 @@ class _Run:
     def _place(self, model: nn.Module) -> nn.Module:
         return self.feed.place(model, self.device)
 
+    def _parallel(self) -> nn.Module:
+        """The model for training steps, anew whenever its parameters are."""
+        synchronized = self.config.synchronize_batch_norm
+        for module in self.model.modules():
+            if isinstance(module, BatchNorm2d):
+                module.synchronized = synchronized
+        return distributed.parallel(self.model, self.feed.example(1), broadcasts_buffers=not synchronized)
+
+    def _dense(self) -> nn.Module:
+        return self._place(distributed.on_main(lambda: load_model(self.folder.dense)[0]))
+
+    def _share(self, images: data.Batches) -> data.Batches:
+        return images.block(distributed.rank(), distributed.world_size())
+
     def _optimizer(self, momentum: dict[str, Tensor]) -> torch.optim.SGD:
         optimizer = make_optimizer(self.model, self.settings)
         restore_momentum(self.model, optimizer, momentum)
         return optimizer
 
     def _accuracy(self, images: data.ImageSet) -> float:
-        return measure.accuracy(self.model, self.feed.batches(images, 500))
+        return measure.accuracy(self.model, self._share(self.feed.batches(images, 500)), across_ranks=True)
 
-    def _save(self, stage: str, epoch: int) -> None:
+    def _save(self, stage: str, epoch: int, partial: Partial | None = None) -> None:
+        distributed.assert_identical(f"{stage}, epoch {epoch}", self.model.state_dict().items())
         self.state.stage, self.state.epoch = stage, epoch
+        self.state.losses, self.state.seconds = (partial.losses, partial.seconds) if partial else ([], 0.0)
         self.state.model, self.state.events = self.model.state_dict(), self.events.all
         self.state.momentum = momentum_by_name(self.model, self.optimizer)
         if self.regularizing:
             self.state.regularization = dict(self.regularizing.events.state_dict())
             self.state.results["trace"] = self.regularizing.trace
-        self.folder.save_state(self.state)
+        self.state.steps_bytes = self.steps.size()
+        distributed.on_main(lambda: self.folder.save_state(self.state))
 
     def _train(self) -> None:
+        """Ends an interrupted epoch in a checkpoint. What is deferred until then is decided by all ranks together."""
         stage, settings = self.state.stage, self.settings
-        batches = self.feed.batches(self.data.train, settings.batch_size)
+        self._check_slices(settings)
         criterion = self._criterion(settings)
-        offset = self._epochs_before(stage)
-        for epoch in range(self.state.epoch, settings.epochs):
-            label = f"{stage} {epoch + 1}/{settings.epochs}"
-            before = len(self.regularizing.trace) if self.regularizing else 0
-            with self.log.task(label, len(batches)) as task:
-                result = train_epoch(
-                    self.model,
-                    batches.epoch(self.config.seed, offset + epoch, settings.augment),
-                    self.optimizer,
-                    settings,
-                    epoch=epoch,
-                    steps=len(batches),
-                    images=len(self.data.train),
-                    criterion=criterion,
-                    progress=lambda step, loss, task=task: task.update(step, f"loss {loss:.4f}"),  # type: ignore[misc]
-                    after_step=self.regularizing.step if self.regularizing else lambda: None,
+        with self.interruption.deferred():
+            for epoch in range(self.state.epoch, settings.epochs):
+                self._epoch(stage, settings, epoch, criterion)
+                if distributed.any_rank(self.interruption.requested):
+                    raise self.interruption.interrupted()
+
+    def _epoch(self, stage: str, settings: Training, epoch: int, criterion: Criterion) -> None:
+        label = f"{stage} {epoch + 1}/{settings.epochs}"
+        batches = self.feed.batches(self.data.train, settings.batch_size)
+        batches = batches.sliced(distributed.rank(), distributed.world_size())
+        partial = Partial(list(self.state.losses), self.state.seconds)
+        steps, written = len(batches), len(partial.losses)
+        if not written:
+            self.state.events_before = len(self.regularizing.trace) if self.regularizing else 0
+        with self.log.task(label, steps) as task:
+
+            def progress(losses: list[float]) -> None:
+                nonlocal written
+                task.update(len(losses), f"loss {sum(losses) / len(losses):.4f}")
+                self.steps.add(
+                    stage,
+                    epoch + 1,
+                    written,
+                    losses[written:],
+                    lambda step: learning_rate(settings, epoch * steps + step, settings.epochs * steps),
                 )
-            with self._as_if_compressed():
-                accuracy = self._accuracy(self.data.validation) if len(self.data.validation) else None
-            recent = self.regularizing.since(before) if self.regularizing else {}
-            self.events.add("epoch", stage, epoch=epoch + 1, accuracy=accuracy, **asdict(result), **recent)
-            shown = "" if accuracy is None else f"  validation top-1 {accuracy:.2f} %"
-            self.log.line(
-                f"{label}  loss {result.loss:.4f}{shown}  {duration(result.seconds)}, "
-                f"{result.images_per_second:.0f} images/s"
+                written = len(losses)
+
+            result = train_epoch(
+                self.parallel,
+                batches.epoch(self.config.seed, self._epochs_before(stage) + epoch, settings.augment, written),
+                self.optimizer,
+                settings,
+                epoch=epoch,
+                steps=steps,
+                images=len(self.data.train),
+                criterion=criterion,
+                progress=progress,
+                after_step=self.regularizing.step if self.regularizing else lambda: None,
+                stop=lambda: self.vote(self.interruption.requested),
+                done=partial,
             )
-            self._save(stage, epoch + 1)
+        if not self.config.synchronize_batch_norm:
+            distributed.broadcast_buffers(self.model)
+        if result is None:
+            self._save(stage, epoch, partial)
+            raise self.interruption.interrupted()
+        with self._as_if_compressed():
+            accuracy = self._accuracy(self.data.validation) if len(self.data.validation) else None
+        recent = self.regularizing.since(self.state.events_before) if self.regularizing else {}
+        self.events.add("epoch", stage, epoch=epoch + 1, accuracy=accuracy, **asdict(result), **recent)
+        shown = "" if accuracy is None else f"  validation top-1 {accuracy:.2f} %"
+        pace = f"{duration(result.seconds)}, {result.images_per_second:.0f} images/s"
+        self.log.line(f"{label}  loss {result.loss:.4f}{shown}  {pace}")
+        self._save(stage, epoch + 1)
+
+    def _check_slices(self, settings: Training) -> None:
+        """Statistics of no image are none: only synchronized ones leave a rank without images alone."""
+        last = len(self.data.train) % settings.batch_size or settings.batch_size
+        ranks = distributed.world_size()
+        if not self.config.synchronize_batch_norm and min(last, len(self.data.train)) < ranks:
+            raise ConfigError(
+                f"synchronize_batch_norm = False: the last of {len(self.data.train)} images in batches of "
+                f"{settings.batch_size} are {last}, too few for {ranks} ranks; expected at least one each"
+            )
 
     def _criterion(self, settings: Training) -> Criterion:
         distillation = settings.distillation if isinstance(settings, Finetune) else None
         if distillation is None:
             return make_criterion(settings)
-        return make_criterion(settings, (distillation, self._place(load_model(self.folder.dense)[0])))
+        return make_criterion(settings, (distillation, self._dense()))
 
     def _finish_dense(self) -> None:
         top1 = self._accuracy(self.data.test)
         self.events.add("dense", "train", accuracy=top1)
         self.log.line(f"dense model: test top-1 {top1:.2f} %")
         self.state.results["dense_top1"] = top1
-        self.folder.save_model(self.folder.dense, self.model, None, self.architecture)
+        distributed.on_main(lambda: self.folder.save_model(self.folder.dense, self.model, None, self.architecture))
         if not self.config.compress:
             self.state.results |= counted(trace(self.model, self.feed.example(2)).specs)
         self._begin("compress" if self.config.compress else "regularize")
@@ -231,19 +310,25 @@ class _Run:
             found = compress_stage.search(self.model, images, self.config.seed, settings, progress=progress)
         for warning in found.warnings:
             self.log.warning(warning)
-        self.folder.write("plan.json", found.plan.to_json())
-        self.folder.save_gradients(found.gradients)
-        self.folder.write("curves.json", json.dumps([_curve(curve) for curve in found.curves]))
+        distributed.on_main(lambda: self._save_search(found))
         self.log.line(
             f"search: gradients {found.gradient_seconds:.1f} s, rate curves {found.curve_seconds:.1f} s, heuristic "
             f"{found.heuristic_seconds:.1f} s; MACs {found.dense_macs / 1e6:.2f} M -> {found.final_macs / 1e6:.2f} M"
         )
         self.state.plan = found.plan.to_json()
         self.state.results |= search_results(found)
+        del self.parallel  # its hooks go before another one puts up its own
         self.model = self._place(apply(self.model, found.plan, self.optimizer))
+        distributed.assert_identical("the compressed layers", self.model.state_dict().items())
         self._reestimate(settings.bn_reestimate_images)
         self._repair(found.plan, settings)
+        self.parallel = self._parallel()
         self._begin("finetune")
+
+    def _save_search(self, found: collaborative.Compression) -> None:
+        self.folder.write("plan.json", found.plan.to_json())
+        self.folder.save_gradients(found.gradients)
+        self.folder.write("curves.json", json.dumps([_curve(curve) for curve in found.curves]))
 
     def _reestimate(self, count: int) -> None:
         top1 = self._accuracy(self.data.test)
@@ -252,7 +337,8 @@ class _Run:
         self.state.results |= {"top1_compressed": top1, "top1_reestimated": None}
         if count:
             batches = self.feed.batches(self.data.train, self.config.train.batch_size).head(count, self.config.seed)
-            batch_norm.reestimate(self.model, batches)
+            slices = batches.sliced(distributed.rank(), distributed.world_size())
+            batch_norm.reestimate(self.model, slices, across_ranks=True)
             top1 = self._accuracy(self.data.test)
             self.events.add("reestimated", "compress", accuracy=top1)
             self.log.line(f"BatchNorm statistics re-estimated: test top-1 {top1:.2f} %")
@@ -261,12 +347,11 @@ class _Run:
     def _repair(self, plan: _C.CompressionPlan, settings: Compress) -> None:
         if not settings.repair:
             return
-        dense = self._place(load_model(self.folder.dense)[0])
-        batches = self.feed.batches(self.data.train, self.config.train.batch_size).head(
-            settings.repair_images, self.config.seed
-        )
+        images = self.feed.batches(self.data.train, self.config.train.batch_size)
+        batches = self._share(images.head(settings.repair_images, self.config.seed))
         with self.log.stages() as progress:
-            seconds = repair(self.model, dense, plan, batches, progress=progress).seconds
+            repaired = repair(self.model, self._dense(), plan, batches, progress=progress, across_ranks=True)
+        seconds = repaired.seconds
         top1 = self._accuracy(self.data.test)
         self.events.add("repaired", "compress", accuracy=top1, seconds=seconds)
         self.log.line(f"weights fitted to the dense model's outputs in {seconds:.1f} s: test top-1 {top1:.2f} %")
@@ -281,7 +366,9 @@ class _Run:
 
     def _compressed(self, top1: float) -> None:
         self.state.results["compressed_top1"] = top1
-        self.folder.save_model(self.folder.compressed, self.model, self.state.plan, self.architecture)
+        distributed.on_main(
+            lambda: self.folder.save_model(self.folder.compressed, self.model, self.state.plan, self.architecture)
+        )
 
     def _regularize(self) -> None:
         assert self.config.regularize

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from cctorch.log import duration
-from cctorch.store import Folder
+from cctorch.store import Folder, Writer
 
 _STAGES = ("train", "compress", "finetune", "regularize", "measure")
 
@@ -28,8 +28,9 @@ class Status:
     """
 
     name: str
-    state: Literal["running", "interrupted", "finished"]
+    state: Literal["running", "interrupted", "failed", "finished"]
     process: int | None
+    host: str | None
     stage: str
     epoch: int
     epochs: int
@@ -38,13 +39,22 @@ class Status:
     seconds_since: float | None
     seconds_left: float | None
     last_line: str
+    # Why it failed, if it did; an interrupted run can go on.
+    failure: str | None = None
+    # Of the epoch that was interrupted or is under way, the steps whose losses have been read, and the last one's.
+    step: int = 0
+    step_loss: float | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.name}: {self.state}"]
         if self.process is not None:
-            parts[0] += f" (process {self.process})"
+            parts[0] += f" ({Writer(self.process, self.host or '')})"
+        if self.failure is not None:
+            parts.append(self.failure)
         if self.state != "finished":
             parts.append(f"stage {self.stage}" + (f", epoch {self.epoch} of {self.epochs} done" if self.epochs else ""))
+            if self.step_loss is not None:
+                parts[-1] += f" and {self.step} steps of the next (loss {self.step_loss:.4f})"
         if self.loss is not None:
             accuracy = "" if self.accuracy is None else f", validation top-1 {self.accuracy:.2f} %"
             parts.append(f"last epoch: loss {self.loss:.4f}{accuracy}")
@@ -62,17 +72,21 @@ def status(folder: Path) -> Status:
         raise ValueError(f"{folder} holds no run (config.yaml missing): give the folder of one, such as runs/demo")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     events = _events(folder)
-    process = Folder(folder).writer()
-    finished = (folder / "summary.json").exists() and process is None
+    writer = Folder(folder).writer()
+    finished = (folder / "summary.json").exists() and writer is None
+    failure = folder / "failure.txt"
+    failed = failure.read_text().strip() if failure.exists() and writer is None else None
     stage, epoch = _reached(config, events)
+    step = _last_step(folder / "steps.jsonl", stage, epoch + 1)
     epochs = _epochs(config, stage)
     past = [event for event in events if event["event"] == "epoch"]
     last = past[-1] if past else None
     left = (epochs - epoch) * last["seconds"] if last and last["stage"] == stage and epochs else None
     return Status(
         name=config["name"],
-        state="finished" if finished else "interrupted" if process is None else "running",
-        process=process,
+        state="finished" if finished else "running" if writer else "failed" if failed is not None else "interrupted",
+        process=writer.process if writer else None,
+        host=writer.host or None if writer else None,
         stage="measure" if finished else stage,
         epoch=epoch,
         epochs=epochs,
@@ -81,6 +95,9 @@ def status(folder: Path) -> Status:
         seconds_since=max(time.time() - events[-1]["time"], 0.0) if events else None,
         seconds_left=None if finished else left,
         last_line=_last_line(folder / "run.log"),
+        failure=failed,
+        step=step["step"] if step else 0,
+        step_loss=step["loss"] if step else None,
     )
 
 
@@ -108,6 +125,15 @@ def _reached(config: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str,
             # Which of a compression's events is its last depends on what was asked for.
             stage, epoch = "compress", 0
     return stage, epoch
+
+
+def _last_step(file: Path, stage: str, epoch: int) -> dict[str, Any] | None:
+    """Of this epoch, if its last step was written whole."""
+    try:
+        step: dict[str, Any] = json.loads(_last_line(file))
+    except ValueError:
+        return None
+    return step if (step["stage"], step["epoch"]) == (stage, epoch) else None
 
 
 def _last_line(file: Path) -> str:

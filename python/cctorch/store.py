@@ -8,19 +8,21 @@ import io
 import json
 import os
 import shutil
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import yaml
 from torch import Tensor, nn
 
-from cctorch import atomic, models
+from cctorch import atomic, distributed, models
 from cctorch.config import Config, ConfigError
 from cctorch.models import CheckpointError
+from cctorch.summary import Summary
 
 _FORMAT = 2
 _LOCK = ".lock"
@@ -28,6 +30,9 @@ _FILES = {
     _LOCK,
     "config.yaml",
     "metrics.jsonl",
+    "steps.jsonl",
+    "logs",
+    "failure.txt",
     "plan.json",
     "curves.json",
     "summary.json",
@@ -51,8 +56,22 @@ class State:
     model: dict[str, Tensor] = field(default_factory=dict)
     momentum: dict[str, Tensor] = field(default_factory=dict)
     regularization: dict[str, Any] = field(default_factory=dict)
+    # Of an epoch that was interrupted: `train.Partial`, and the regularization events before it.
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    events_before: int = 0
+    # Of steps.jsonl: what follows belongs to steps that will be done again.
+    steps_bytes: int = 0
     events: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
+
+
+class Writer(NamedTuple):
+    process: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"process {self.process or 'unknown'}" + (f" on {self.host}" if self.host else "")
 
 
 @dataclass(frozen=True)
@@ -106,22 +125,23 @@ class Folder:
         with (self.path / _LOCK).open("a") as file:
             if not _lock(file):
                 raise ConfigError(
-                    f"{self.path} is being written by process {self.writer() or 'unknown'}: wait for its end, or give "
+                    f"{self.path} is being written by {self.writer() or 'another process'}: wait for its end, or give "
                     "this run a name of its own with name=..."
                 )
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(f"{os.getpid()} {socket.gethostname()}")
             file.flush()
             yield
 
-    def writer(self) -> int | None:
-        """The process that is in `locked`, if there is one; 0 for an instant after it came."""
+    def writer(self) -> Writer | None:
+        """The process that is in `locked`, if there is one; number 0 for an instant after it came."""
         try:
             with (self.path / _LOCK).open() as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    return int(file.read() or 0)
+                    process, _, host = file.read().partition(" ")
+                    return Writer(int(process or 0), host)
         except FileNotFoundError:
             pass
         return None
@@ -133,10 +153,9 @@ class Folder:
         foreign = [item for item in self.path.iterdir() if not self._own(item, _FILES)]
         if self.checkpoints.is_dir():
             foreign += [item for item in self.checkpoints.iterdir() if not self._own(item, _CHECKPOINTS)]
-        if (self.path / "tensorboard").is_dir():
-            foreign += [
-                f for f in (self.path / "tensorboard").iterdir() if not f.name.startswith("events.out.tfevents")
-            ]
+        for name, ours in (("tensorboard", "events.out.tfevents*"), ("logs", "rank*.log")):
+            if (self.path / name).is_dir():
+                foreign += [item for item in (self.path / name).iterdir() if not item.match(ours)]
         if foreign:
             names = ", ".join(str(item) for item in foreign[:3])
             raise ConfigError(f"--fresh deletes nothing in {self.path}: {names} is not a run's own file; move it away")
@@ -149,10 +168,6 @@ class Folder:
     @staticmethod
     def _own(item: Path, names: set[str]) -> bool:
         return item.name in names or atomic.is_partial(item)
-
-    @property
-    def finished(self) -> bool:
-        return (self.path / "summary.json").exists()
 
     def check(self, config: Config) -> None:
         """Raises ConfigError if the run was begun with another configuration."""
@@ -173,6 +188,12 @@ class Folder:
         """Writes config.yaml, unless it is there."""
         if not (self.path / "config.yaml").exists():
             self.write("config.yaml", config.to_yaml())
+        (self.path / "failure.txt").unlink(missing_ok=True)
+
+    def summary(self) -> Summary | None:
+        """Of a finished run."""
+        file = self.path / "summary.json"
+        return Summary.from_json(file.read_text()) if file.exists() else None
 
     def write(self, name: str, text: str) -> None:
         atomic.write(self.path / name, text.encode())
@@ -202,6 +223,10 @@ class Folder:
             "model": state.model,
             "momentum": state.momentum,
             "regularization": state.regularization,
+            "losses": state.losses,
+            "seconds": state.seconds,
+            "events_before": state.events_before,
+            "steps_bytes": state.steps_bytes,
             "events": json.dumps(state.events),
             "results": json.dumps(state.results),
             "rng": torch.get_rng_state(),
@@ -231,32 +256,71 @@ class Folder:
 
 
 class Events:
-    """The record of a run: metrics.jsonl and TensorBoard's files, one scalar per number."""
+    """The record of a run: metrics.jsonl and TensorBoard's files, one scalar per number. Rank 0 writes them."""
 
     def __init__(self, folder: Folder, past: list[dict[str, Any]]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.all = list(past)
-        self._folder = folder
-        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=len(past))
-        self._write()
+        self._folder, self._writer = folder, None
+        if distributed.is_main():
+            self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=len(past))
+            self._write()
 
     def add(self, kind: str, stage: str, **values: float | int | None) -> None:
         """`kind` is what happened: "epoch", or the name of a one-off such as "compressed"."""
         event = {"event": kind, "stage": stage, "time": round(time.time(), 3), **values}
+        self.all.append(event)
+        if self._writer is None:
+            return
         for key, value in values.items():
             if value is not None:
                 name = f"{stage}/{key}" if kind == "epoch" else f"{kind}/{key}"
-                self._writer.add_scalar(name, value, len(self.all))
+                self._writer.add_scalar(name, value, len(self.all) - 1)
         self._writer.flush()
-        self.all.append(event)
         self._write()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _write(self) -> None:
         self._folder.write("metrics.jsonl", "".join(json.dumps(event) + "\n" for event in self.all))
+
+
+class Steps:
+    """steps.jsonl: one line for every step of training, appended when its loss is read. Rank 0 writes it.
+
+    A run that goes on drops what follows `size` bytes: those steps are done again.
+    """
+
+    def __init__(self, folder: Folder, size: int) -> None:
+        self._file: TextIO | None = None
+        if distributed.is_main():
+            self._file = (folder.path / "steps.jsonl").open("a", encoding="utf-8")
+            if self._file.tell() > size:
+                self._file.truncate(size)
+
+    def add(self, stage: str, epoch: int, first: int, losses: list[float], lr: Callable[[int], float]) -> None:
+        """`losses` of the steps from number `first` on, counted from 0; the lines count from 1."""
+        if self._file is None:
+            return
+        now = round(time.time(), 3)
+        for step, loss in enumerate(losses, start=first):
+            line = {"stage": stage, "epoch": epoch, "step": step + 1, "loss": loss, "lr": lr(step), "time": now}
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def size(self) -> int:
+        """Bytes that are safe on the disk."""
+        if self._file is None:
+            return 0
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _lock(file: TextIO) -> bool:

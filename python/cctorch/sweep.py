@@ -23,9 +23,9 @@ from torch import nn
 from cctorch import batch_norm, compress_stage, data, measure, report
 from cctorch.apply import apply
 from cctorch.config import Compress, Config, load_config
+from cctorch.device import describe, select_device
 from cctorch.log import Log
 from cctorch.repair import repair
-from cctorch.run import describe, select_device
 from cctorch.store import Folder, load_model
 
 

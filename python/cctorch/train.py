@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from cctorch import distributed
 from cctorch.config import Distillation, Training
 
 _STEPS_BETWEEN_READS = 20
@@ -30,6 +31,14 @@ class Epoch:
     lr: float  # at the last step
     seconds: float
     images_per_second: float
+
+
+@dataclass
+class Partial:
+    """What was done of an epoch: the losses of its first steps, over the batches of all ranks, and their seconds."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def learning_rate(settings: Training, step: int, total: int) -> float:
@@ -111,46 +120,79 @@ def train_epoch(
     steps: int,
     images: int,
     criterion: Criterion | None = None,
-    progress: Callable[[int, float], None] = lambda step, loss: None,
+    progress: Callable[[list[float]], None] = lambda losses: None,
     after_step: Callable[[], None] = lambda: None,
-) -> Epoch:
+    stop: Callable[[], bool] = lambda: False,
+    done: Partial | None = None,
+) -> Epoch | None:
     """Trains on each of `steps` batches once; `epoch` counts from 0. `criterion` is cross entropy unless given.
-    `progress` gets steps done and the loss so far; `after_step` follows each step of the optimizer.
+    `progress` gets the losses of all steps so far; `after_step` follows each step of the optimizer.
+
+    The epoch goes on behind what is `done`, and so does `batches`. Where `stop` says so after a step, the epoch ends
+    there: `done` then holds what was, and the result is None.
+
+    On several ranks, `batches` are slices of batches of ``settings.batch_size`` out of `images`, and `model` averages
+    gradients (`distributed.parallel`).
 
     The loss stays on the device and is read every 20 steps. Raises TrainingError where it is not finite.
     """
     parameters = list(model.parameters())
     device = parameters[0].device
-    losses = torch.zeros(steps, device=device)
+    done = done or Partial()
+    losses = _Losses(steps, device, done, epoch)
     criterion = criterion or make_criterion(settings)
+    ranks = distributed.world_size()
     autocast = settings.bf16 and device.type == "cuda"
-    start, lr = time.perf_counter(), 0.0
+    start, lr = time.perf_counter() - done.seconds, 0.0
     model.train()
-    for step, (x, y) in enumerate(batches):
+    for step, (x, y) in enumerate(batches, start=len(done.losses)):
         lr = learning_rate(settings, epoch * steps + step, settings.epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
-            loss = criterion(x, model(x), y)
+            outputs = model(x)
+            loss = criterion(x, outputs, y) if len(y) else outputs.sum()
+            if ranks > 1:
+                # The mean over the whole batch is the sum of these; gradients are averaged over the ranks.
+                loss = loss * (len(y) / min(settings.batch_size, images - step * settings.batch_size))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss * ranks if ranks > 1 else loss).backward()
         if settings.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm)
         optimizer.step()
         after_step()
-        losses[step] = loss.detach()
-        if (step + 1) % _STEPS_BETWEEN_READS == 0 or step + 1 == steps:
-            progress(step + 1, _mean_loss(losses[: step + 1], epoch))
-    seconds = time.perf_counter() - start
-    return Epoch(float(losses.mean()), lr, seconds, images / seconds)
+        losses.put(step, loss)
+        stopped = step + 1 < steps and stop()
+        if stopped or (step + 1) % _STEPS_BETWEEN_READS == 0 or step + 1 == steps:
+            losses.read(step + 1)
+            done.seconds = time.perf_counter() - start
+            progress(done.losses)
+        if stopped:
+            return None
+    return Epoch(losses.mean(), lr, done.seconds, images / done.seconds)
 
 
-def _mean_loss(losses: Tensor, epoch: int) -> float:
-    mean = float(losses.mean())
-    if not math.isfinite(mean):
-        step = int((~losses.isfinite()).nonzero()[0])
-        raise TrainingError(
-            f"the loss is {float(losses[step])} at epoch {epoch + 1}, step {step + 1}: expected a finite number. "
-            "Lower lr, or set clip_grad_norm"
-        )
-    return mean
+class _Losses:
+    """Of an epoch's steps, on the device until they are read into `done`."""
+
+    def __init__(self, steps: int, device: torch.device, done: Partial, epoch: int) -> None:
+        self._values = torch.zeros(steps, device=device)
+        self._values[: len(done.losses)] = torch.tensor(done.losses)
+        self._done, self._epoch = done, epoch
+
+    def put(self, step: int, loss: Tensor) -> None:
+        self._values[step] = loss.detach()
+
+    def read(self, steps: int) -> None:
+        first = len(self._done.losses)
+        recent = distributed.sum_(self._values[first:steps]).tolist()
+        for step, loss in enumerate(recent, start=first):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss is {loss} at epoch {self._epoch + 1}, step {step + 1}: expected a finite number. "
+                    "Lower lr, or set clip_grad_norm"
+                )
+        self._done.losses += recent
+
+    def mean(self) -> float:
+        return float(self._values.mean())

@@ -57,9 +57,84 @@ def test_fake_quant(dtype: torch.dtype, shape: tuple[int, ...], memory_format: t
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("op", ["fake_quant_offset", "pact", "fp8_quant"])
+def test_relatives_of_fake_quant(
+    op: str, dtype: torch.dtype, shape: tuple[int, ...], memory_format: torch.memory_format, axis: Any
+) -> None:
+    step = 2.0**-3
+    # Off the halves again; fp8's numbers that lie off the ties of both formats.
+    x = ((torch.randint(-60, 60, shape) * 4 + 1) * step / 16).to(dtype).contiguous(memory_format=memory_format)
+    kind = torch.promote_types(dtype, torch.float32)
+    count = 1 if axis is None else shape[axis]
+    log_scale, offset = torch.full((count,), step).log().to(kind), torch.full((count,), step).to(kind)
+    calls: dict[str, Callable[..., Tensor]] = {
+        "fake_quant_offset": lambda x, s, o: ops.fake_quant_offset(x, s, o, -8, 7, axis, 0.5),
+        "pact": lambda x, s: ops.pact(x, s + 2.01, 3, axis),
+        "fp8_quant": lambda x, s: ops.fp8_quant(x, s + 0.01, torch.float8_e4m3fn, axis, 0.5),
+    }
+    parameters = (log_scale, offset) if op == "fake_quant_offset" else (log_scale,)
+    assert_agree(on_both(calls[op], x, *parameters), dtype, x.numel())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_value_grids(dtype: torch.dtype, axis: Any) -> None:
+    x = torch.randn(16, 8, 3, 3).to(dtype)
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda x: ops.power_of_two_quant(x, 4, axis),
+        lambda x: ops.binary_quant(x, axis),
+        lambda x: ops.ternary_quant(x, axis),
+        lambda x: ops.binary_code_quant(x, 3, "greedy", axis),
+        lambda x: ops.binary_code_quant(x, 2, axis=axis),
+        lambda x: ops.quant_range(x, -8, 7, axis).to(x.dtype),
+        lambda x: ops.quant_range_offset(x, 0, 15, axis, "mse")[1].to(x.dtype),
+    ]
+    for call in calls:
+        torch.testing.assert_close(call(x.cuda()).cpu(), call(x), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    codebook = torch.randn(7).to(torch.promote_types(dtype, torch.float32))
+    assert_agree(on_both(ops.codebook_quant, x, codebook), dtype, x.numel())
+    torch.testing.assert_close(ops.codebook_update(x.cuda(), codebook.cuda()).cpu(), ops.codebook_update(x, codebook))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_channel_gate(dtype: torch.dtype, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
     x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
     assert_agree(on_both(ops.channel_gate, x, torch.randn(shape[1]).to(dtype)), dtype, x.numel())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_soft_threshold(
+    dtype: torch.dtype, shape: tuple[int, ...], memory_format: torch.memory_format, axis: Any
+) -> None:
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+    threshold = torch.rand(1 if axis is None else shape[axis], dtype=torch.promote_types(dtype, torch.float32))
+    assert_agree(on_both(lambda x, t: ops.soft_threshold(x, t, axis), x, threshold), dtype, x.numel())
+
+
+def test_gates() -> None:
+    x, logit = torch.randn(4, 8, 5, 5, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    assert_agree(on_both(lambda x, logit: ops.sigmoid_gate(x, logit, 0.5), x, logit), torch.float64, x.numel())
+    assert_agree(on_both(lambda a: ops.hard_concrete(a, training=False), logit), torch.float64, 1)
+
+
+def test_a_captured_graph_draws_new_gates() -> None:
+    log_alpha = torch.zeros(1000, device="cuda")
+    ops.hard_concrete(log_alpha)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z = ops.hard_concrete(log_alpha)
+    draws = []
+    for _ in range(2):
+        graph.replay()
+        draws.append(z.clone())
+    assert not torch.equal(*draws)
 
 
 def tied(*shape: int) -> Tensor:
@@ -91,7 +166,8 @@ def test_magnitude_masks(dtype: torch.dtype, name: str) -> None:
     on_device = [weight.cuda() for weight in weights]
     for sparsity in (0.0, 0.3, 0.9, 0.999, 1.0):
         masks, expected = (ops.magnitude_masks(w, sparsity) for w in (on_device, weights))
-        for weight, ours, theirs in zip(on_device, masks, expected, strict=True):
+        pruned, kept = (ops.magnitude_prune(w, sparsity) for w in (on_device, weights))
+        for weight, ours, theirs in zip(on_device * 2, masks + pruned, expected + kept, strict=True):
             assert torch.equal(ours.cpu(), theirs)
             assert ours.stride() == torch.empty_like(weight).stride()
 
@@ -101,8 +177,8 @@ def test_nan_is_the_largest(dtype: torch.dtype) -> None:
     weight = torch.tensor([math.inf, 1, math.nan, 2, -math.nan, 3, 4, 5], dtype=dtype, device="cuda")
     assert ops.magnitude_masks([weight], 0.75)[0].tolist() == [False, False, True, False, True, False, False, False]
     assert ops.magnitude_masks([weight], 0.5)[0].tolist() == [True, False, True, False, True, False, False, True]
-    assert ops.nm_mask(weight, 1, 4, 0).tolist() == [False, False, True, False, True, False, False, False]
-    assert ops.channel_mask(weight, 0.75).tolist() == [False, False, True, False, True, False, False, False]
+    assert ops.nm_masks([weight], 1, 4, 0)[0].tolist() == [False, False, True, False, True, False, False, False]
+    assert ops.channel_masks([weight], 0.75)[0].tolist() == [False, False, True, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -111,12 +187,27 @@ def test_nan_is_the_largest(dtype: torch.dtype) -> None:
 def test_structured_masks(dtype: torch.dtype, axis: int, n: int, m: int) -> None:
     for weight in (tied(16, 8, 24), permuted(16, 8, 24), tied(48, 8, 72)[::3, :, ::3], torch.randn(256, 64, 512)):
         weight = weight.to(dtype)
-        mask = ops.nm_mask(weight.cuda(), n, m, axis)
-        assert torch.equal(mask.cpu(), ops.nm_mask(weight, n, m, axis))
+        (mask,) = ops.nm_masks([weight.cuda()], n, m, axis)
+        assert torch.equal(mask.cpu(), ops.nm_masks([weight], n, m, axis)[0])
         assert mask.stride() == torch.empty_like(weight).stride()
     for sparsity in (0.0, 0.3, 1.0):
-        mask = ops.channel_mask(weight.cuda(), sparsity, axis)
-        assert torch.equal(mask.cpu(), ops.channel_mask(weight, sparsity, axis))
+        (mask,) = ops.channel_masks([weight.cuda()], sparsity, axis)
+        assert torch.equal(mask.cpu(), ops.channel_masks([weight], sparsity, axis)[0])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_masks_of_lists(dtype: torch.dtype) -> None:
+    weights = [tied(16, 8, 24).to(dtype), permuted(8, 48).to(dtype), torch.randn(256, 64, 3, 3).to(dtype)]
+    weights += [tied(4, 4 * (i % 5)).to(dtype) for i in range(200)]
+    on_device = [weight.cuda() for weight in weights]
+    for function in (
+        lambda w: ops.nm_masks(w, 2, 4),
+        lambda w: ops.nm_masks(w, 1, 4, 0),
+        lambda w: ops.channel_masks(w, 0.6, 1),
+        lambda w: ops.block_masks(w, 0.6, 4, 4),
+    ):
+        for ours, theirs in zip(function(on_device), function(weights), strict=True):
+            assert torch.equal(ours.cpu(), theirs)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -172,12 +263,17 @@ def test_low_rank(rows: int) -> None:
 
 def test_no_operator_waits_for_the_device() -> None:
     x = torch.randn(4, 8, 3, 3, device="cuda", requires_grad=True)
+    threshold = torch.full((8,), 0.1, device="cuda", requires_grad=True)
     log_scale, gate = (torch.zeros(8, device="cuda", requires_grad=True) for _ in range(2))
     torch.cuda.set_sync_debug_mode("error")
     try:
         y = ops.fake_quant(ops.channel_gate(x, gate), log_scale, -8, 7, 1)
+        y = (
+            ops.sigmoid_gate(ops.soft_threshold(y, threshold, 1), ops.hard_concrete(gate))
+            + ops.magnitude_prune([x], 0.5)[0]
+        )
         (mask,) = ops.magnitude_masks([x], 0.5)
-        masks = [mask, ops.nm_mask(x, 2, 4), ops.channel_mask(x, 0.5)]
+        masks = [mask, *ops.nm_masks([x], 2, 4), *ops.channel_masks([x, x], 0.5), *ops.block_masks([x], 0.5, 2, 3)]
         sum(ops.apply_mask(y, mask).sum() for mask in masks).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

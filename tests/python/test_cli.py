@@ -38,7 +38,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     text = capsys.readouterr().out
-    for word in ("plan.json", "report.html", "CCTORCH_DATA", "key=value", "goes on from its last epoch"):
+    for word in ("plan.json", "report.html", "CCTORCH_DATA", "key=value", "goes on from its last checkpoint"):
         assert word in text
 
 
@@ -81,7 +81,7 @@ def test_runs_reports_and_starts_over(file: Path, tmp_path: Path, capsys: pytest
 def test_refusals_are_one_line_and_no_traceback(
     file: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
-    assert cli.main(["run", str(file), override]) == 1
+    assert cli.main(["run", str(file), override]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"cctorch: {message}")
     assert len(error.splitlines()) == 1

@@ -9,10 +9,12 @@ from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
 from cctorch.apply import apply
 from cctorch.export import save_program
 from cctorch.graph import trace
-from cctorch.nn import ChannelGate, FakeQuant, LowRankLinear
+from cctorch.nn import ChannelGate, FakeQuant, HardConcreteGate, LowRankLinear, SoftThreshold
+from cctorch.ops import pact, sigmoid_gate
 from cctorch.prepare import prepare
 from networks import PaddedResNet, Vgg, random_plan, randomized
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 RUN = """
 import sys, torch
@@ -41,10 +43,21 @@ class EveryModule(nn.Module):
         self.features = randomized(Vgg())
         self.gate = ChannelGate(3)
         self.activations = FakeQuant(8, signed=False)
+        self.shifted = FakeQuant(8, offset=True, init="mse")
         self.head = LowRankLinear(5, 4, 2)
+        self.last = nn.Linear(4, 6)
+        parametrize.register_parametrization(self.last, "weight", SoftThreshold(0, 6, 0.2))
+        parametrize.register_parametrization(
+            self.last, "weight", FakeQuant(4, axis=0, channels=6, groups=2, offset=True)
+        )
+        self.random = HardConcreteGate(6)
+        self.logit = nn.Parameter(torch.randn(6))
+        self.log_alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.activations(torch.relu(self.features(self.gate(x)))))
+        y = self.shifted(self.activations(torch.relu(self.features(self.gate(x)))))
+        y = pact(self.last(self.head(y)), self.log_alpha, 4)
+        return sigmoid_gate(self.random(y), self.logit, 0.5)
 
 
 def test_compressed_and_prepared_model_runs_without_cctorch_at_any_batch_size(tmp_path: Path) -> None:

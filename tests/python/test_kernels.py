@@ -56,11 +56,30 @@ def usage() -> dict[tuple[str, str], dict[str, int]]:
 
 # The parts of a mangled kernel name by which an op's kernels are known.
 KERNELS = {
-    "fake_quant": ("elementwise_kernel.*FakeQuant", "BackwardRows.*FakeQuant", "BackwardColumns.*FakeQuant"),
+    "fake_quant": ("elementwise_kernel.*9FakeQuant", "BackwardRows.*9FakeQuant", "BackwardColumns.*9FakeQuant"),
+    "fake_quant_offset": (
+        "elementwise_kernel.*FakeQuantOffset",
+        "BackwardRows.*FakeQuantOffset",
+        "BackwardColumns.*FakeQuantOffset",
+    ),
+    "pact": ("elementwise_kernel.*4Pact", "BackwardRows.*4Pact", "BackwardColumns.*4Pact"),
+    "fp8_quant": (
+        "elementwise_kernel.*FromRaw.*FloatQuant",
+        "BackwardRows.*FromRaw.*FloatQuant",
+        "BackwardColumns.*FromRaw.*FloatQuant",
+    ),
+    "power_of_two_quant": ("elementwise_kernel.*FloatQuant",),
     "channel_gate": ("elementwise_kernel.*ChannelGate", "BackwardRows.*ChannelGate", "BackwardColumns.*ChannelGate"),
-    "both": ("SumPartials",),
-    "magnitude_masks": ("Prepare", "CountDigits", "ChooseDigit", "MarkAbove", "MarkTies"),
-    "nm_mask": ("MarkGroups",),
+    "fake_quant_weights": ("QuantizeRows",),
+    "soft_threshold": (
+        "elementwise_kernel.*SoftThreshold",
+        "BackwardRows.*SoftThreshold",
+        "BackwardColumns.*SoftThreshold",
+    ),
+    "all of these": ("SumPartials",),
+    "magnitude_masks": ("Prepare", "CountDigits", "ChooseDigit", "KeepAboveIjbE", "KeepTiesIjbE"),
+    "magnitude_prune": ("KeepAboveIjjE", "KeepTiesIjjE"),
+    "nm_masks": ("MarkGroups",),
     "apply_mask": ("ApplyMask",),
 }
 

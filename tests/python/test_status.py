@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_of_a_process_that_was_killed_in_its_lock(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("123456789")
     assert folder.writer() is None
     with folder.locked():
-        assert folder.writer() == os.getpid()
+        assert folder.writer() == (os.getpid(), socket.gethostname())
     assert folder.writer() is None
 
 

@@ -138,7 +138,7 @@ def test_the_loss_is_read_every_20_steps_and_at_the_end() -> None:
         epoch=0,
         steps=45,
         images=270,
-        progress=lambda step, loss: seen.append(step),
+        progress=lambda losses: seen.append(len(losses)),
     )
     assert seen == [20, 40, 45]
 

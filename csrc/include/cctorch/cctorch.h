@@ -5,10 +5,16 @@
 #include <cctorch/channel_graph.h>
 #include <cctorch/collaborative.h>
 #include <cctorch/fake_quant.h>
+#include <cctorch/fake_quant_weights.h>
+#include <cctorch/gates.h>
+#include <cctorch/float_quant.h>
 #include <cctorch/low_rank.h>
 #include <cctorch/mask.h>
 #include <cctorch/memory.h>
 #include <cctorch/nn.h>
 #include <cctorch/plan.h>
+#include <cctorch/quant_range.h>
 #include <cctorch/regularize.h>
 #include <cctorch/repair.h>
+#include <cctorch/soft_threshold.h>
+#include <cctorch/value_grid.h>

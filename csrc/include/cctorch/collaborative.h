@@ -1,10 +1,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <cctorch/channel_graph.h>
 #include <cctorch/plan.h>
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -100,6 +102,28 @@ using Progress = std::function<void(std::string_view stage, int64_t done, int64_
 // does not fit its layer, or when no allocation reaches the target (stating the highest that can be reached).
 Solution solve(const std::vector<Layer>& layers, double model_cost, const Options& options,
                const Progress& progress = {});
+
+// What is expensive in solve() does not depend on the target: a search for the highest of several targets has the plans
+// of all the others.
+class Search {
+ public:
+  Search(std::vector<Layer> layers, double model_cost, const Options& options, const Progress& progress = {});
+
+  // For a target up to that of the options. solve() is this with the options' own.
+  Solution at(double target) const;
+
+  // The same with dead filters counted: of the targets for at(), the least that makes the final graph of the whole
+  // network give up `target`. The graph is to be resolved with the plan as always. Not for Budget::table, whose unit
+  // filters have no price in.
+  Solution at_final(double target, const std::vector<LayerSpec>& model, const ChannelGraph& graph) const;
+
+ private:
+  struct State;
+  std::shared_ptr<const State> state_;
+};
+
+// What a plan leaves of the model's multiply-accumulates or parameters: `final` counts dead filters too.
+int64_t remaining(const std::vector<LayerSpec>& model, const CompressionPlan& plan, Budget budget, bool final);
 
 // solve() for Budget::table in two steps, so that one search serves several targets. `select` minimizes the objective
 // of eq. (E2), sum_l F_l loss_l / largest_loss_l, over the choices under sum_l (F_l - cost_l) >= target * model_cost.

@@ -18,4 +18,24 @@ namespace cctorch {
 at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
                       std::optional<int64_t> axis = std::nullopt, double grad_scale = 1.0);
 
+// LSQ+ (Bhalgat et al. 2020, eq. 3 to 6), the same around a learned offset of log_scale's shape and type:
+//
+//   y = fake_quant(x - offset, log_scale, ...) + offset
+//
+// The offset's gradient is that of y outside of the range and 0 inside, times `grad_scale`.
+at::Tensor fake_quant_offset(const at::Tensor& x, const at::Tensor& log_scale, const at::Tensor& offset, int64_t qmin,
+                             int64_t qmax, std::optional<int64_t> axis = std::nullopt, double grad_scale = 1.0);
+
+// One scale, and one offset where there is one, for every `group_size` consecutive elements in row-major order of each
+// index of dimension 0: log_scale is x.size(0) x groups.
+at::Tensor fake_quant_groups(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
+                             int64_t group_size, double grad_scale = 1.0,
+                             const std::optional<at::Tensor>& offset = std::nullopt);
+
+// PACT (Choi et al. 2018, eq. 1 to 3): clip(x, 0, alpha) rounded to 2^bits - 1 steps, alpha = exp(log_alpha). Backward:
+// straight-through for 0 <= x < alpha; alpha's gradient is the sum of y's where x >= alpha, times alpha for the
+// logarithm.
+at::Tensor pact(const at::Tensor& x, const at::Tensor& log_alpha, int64_t bits,
+                std::optional<int64_t> axis = std::nullopt);
+
 }  // namespace cctorch

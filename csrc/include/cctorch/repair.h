@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 
 // Closed-form repair of a compressed layer: the weight that comes closest to the outputs wanted of it, given the inputs
 // that it now gets.
@@ -36,8 +37,12 @@ class Moments {
   void add(const at::Tensor& x, const at::Tensor& y);
 
   // x: B x C x H x W, y: N x samples as from output_samples(). Unfolds as many images at a time as fit into `bytes`.
-  void add_conv2d(const at::Tensor& x, const at::Tensor& y, const Window& window, int64_t step,
+  void add_conv2d(const at::Tensor& x, const at::Tensor& y, const Window& window, int64_t step, int64_t first_image = 0,
                   int64_t bytes = int64_t{128} << 20);
+
+  // Makes them those of the samples of all processes. `sum` adds a float64 tensor up over the processes, in place, on
+  // every one of them; a process without samples takes part.
+  void all_reduce(const std::function<void(at::Tensor)>& sum);
 
   int64_t samples() const { return samples_; }
   const at::Tensor& input_mean() const { return input_mean_; }        // P

@@ -1,34 +1,15 @@
 #include "csrc/ops/channel_gate.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/add.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "csrc/ops/autograd/needs_graph.h"
+#include "csrc/ops/autograd/recorded.h"
 
 namespace cctorch::autograd {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-class ChannelGate : public torch::autograd::Function<ChannelGate> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& gate) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    context->save_for_backward({x, gate});
-    return channel_gate(x, gate);
-  }
-
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const auto saved = context->get_saved_variables();
-    auto [grad_x, grad_gate] = channel_gate_backward(grads[0], saved[0], saved[1]);
-    return {grad_x, grad_gate};
-  }
-};
 
 class ChannelGateBackward : public torch::autograd::Function<ChannelGateBackward> {
  public:
@@ -52,14 +33,6 @@ class ChannelGateBackward : public torch::autograd::Function<ChannelGateBackward
   }
 };
 
-at::Tensor differentiable(const at::Tensor& x, const at::Tensor& gate) {
-  if (!needs_graph(x, gate)) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return channel_gate(x, gate);
-  }
-  return ChannelGate::apply(x, gate);
-}
-
 std::tuple<at::Tensor, at::Tensor> differentiable_backward(const at::Tensor& grad, const at::Tensor& x,
                                                            const at::Tensor& gate) {
   if (!needs_graph(grad, x, gate)) {
@@ -73,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor> differentiable_backward(const at::Tensor& gra
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cctorch, Autograd, m) {
-  m.impl("channel_gate", &differentiable);
+  m.impl("channel_gate", &Recorded<&channel_gate, &channel_gate_backward>::call);
   m.impl("channel_gate_backward", &differentiable_backward);
 }
 

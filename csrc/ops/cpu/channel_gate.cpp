@@ -43,7 +43,7 @@ std::tuple<at::Tensor, at::Tensor> channel_gate_backward(const at::Tensor& grad,
     const at::Tensor gates = gate.to(c10::CppTypeToScalarType<T>::value).contiguous();
     const auto sums = channelwise::backward(formula, channelwise::layout(dense, 1), grad_x, dense_grad, dense,
                                             gates.const_data_ptr<T>());
-    channelwise::store(sums, grad_gate);
+    channelwise::store([&](int64_t i) { return sums[i]; }, grad_gate);
   });
   return {grad_x, grad_gate};
 }

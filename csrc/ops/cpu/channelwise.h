@@ -1,7 +1,9 @@
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <vector>
@@ -57,13 +59,13 @@ struct Pieces {
 
 // For layouts with short rows: the parameters written out for several rows, so that one call has a few hundred
 // elements.
-template <typename T>
+template <typename P>
 struct Period {
   Layout layout;
   int64_t size;
-  std::vector<T> parameters;
+  std::vector<P> parameters;
 
-  Period(const Layout& l, const T* values) : layout(l), size(l.channels * l.inner) {
+  Period(const Layout& l, const P* values) : layout(l), size(l.channels * l.inner) {
     size *= std::max<int64_t>(1, 512 / size);
     parameters.resize(size);
     for (int64_t i = 0; i < size; ++i) parameters[i] = values[i / l.inner % l.channels];
@@ -75,8 +77,8 @@ struct Period {
 
 inline bool has_long_rows(const Layout& l) { return l.channels == 1 || l.inner >= kShortestRow; }
 
-template <typename Formula, typename T = typename Formula::value_type>
-void forward(const Formula& formula, const Layout& l, const at::Tensor& y, const at::Tensor& x, const T* parameters) {
+template <typename Formula, typename P = typename Formula::parameter_type>
+void forward(const Formula& formula, const Layout& l, const at::Tensor& y, const at::Tensor& x, const P* parameters) {
   const auto run = loops<Formula>(x.scalar_type());
   const int64_t item = x.element_size();
   auto* to = static_cast<char*>(y.mutable_data_ptr());
@@ -91,7 +93,7 @@ void forward(const Formula& formula, const Layout& l, const at::Tensor& y, const
     });
     return;
   }
-  const Period<T> period(l, parameters);
+  const Period<P> period(l, parameters);
   at::parallel_for(0, period.count(), std::max<int64_t>(1, kGrain / period.size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t offset = i * period.size * item;
@@ -100,41 +102,41 @@ void forward(const Formula& formula, const Layout& l, const at::Tensor& y, const
   });
 }
 
-template <typename Formula, typename T = typename Formula::value_type>
-std::vector<double> backward_short_rows(const Formula& formula, const Layout& l, char* out, const char* grad,
-                                        const char* x, int64_t item, const simd::Loops<Formula>& run,
-                                        const T* parameters) {
-  const Period<T> period(l, parameters);
-  // Sums are kept in T over this many periods, then added up in double.
+template <typename Formula, typename P = typename Formula::parameter_type>
+std::vector<formula::Wide<P>> backward_short_rows(const Formula& formula, const Layout& l, char* out, const char* grad,
+                                                  const char* x, int64_t item, const simd::Loops<Formula>& run,
+                                                  const P* parameters) {
+  const Period<P> period(l, parameters);
+  // Sums are kept in the formula's type over this many periods, then added up in double.
   constexpr int64_t kShortSum = 64;
   const int64_t per_block = std::max(ceil_div(kBlock, period.size), ceil_div(period.count(), 64));
   const int64_t blocks = ceil_div(period.count(), per_block);
-  std::vector<double> sums(blocks * period.size);
+  std::vector<formula::Wide<P>> sums(blocks * period.size);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> short_sums(period.size);
+    std::vector<P> short_sums(period.size);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t last = std::min(period.count(), (block + 1) * per_block);
-      double* block_sums = sums.data() + block * period.size;
+      auto* block_sums = sums.data() + block * period.size;
       for (int64_t first = block * per_block; first < last; first += kShortSum) {
-        std::fill(short_sums.begin(), short_sums.end(), T(0));
+        std::fill(short_sums.begin(), short_sums.end(), P{});
         for (int64_t i = first; i < std::min(last, first + kShortSum); ++i) {
           const int64_t offset = i * period.size * item;
           run.backward_each(formula, out + offset, grad + offset, x + offset, period.length(i),
                             period.parameters.data(), short_sums.data());
         }
-        for (int64_t j = 0; j < period.size; ++j) block_sums[j] += static_cast<double>(short_sums[j]);
+        for (int64_t j = 0; j < period.size; ++j) block_sums[j] += formula::wide(short_sums[j]);
       }
     }
   });
-  std::vector<double> totals(l.channels);
+  std::vector<formula::Wide<P>> totals(l.channels);
   for (int64_t i = 0; i < blocks * period.size; ++i) totals[i % period.size / l.inner % l.channels] += sums[i];
   return totals;
 }
 
 // Writes grad_x; returns the gradient of each channel's parameter. All tensors share one dense layout.
-template <typename Formula, typename T = typename Formula::value_type>
-std::vector<double> backward(const Formula& formula, const Layout& l, const at::Tensor& grad_x, const at::Tensor& grad,
-                             const at::Tensor& x, const T* parameters) {
+template <typename Formula, typename P = typename Formula::parameter_type>
+std::vector<formula::Wide<P>> backward(const Formula& formula, const Layout& l, const at::Tensor& grad_x,
+                                       const at::Tensor& grad, const at::Tensor& x, const P* parameters) {
   const auto run = loops<Formula>(x.scalar_type());
   const int64_t item = x.element_size();
   auto* out = static_cast<char*>(grad_x.mutable_data_ptr());
@@ -143,7 +145,7 @@ std::vector<double> backward(const Formula& formula, const Layout& l, const at::
   if (!has_long_rows(l)) return backward_short_rows(formula, l, out, gs, xs, item, run, parameters);
 
   const Pieces pieces{l};
-  std::vector<double> sums(pieces.count());
+  std::vector<formula::Wide<P>> sums(pieces.count());
   at::parallel_for(0, pieces.count(), pieces.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t offset = pieces.begin(i) * item;
@@ -151,16 +153,18 @@ std::vector<double> backward(const Formula& formula, const Layout& l, const at::
           run.backward(formula, out + offset, gs + offset, xs + offset, pieces.size(i), parameters[pieces.channel(i)]);
     }
   });
-  std::vector<double> totals(l.channels);
+  std::vector<formula::Wide<P>> totals(l.channels);
   for (int64_t i = 0; i < pieces.count(); ++i) totals[pieces.channel(i)] += sums[i];
   return totals;
 }
 
-inline void store(const std::vector<double>& values, const at::Tensor& to, double factor = 1.0) {
-  const auto source = at::empty({static_cast<int64_t>(values.size())}, at::kDouble);
-  auto* out = source.mutable_data_ptr<double>();
-  for (size_t i = 0; i < values.size(); ++i) out[i] = values[i] * factor;
-  to.view(-1).copy_(source);
+// value(channel) times `factor` for each element of `to`, which is contiguous.
+template <typename Value>
+void store(const Value& value, const at::Tensor& to, double factor = 1.0) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, to.scalar_type(), "store", [&] {
+    auto* out = to.mutable_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < to.numel(); ++i) out[i] = static_cast<scalar_t>(factor * value(i));
+  });
 }
 
 }  // namespace cctorch::channelwise

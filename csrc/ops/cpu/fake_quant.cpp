@@ -1,43 +1,31 @@
 #include "csrc/ops/fake_quant.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "csrc/ops/checks.h"
-#include "csrc/ops/cpu/channelwise.h"
+#include "csrc/ops/cpu/learned_grid.h"
+#include "csrc/ops/formula/fake_quant.h"
 
 namespace cctorch::cpu {
 namespace {
 
+using learned_grid::with_math_type;
+
 template <typename T>
-std::vector<T> scales(const at::Tensor& log_scale) {
-  const at::Tensor dense = log_scale.contiguous();
-  const T* from = dense.const_data_ptr<T>();
-  std::vector<T> s(dense.numel());
-  std::transform(from, from + s.size(), s.begin(), formula::FakeQuant<T>::scale);
-  return s;
+formula::FakeQuant<T> lsq(int64_t qmin, int64_t qmax) {
+  return {static_cast<T>(qmin), static_cast<T>(qmax)};
 }
 
-template <typename Function>
-auto with_formula(const at::Tensor& x, int64_t qmin, int64_t qmax, const Function& function) {
-  if (x.scalar_type() == at::kDouble) {
-    return function(formula::FakeQuant<double>{static_cast<double>(qmin), static_cast<double>(qmax)});
-  }
-  return function(formula::FakeQuant<float>{static_cast<float>(qmin), static_cast<float>(qmax)});
+template <typename T>
+formula::Pact<T> clipped(int64_t bits) {
+  return {static_cast<T>((int64_t{1} << bits) - 1)};
 }
 
 at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
                       std::optional<int64_t> axis, double) {
   axis = check_fake_quant(x, log_scale, qmin, qmax, axis);
-  const at::Tensor y = at::empty_like(x);
-  if (x.numel() == 0) return y;
-  const at::Tensor dense = channelwise::densified(x, y);
-  with_formula(x, qmin, qmax, [&](const auto& formula) {
-    using T = typename std::decay_t<decltype(formula)>::value_type;
-    channelwise::forward(formula, channelwise::layout(dense, axis), y, dense, scales<T>(log_scale).data());
-  });
-  return y;
+  return with_math_type(
+      x, [&](auto zero) { return learned_grid::forward(lsq<decltype(zero)>(qmin, qmax), x, axis, log_scale); });
 }
 
 std::tuple<at::Tensor, at::Tensor> fake_quant_backward(const at::Tensor& grad, const at::Tensor& x,
@@ -45,18 +33,48 @@ std::tuple<at::Tensor, at::Tensor> fake_quant_backward(const at::Tensor& grad, c
                                                        std::optional<int64_t> axis, double grad_scale) {
   axis = check_fake_quant(x, log_scale, qmin, qmax, axis);
   check_backward(grad, x, "fake_quant_backward");
-  const at::Tensor grad_x = at::empty_like(x);
-  const at::Tensor grad_log_scale = at::empty_like(log_scale);
-  if (x.numel() == 0) return {grad_x, grad_log_scale.zero_()};
-  const at::Tensor dense = channelwise::densified(x, grad_x);
-  const at::Tensor dense_grad = channelwise::densified(grad, grad_x);
-  with_formula(x, qmin, qmax, [&](const auto& formula) {
-    using T = typename std::decay_t<decltype(formula)>::value_type;
-    const auto sums = channelwise::backward(formula, channelwise::layout(dense, axis), grad_x, dense_grad, dense,
-                                            scales<T>(log_scale).data());
-    channelwise::store(sums, grad_log_scale, grad_scale);
+  return with_math_type(x, [&](auto zero) {
+    return learned_grid::backward(lsq<decltype(zero)>(qmin, qmax), grad, x, axis, grad_scale, log_scale);
   });
-  return {grad_x, grad_log_scale};
+}
+
+at::Tensor fake_quant_offset(const at::Tensor& x, const at::Tensor& log_scale, const at::Tensor& offset, int64_t qmin,
+                             int64_t qmax, std::optional<int64_t> axis, double) {
+  axis = check_fake_quant_offset(x, log_scale, offset, qmin, qmax, axis);
+  return with_math_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    return learned_grid::forward(formula::FakeQuantOffset<T>{lsq<T>(qmin, qmax)}, x, axis, log_scale, offset);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quant_offset_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                                          const at::Tensor& log_scale,
+                                                                          const at::Tensor& offset, int64_t qmin,
+                                                                          int64_t qmax, std::optional<int64_t> axis,
+                                                                          double grad_scale) {
+  axis = check_fake_quant_offset(x, log_scale, offset, qmin, qmax, axis);
+  check_backward(grad, x, "fake_quant_offset_backward");
+  return with_math_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const formula::FakeQuantOffset<T> formula{lsq<T>(qmin, qmax)};
+    return learned_grid::backward(formula, grad, x, axis, grad_scale, log_scale, offset);
+  });
+}
+
+at::Tensor pact(const at::Tensor& x, const at::Tensor& log_alpha, int64_t bits, std::optional<int64_t> axis) {
+  axis = check_pact(x, log_alpha, bits, axis);
+  return with_math_type(
+      x, [&](auto zero) { return learned_grid::forward(clipped<decltype(zero)>(bits), x, axis, log_alpha); });
+}
+
+std::tuple<at::Tensor, at::Tensor> pact_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                 const at::Tensor& log_alpha, int64_t bits,
+                                                 std::optional<int64_t> axis) {
+  axis = check_pact(x, log_alpha, bits, axis);
+  check_backward(grad, x, "pact_backward");
+  return with_math_type(x, [&](auto zero) {
+    return learned_grid::backward(clipped<decltype(zero)>(bits), grad, x, axis, 1.0, log_alpha);
+  });
 }
 
 }  // namespace
@@ -64,6 +82,10 @@ std::tuple<at::Tensor, at::Tensor> fake_quant_backward(const at::Tensor& grad, c
 TORCH_LIBRARY_IMPL(cctorch, CPU, m) {
   m.impl("fake_quant", &fake_quant);
   m.impl("fake_quant_backward", &fake_quant_backward);
+  m.impl("fake_quant_offset", &fake_quant_offset);
+  m.impl("fake_quant_offset_backward", &fake_quant_offset_backward);
+  m.impl("pact", &pact);
+  m.impl("pact_backward", &pact_backward);
 }
 
 }  // namespace cctorch::cpu

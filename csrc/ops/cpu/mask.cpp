@@ -1,31 +1,34 @@
 #include "csrc/ops/mask.h"
 
 #include <ATen/Parallel.h>
-#include <c10/util/accumulate.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
-#include <cstring>
-#include <mutex>
+#include <numeric>
 #include <type_traits>
-#include <utility>
 
-#include "csrc/ops/checks.h"
+#include "csrc/ops/channelwise.h"
+#include "csrc/ops/cpu/select.h"
 #include "csrc/ops/formula/mask.h"
 
 namespace cctorch::cpu {
 namespace {
 
-constexpr int64_t kBlock = 65536;
-constexpr int kDigitBits = 16;
-using Histogram = std::vector<int64_t>;
-
 using formula::magnitude;
+using select::Piece;
+
+constexpr int64_t kBlock = 65536;
 
 template <typename Bits>
 const Bits* data(const at::Tensor& weight) {
   return static_cast<const Bits*>(weight.const_data_ptr());
+}
+
+// The weight with the strides of what is made of it.
+at::Tensor dense_as(const at::Tensor& result, const at::Tensor& weight) {
+  return weight.strides() == result.strides() ? weight : at::empty_like(weight).copy_(weight);
 }
 
 template <typename Bits>
@@ -42,127 +45,213 @@ bool has_nan(const at::Tensor& weight) {
       [](bool a, bool b) { return a || b; });
 }
 
-void check_no_nan(const at::Tensor& weight, const char* op, const std::string& name) {
-  const bool found = with_bits(weight.scalar_type(), [&](auto bits) { return has_nan<decltype(bits)>(weight); });
+void check_no_nan(const at::Tensor& dense, const char* op, const std::string& name) {
+  const bool found = with_bits(dense.scalar_type(), [&](auto bits) { return has_nan<decltype(bits)>(dense); });
   TORCH_CHECK(!found, op, ": ", name, " has NaN, so its magnitudes cannot be ordered");
 }
 
-// How many magnitudes have each value of the digit at `shift`, among those that agree with `prefix` above it.
+// Writes what becomes of each weight, kept or not: a boolean of its mask.
 template <typename Bits>
-Histogram histogram(const std::vector<at::Tensor>& weights, Bits prefix, int shift) {
-  Histogram total(size_t{1} << kDigitBits);
-  std::mutex mutex;
-  const int above = shift + kDigitBits;
-  const Bits prefix_mask = std::cmp_less(above, 8 * sizeof(Bits)) ? static_cast<Bits>(~Bits(0) << above) : Bits(0);
-  for (const auto& weight : weights) {
-    const Bits* from = data<Bits>(weight);
-    at::parallel_for(0, weight.numel(), kBlock, [&](int64_t begin, int64_t end) {
-      Histogram part(total.size());
-      for (int64_t i = begin; i < end; ++i) {
-        const Bits key = magnitude(from[i]);
-        if ((key & prefix_mask) == prefix) ++part[(key >> shift) & 0xffff];
-      }
-      const std::scoped_lock lock(mutex);
-      for (size_t digit = 0; digit < part.size(); ++digit) total[digit] += part[digit];
-    });
+struct Masks {
+  using Result = bool;
+  static int64_t run(const Piece<Bits>& piece, Bits least) {
+    return select::loops<Bits>().mark(static_cast<bool*>(piece.to), piece.from, piece.size, least);
   }
-  return total;
-}
+  static at::Tensor result(const at::Tensor& weight) { return empty_mask(weight); }
+};
 
-// The count-th largest magnitude by radix selection; `ties` becomes how many of its equals belong to the largest.
+// The same as a weight, or 0.
 template <typename Bits>
-Bits select(const std::vector<at::Tensor>& weights, int64_t count, int64_t& ties) {
-  Bits prefix = 0;
-  ties = count;
-  for (int shift = 8 * sizeof(Bits) - kDigitBits; shift >= 0; shift -= kDigitBits) {
-    const Histogram counts = histogram(weights, prefix, shift);
-    size_t digit = counts.size() - 1;
-    for (; counts[digit] < ties; --digit) ties -= counts[digit];
-    prefix |= static_cast<Bits>(static_cast<Bits>(digit) << shift);
+struct Pruned {
+  using Result = Bits;
+  static int64_t run(const Piece<Bits>& piece, Bits least) {
+    return select::loops<Bits>().prune(static_cast<Bits*>(piece.to), piece.from, piece.size, least);
   }
-  return prefix;
-}
+  static at::Tensor result(const at::Tensor& weight) { return at::empty_like(weight); }
+};
 
-// Marks what is above the threshold, then the first `ties` that equal it.
-template <typename Bits>
-void mark(const at::Tensor& weight, Bits threshold, int64_t& ties, bool* mask) {
-  const Bits* from = data<Bits>(weight);
-  const int64_t numel = weight.numel();
-  const int64_t blocks = (numel + kBlock - 1) / kBlock;
-  std::vector<int64_t> equal(blocks);
-  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      int64_t count = 0;
-      for (int64_t i = block * kBlock; i < std::min(numel, (block + 1) * kBlock); ++i) {
-        const Bits key = magnitude(from[i]);
-        mask[i] = key > threshold;
-        count += key == threshold;
-      }
-      equal[block] = count;
-    }
+// Keeps the magnitudes from `least` on; returns how many of each piece equal it.
+template <typename Bits, typename Output>
+std::vector<int64_t> keep(const std::vector<Piece<Bits>>& pieces, Bits least) {
+  std::vector<int64_t> equal(pieces.size());
+  select::parallel(pieces, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) equal[i] = Output::run(pieces[i], least);
   });
-  for (int64_t block = 0; block < blocks && ties > 0; ++block) {
-    for (int64_t i = block * kBlock; equal[block] > 0 && ties > 0; ++i) {
-      if (magnitude(from[i]) != threshold) continue;
-      mask[i] = true;
-      --equal[block];
-      --ties;
+  return equal;
+}
+
+// Of the kept ones that equal the threshold, leaves the first `ties`.
+template <typename Bits, typename Output>
+void leave_first(const std::vector<Piece<Bits>>& pieces, const std::vector<int64_t>& equal, Bits threshold,
+                 int64_t ties) {
+  std::vector<Piece<Bits>> without;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    if (equal[i] > ties && ties == 0) without.push_back(pieces[i]);
+    if (equal[i] > ties && ties > 0) {
+      auto* to = static_cast<typename Output::Result*>(pieces[i].to);
+      int64_t seen = 0;
+      for (int64_t j = 0; j < pieces[i].size; ++j) {
+        if (magnitude(pieces[i].from[j]) == threshold && seen++ >= ties) to[j] = 0;
+      }
+    }
+    ties -= std::min(ties, equal[i]);
+  }
+  keep<Bits, Output>(without, static_cast<Bits>(threshold + 1));
+}
+
+// The list as one range of pieces, in the order of memory. Ties are decided in row-major order, which matters in one
+// tensor at most: the others keep all or none of their equals.
+template <typename Bits, typename Output>
+struct Ranking {
+  std::vector<at::Tensor> weights;
+  std::vector<at::Tensor> results;
+  std::vector<Piece<Bits>> pieces;
+  std::vector<size_t> ends;  // of each tensor's pieces
+
+  explicit Ranking(at::TensorList list) {
+    for (const at::Tensor& weight : list) {
+      results.push_back(Output::result(weight));
+      weights.push_back(dense_as(results.back(), weight));
+      append(pieces, weights.back(), results.back());
+      ends.push_back(pieces.size());
     }
   }
+
+  static void append(std::vector<Piece<Bits>>& pieces, const at::Tensor& weight, const at::Tensor& result) {
+    select::append(pieces, data<Bits>(weight), result.mutable_data_ptr(), weight.numel(),
+                   sizeof(typename Output::Result));
+  }
+
+  void keep_largest(Bits threshold, int64_t ties) {
+    std::vector<int64_t> equal = keep<Bits, Output>(pieces, threshold);
+    int64_t before = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const auto begin = equal.begin() + static_cast<int64_t>(i == 0 ? 0 : ends[i - 1]);
+      const auto end = equal.begin() + static_cast<int64_t>(ends[i]);
+      const int64_t own = std::accumulate(begin, end, int64_t(0));
+      if (before < ties && ties < before + own && !results[i].is_contiguous()) {
+        keep_in_order(i, threshold, ties - before);
+        // Settled, and not to be looked at again.
+        std::fill(begin, end, 0);
+        ties = before;
+      }
+      before += own;
+    }
+    leave_first<Bits, Output>(pieces, equal, threshold, ties);
+  }
+
+  void keep_in_order(size_t i, Bits threshold, int64_t ties) {
+    const at::Tensor weight = weights[i].contiguous();
+    const at::Tensor result = at::empty(weight.sizes(), results[i].options());
+    std::vector<Piece<Bits>> rows;
+    append(rows, weight, result);
+    leave_first<Bits, Output>(rows, keep<Bits, Output>(rows, threshold), threshold, ties);
+    results[i].copy_(result);
+  }
+};
+
+template <template <typename> typename Output>
+std::vector<at::Tensor> keep_largest(const char* op, at::TensorList weights, double sparsity) {
+  check_magnitudes(op, weights, sparsity);
+  if (weights.empty()) return {};
+  return with_bits(weights[0].scalar_type(), [&](auto bits) {
+    using Bits = decltype(bits);
+    Ranking<Bits, Output<Bits>> ranking(weights);
+    const int64_t total = select::total_size(ranking.pieces);
+    if (total == 0) return ranking.results;
+    const int64_t count = kept_count(sparsity, total);
+    const auto selected = select::largest(ranking.pieces, std::max<int64_t>(1, count));
+    if (selected.largest > static_cast<Bits>(infinity_bits(weights[0].scalar_type()))) {
+      for (size_t i = 0; i < weights.size(); ++i) check_no_nan(ranking.weights[i], op, nth_weight(i));
+    }
+    // Without NaN, no magnitude has all bits.
+    if (count == 0) ranking.keep_largest(magnitude(static_cast<Bits>(~Bits(0))), 0);
+    if (count > 0) ranking.keep_largest(selected.threshold, selected.wanted);
+    return ranking.results;
+  });
 }
 
 std::vector<at::Tensor> magnitude_masks(at::TensorList weights, double sparsity) {
-  check_magnitude_masks(weights, sparsity);
+  return keep_largest<Masks>("magnitude_masks", weights, sparsity);
+}
+
+std::vector<at::Tensor> magnitude_prune(at::TensorList weights, double sparsity) {
+  return keep_largest<Pruned>("magnitude_prune", weights, sparsity);
+}
+
+// The groups of one weight: m elements, `inner` apart in memory.
+template <typename Bits>
+struct Groups {
+  const Bits* weight;
+  bool* mask;
+  int64_t count;
+  int64_t inner;
+};
+
+template <typename Bits>
+void mark_groups(const Groups<Bits>& groups, int64_t n, int64_t m) {
+  for (int64_t group = 0; group < groups.count; ++group) {
+    const int64_t offset = group / groups.inner * m * groups.inner + group % groups.inner;
+    formula::mark_group(groups.weight + offset, groups.mask + offset, n, m, groups.inner,
+                        [](Bits bits) { return magnitude(bits); });
+  }
+}
+
+// Groups do not see the order of memory: any dense layout is taken as it is.
+std::vector<at::Tensor> nm_masks(at::TensorList weights, int64_t n, int64_t m, int64_t axis) {
+  check_nm_masks(weights, n, m, axis);
   std::vector<at::Tensor> masks;
   if (weights.empty()) return masks;
-  std::vector<at::Tensor> dense;
-  int64_t total = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    dense.push_back(weights[i].contiguous());
-    check_no_nan(dense.back(), "magnitude_masks", "weights[" + std::to_string(i) + "]");
-    total += weights[i].numel();
-  }
-  const int64_t count = kept_count(sparsity, total);
   with_bits(weights[0].scalar_type(), [&](auto bits) {
     using Bits = decltype(bits);
-    int64_t ties = 0;
-    // A magnitude never has the top bit: nothing reaches this threshold.
-    const Bits threshold = count > 0 ? select<Bits>(dense, count, ties) : static_cast<Bits>(~Bits(0));
+    std::vector<at::Tensor> kept_alive;
+    std::vector<Groups<Bits>> parts;
+    const int64_t most = std::max<int64_t>(1, kBlock / m);
     for (size_t i = 0; i < weights.size(); ++i) {
-      const at::Tensor mask = row_major_mask(weights[i]);
-      mark<Bits>(dense[i], threshold, ties, mask.mutable_data_ptr<bool>());
-      masks.push_back(in_layout_of(weights[i], mask));
+      masks.push_back(empty_mask(weights[i]));
+      if (weights[i].numel() == 0) continue;
+      const at::Tensor dense = dense_as(masks[i], weights[i]);
+      check_no_nan(dense, "nm_masks", nth_weight(i));
+      kept_alive.push_back(dense);
+      const auto layout = channelwise::layout(dense, axis < 0 ? axis + dense.dim() : axis);
+      // A part begins at a multiple of `inner` groups, so that its offsets are those of a weight of its own.
+      const int64_t step = ceil_div(most, layout.inner) * layout.inner;
+      for (int64_t begin = 0; begin < dense.numel() / m; begin += step) {
+        parts.push_back({data<Bits>(dense) + begin * m, masks[i].mutable_data_ptr<bool>() + begin * m,
+                         std::min(step, dense.numel() / m - begin), layout.inner});
+      }
     }
+    at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) mark_groups(parts[i], n, m);
+    });
   });
   return masks;
 }
 
-at::Tensor nm_mask(const at::Tensor& weight, int64_t n, int64_t m, int64_t axis) {
-  axis = check_nm_mask(weight, n, m, axis);
-  if (weight.numel() == 0) return empty_mask(weight);
-  const at::Tensor dense = weight.contiguous();
-  check_no_nan(dense, "nm_mask", "weight");
-  const at::Tensor mask = row_major_mask(weight);
-  const int64_t inner = c10::multiply_integers(weight.sizes().slice(axis + 1));
+at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
+  check_apply_mask(weight, mask);
+  const at::Tensor y = at::empty_like(weight);
+  const at::Tensor dense = dense_as(y, weight);
+  const at::Tensor dense_mask = mask.strides() == y.strides() ? mask : empty_mask(y).copy_(mask);
+  const bool* kept = dense_mask.const_data_ptr<bool>();
   with_bits(weight.scalar_type(), [&](auto bits) {
     using Bits = decltype(bits);
+    const auto apply = select::loops<Bits>().apply;
+    auto* to = static_cast<Bits*>(y.mutable_data_ptr());
     const Bits* from = data<Bits>(dense);
-    bool* to = mask.mutable_data_ptr<bool>();
-    at::parallel_for(0, weight.numel() / m, std::max<int64_t>(1, kBlock / (m * m)), [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group) {
-        const int64_t offset = group / inner * m * inner + group % inner;
-        formula::mark_group(from + offset, to + offset, n, m, inner, [](Bits bits) { return magnitude(bits); });
-      }
-    });
+    at::parallel_for(0, y.numel(), kBlock / 2,
+                     [&](int64_t begin, int64_t end) { apply(to + begin, from + begin, kept + begin, end - begin); });
   });
-  return in_layout_of(weight, mask);
+  return y;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cctorch, CPU, m) {
   m.impl("magnitude_masks", &magnitude_masks);
-  m.impl("nm_mask", &nm_mask);
+  m.impl("magnitude_prune", &magnitude_prune);
+  m.impl("nm_masks", &nm_masks);
+  m.impl("apply_mask", &apply_mask);
 }
 
 }  // namespace cctorch::cpu

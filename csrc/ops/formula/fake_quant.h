@@ -3,49 +3,100 @@
 #include <cmath>
 #include <limits>
 
-#include "csrc/ops/formula/host_device.h"
+#include "csrc/ops/formula/parameters.h"
 
 namespace cctorch::formula {
+
+// exp(logarithm), kept in the normal range so that it is positive and finite for every finite logarithm.
+template <typename T>
+CCTORCH_HOST_DEVICE T positive(T logarithm) {
+  const T value = std::exp(logarithm);
+  const T low = std::numeric_limits<T>::min();
+  const T high = std::numeric_limits<T>::max();
+  return value < low ? low : (value > high ? high : value);
+}
+
+template <typename T>
+CCTORCH_HOST_DEVICE T clamp(T value, T low, T high) {
+  return value < low ? low : (value > high ? high : value);
+}
 
 // LSQ (Esser et al. 2020, eq. 1 to 3) with the scale given; the gradient is that of the scale's logarithm.
 template <typename T>
 struct FakeQuant {
   using value_type = T;
+  using parameter_type = T;
 
   T qmin;
   T qmax;
 
-  // exp(log_scale), kept in the normal range so that it is positive and finite for every finite logarithm.
-  CCTORCH_HOST_DEVICE static T scale(T log_scale) {
-    const T s = std::exp(log_scale);
-    const T low = std::numeric_limits<T>::min();
-    const T high = std::numeric_limits<T>::max();
-    return s < low ? low : (s > high ? high : s);
-  }
+  CCTORCH_HOST_DEVICE T parameter(T log_scale) const { return positive(log_scale); }
 
-  CCTORCH_HOST_DEVICE T forward(T x, T s) const { return s * std::nearbyint(clamp(x / s)); }
+  CCTORCH_HOST_DEVICE T forward(T x, T s) const { return s * std::nearbyint(clamp(x / s, qmin, qmax)); }
 
   CCTORCH_HOST_DEVICE Gradients<T> backward(T grad, T x, T s) const {
     const T v = x / s;
-    const T clamped = clamp(v);
+    const T clamped = clamp(v, qmin, qmax);
     const T q = std::nearbyint(clamped);
     return {v == clamped ? grad : T(0), grad * s * (v == clamped ? q - v : q)};
   }
-
- private:
-  CCTORCH_HOST_DEVICE T clamp(T v) const { return v < qmin ? qmin : (v > qmax ? qmax : v); }
 };
 
-// The same with the logarithm as the parameter: the scale is computed where it is used.
+// LSQ+ (Bhalgat et al. 2020, eq. 3 to 6): the same around an offset. The parameters are scale and offset.
 template <typename T>
-struct LogFakeQuant {
+struct FakeQuantOffset {
   using value_type = T;
+  using parameter_type = Pair<T>;
+
   FakeQuant<T> lsq;
 
-  CCTORCH_HOST_DEVICE T forward(T x, T log_scale) const { return lsq.forward(x, FakeQuant<T>::scale(log_scale)); }
+  CCTORCH_HOST_DEVICE Pair<T> parameter(const Pair<T>& raw) const { return {positive(raw.first), raw.second}; }
 
-  CCTORCH_HOST_DEVICE Gradients<T> backward(T grad, T x, T log_scale) const {
-    return lsq.backward(grad, x, FakeQuant<T>::scale(log_scale));
+  CCTORCH_HOST_DEVICE T forward(T x, const Pair<T>& p) const { return lsq.forward(x - p.second, p.first) + p.second; }
+
+  CCTORCH_HOST_DEVICE Gradients<T, Pair<T>> backward(T grad, T x, const Pair<T>& p) const {
+    const auto gradients = lsq.backward(grad, x - p.second, p.first);
+    // Inside the range the offset that is taken off is put on again; outside only the latter is left.
+    return {gradients.x, {gradients.parameter, grad - gradients.x}};
+  }
+};
+
+// PACT (Choi et al. 2018, eq. 1 to 3): the forward of LSQ on 0 to `levels`, with another gradient: that of the clipping
+// alone. The parameter is the scale alpha / levels, the gradient that of alpha's logarithm.
+template <typename T>
+struct Pact {
+  using value_type = T;
+  using parameter_type = T;
+
+  T levels;
+
+  CCTORCH_HOST_DEVICE T parameter(T log_alpha) const {
+    const T s = positive(log_alpha) / levels;
+    return s < std::numeric_limits<T>::min() ? std::numeric_limits<T>::min() : s;
+  }
+
+  CCTORCH_HOST_DEVICE T forward(T x, T s) const { return FakeQuant<T>{T(0), levels}.forward(x, s); }
+
+  CCTORCH_HOST_DEVICE Gradients<T> backward(T grad, T x, T s) const {
+    const T v = x / s;
+    const bool above = v >= levels;
+    return {v >= T(0) && !above ? grad : T(0), above ? grad * (s * levels) : T(0)};
+  }
+};
+
+// A formula with its parameter made where it is used, instead of once for each channel.
+template <typename Formula>
+struct FromRaw {
+  using value_type = typename Formula::value_type;
+  using parameter_type = typename Formula::parameter_type;
+  Formula formula;
+
+  CCTORCH_HOST_DEVICE value_type forward(value_type x, const parameter_type& raw) const {
+    return formula.forward(x, formula.parameter(raw));
+  }
+
+  CCTORCH_HOST_DEVICE auto backward(value_type grad, value_type x, const parameter_type& raw) const {
+    return formula.backward(grad, x, formula.parameter(raw));
   }
 };
 

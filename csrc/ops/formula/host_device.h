@@ -7,13 +7,3 @@
 #else
 #define CCTORCH_HOST_DEVICE __attribute__((always_inline)) inline
 #endif
-
-namespace cctorch::formula {
-
-template <typename T>
-struct Gradients {
-  T x;
-  T parameter;
-};
-
-}  // namespace cctorch::formula

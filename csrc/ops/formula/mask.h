@@ -1,10 +1,15 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "csrc/ops/formula/host_device.h"
 
 namespace cctorch::formula {
+
+// The unsigned type that a floating type is compared as.
+template <typename T>
+using BitsOf = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
 
 // The bits of |w|: an unsigned integer ordered as |w| is, with NaN above infinity.
 template <typename Bits>

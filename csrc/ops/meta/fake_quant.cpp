@@ -8,6 +8,10 @@
 namespace cctorch::meta {
 namespace {
 
+at::Tensor like_parameter(const at::Tensor& parameter) {
+  return at::empty_like(parameter, at::MemoryFormat::Contiguous);
+}
+
 at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
                       std::optional<int64_t> axis, double) {
   check_fake_quant(x, log_scale, qmin, qmax, axis);
@@ -19,7 +23,36 @@ std::tuple<at::Tensor, at::Tensor> fake_quant_backward(const at::Tensor& grad, c
                                                        std::optional<int64_t> axis, double) {
   check_fake_quant(x, log_scale, qmin, qmax, axis);
   check_backward(grad, x, "fake_quant_backward");
-  return {at::empty_like(x), at::empty_like(log_scale)};
+  return {at::empty_like(x), like_parameter(log_scale)};
+}
+
+at::Tensor fake_quant_offset(const at::Tensor& x, const at::Tensor& log_scale, const at::Tensor& offset, int64_t qmin,
+                             int64_t qmax, std::optional<int64_t> axis, double) {
+  check_fake_quant_offset(x, log_scale, offset, qmin, qmax, axis);
+  return at::empty_like(x);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quant_offset_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                                          const at::Tensor& log_scale,
+                                                                          const at::Tensor& offset, int64_t qmin,
+                                                                          int64_t qmax, std::optional<int64_t> axis,
+                                                                          double) {
+  check_fake_quant_offset(x, log_scale, offset, qmin, qmax, axis);
+  check_backward(grad, x, "fake_quant_offset_backward");
+  return {at::empty_like(x), like_parameter(log_scale), like_parameter(offset)};
+}
+
+at::Tensor pact(const at::Tensor& x, const at::Tensor& log_alpha, int64_t bits, std::optional<int64_t> axis) {
+  check_pact(x, log_alpha, bits, axis);
+  return at::empty_like(x);
+}
+
+std::tuple<at::Tensor, at::Tensor> pact_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                 const at::Tensor& log_alpha, int64_t bits,
+                                                 std::optional<int64_t> axis) {
+  check_pact(x, log_alpha, bits, axis);
+  check_backward(grad, x, "pact_backward");
+  return {at::empty_like(x), like_parameter(log_alpha)};
 }
 
 }  // namespace
@@ -27,6 +60,10 @@ std::tuple<at::Tensor, at::Tensor> fake_quant_backward(const at::Tensor& grad, c
 TORCH_LIBRARY_IMPL(cctorch, Meta, m) {
   m.impl("fake_quant", &fake_quant);
   m.impl("fake_quant_backward", &fake_quant_backward);
+  m.impl("fake_quant_offset", &fake_quant_offset);
+  m.impl("fake_quant_offset_backward", &fake_quant_offset_backward);
+  m.impl("pact", &pact);
+  m.impl("pact_backward", &pact_backward);
 }
 
 }  // namespace cctorch::meta

@@ -1,7 +1,8 @@
 import torch
 from torch import Tensor, nn
 
-from cctorch import ops
+from cctorch import distributed, ops
+from cctorch.nn.synchronized import synchronized_batch_norm
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -9,17 +10,30 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     `cctorch.apply` makes it of every ``nn.BatchNorm2d`` of a model. On other devices, in other layouts and in an
     exported program it is PyTorch's own. Parameters, buffers and state dict are the same.
+
+    Where ``synchronized`` is set, and torch.distributed has more than one rank, it trains on the statistics of all
+    ranks' examples, as if one process had them: ``torch.nn.SyncBatchNorm``, on CPU too.
     """
 
+    synchronized = False
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.synchronized and distributed.world_size() > 1:
+            weight = self.weight if self.affine else x.new_ones(self.num_features)
+            bias = self.bias if self.affine else x.new_zeros(self.num_features)
+            y, mean, variance = synchronized_batch_norm(x, weight, bias, self.eps)
+            self._track(mean, variance)
+            return y
         if not self._ours(x):
             return super().forward(x)
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return ops.batch_norm_inference(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
         y, mean, inverse_deviation = ops.batch_norm(x, self.weight, self.bias, self.eps)
         if self.training and self.track_running_stats:
+            count = x.numel() // x.size(1)
             with torch.no_grad():
-                self._track(mean, inverse_deviation, x.numel() // x.size(1))
+                variance = (inverse_deviation**-2 - self.eps).clamp_min_(0.0)
+                self._track(mean, variance * (count / (count - 1)))
         return y
 
     def _ours(self, x: Tensor) -> bool:
@@ -34,12 +48,14 @@ class BatchNorm2d(nn.BatchNorm2d):
             and not torch.compiler.is_exporting()
         )
 
-    def _track(self, mean: Tensor, inverse_deviation: Tensor, count: int) -> None:
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if not self.track_running_stats:
+            return
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        variance = (inverse_deviation**-2 - self.eps).clamp_min_(0.0) * (count / (count - 1))
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance, share)

@@ -7,19 +7,30 @@ from cctorch import ops
 
 
 class FakeQuant(nn.Module):
-    r"""Learned-scale fake-quantization of weights or activations (LSQ, Esser et al. 2020).
+    r"""Learned-scale fake-quantization of weights or activations (LSQ, Esser et al. 2020; LSQ+, Bhalgat et al. 2020).
 
-    .. math:: y = s \cdot \mathrm{clamp}(\mathrm{round}(x / s), q_{min}, q_{max}), \quad s = e^{\mathrm{log\_scale}}
+    .. math::
 
-    The scale starts at :math:`2 \langle |x| \rangle / \sqrt{q_{max}}` of the first input, or of the one given to
-    :meth:`initialize`. Its gradient is multiplied by :math:`1 / \sqrt{n\,q_{max}}` for n values that share a scale.
+        y = s \cdot \mathrm{clamp}(\mathrm{round}((x - \beta) / s), q_{min}, q_{max}) + \beta,
+        \quad s = e^{\mathrm{log\_scale}}
+
+    The scale starts, with the first input or the one given to :meth:`initialize`, after ``init``: ``"lsq"`` at
+    :math:`2 \langle |x| \rangle / \sqrt{q_{max}}` with :math:`\beta = 0`; ``"minmax"`` and ``"mse"`` as
+    :func:`cctorch.ops.quant_range` and :func:`cctorch.ops.quant_range_offset` find it. Gradients of scales and offsets
+    are multiplied by :math:`1 / \sqrt{n\,q_{max}}` for n values that share a scale.
 
     Args:
         bits: 2 to 16.
         signed: range :math:`[-2^{b-1}, 2^{b-1} - 1]`, else :math:`[0, 2^b - 1]`.
         axis: dimension with one scale for each index. None: one scale for the whole tensor.
         channels: size of that dimension; required with ``axis``.
+        offset: learn the offset :math:`\beta` too; else it is 0.
+        groups: scales for each index of axis 0, over equal parts of it: the group size is the elements of an index
+            (row-major) divided by this. Needs ``axis=0``.
+        init: ``"lsq"``, ``"minmax"`` or ``"mse"``.
     """
+
+    offset: nn.Parameter | None
 
     def __init__(
         self,
@@ -29,6 +40,10 @@ class FakeQuant(nn.Module):
         channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        offset: bool = False,
+        groups: int = 1,
+        init: str = "lsq",
     ) -> None:
         super().__init__()
         if not 2 <= bits <= 16:
@@ -37,27 +52,59 @@ class FakeQuant(nn.Module):
             raise ValueError(f"FakeQuant: axis = {axis} with channels = {channels}, expected both or neither")
         if channels is not None and channels < 1:
             raise ValueError(f"FakeQuant: channels = {channels}, expected at least 1")
-        self.bits, self.signed, self.axis = bits, signed, axis
+        if groups < 1 or (groups > 1 and axis != 0):
+            raise ValueError(f"FakeQuant: groups = {groups} with axis = {axis}, expected 1, or more with axis 0")
+        if init not in ("lsq", "minmax", "mse"):
+            raise ValueError(f"FakeQuant: init = {init!r}, expected 'lsq', 'minmax' or 'mse'")
+        self.bits, self.signed, self.axis, self.groups, self.init = bits, signed, axis, groups, init
         self.qmin = -(2 ** (bits - 1)) if signed else 0
         self.qmax = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
-        self.log_scale = nn.Parameter(torch.zeros(channels or 1, device=device, dtype=dtype))
+        shape = (channels or 1,) if groups == 1 else (channels or 1, groups)
+        self.log_scale = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        self.register_parameter("offset", nn.Parameter(torch.zeros_like(self.log_scale)) if offset else None)
         self.initialized = False
 
     @torch.no_grad()
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Sets the scales from ``x``; with a boolean ``mask`` of its shape, from the values where the mask is True."""
-        magnitude = x.detach().to(self.log_scale.dtype).abs()
-        counted = torch.ones_like(magnitude) if mask is None else mask.to(magnitude.dtype)
-        magnitude = magnitude * counted
-        if self.axis is None:
+        """Sets scales and offsets from ``x``; with a boolean ``mask`` of its shape, from the values where it is True.
+
+        ``"minmax"`` and ``"mse"`` take the others for zeros.
+        """
+        x = x.detach().to(self.log_scale.dtype)
+        counted = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+        x, axis = x * counted, self.axis
+        if self.groups > 1:
+            x, counted, axis = self._grouped(x), self._grouped(counted), 0
+        if self.init == "lsq":
+            log_scale, offset = self._lsq(x, counted, axis), torch.zeros_like(self.log_scale)
+        elif self.offset is None:
+            log_scale = offset = ops.quant_range(x, self.qmin, self.qmax, axis, self.init)
+        else:
+            log_scale, offset = ops.quant_range_offset(x, self.qmin, self.qmax, axis, self.init)
+        self.log_scale.copy_(log_scale.view_as(self.log_scale))
+        if self.offset is not None:
+            self.offset.copy_(offset.view_as(self.offset))
+        self.initialized = True
+
+    def _lsq(self, x: Tensor, counted: Tensor, axis: int | None) -> Tensor:
+        magnitude = x.abs()
+        if axis is None:
             total, count = magnitude.sum().view(1), counted.sum().view(1)
         else:
-            others = [dim for dim in range(x.dim()) if dim != self.axis % x.dim()]
+            others = [dim for dim in range(x.dim()) if dim != axis % x.dim()]
             total, count = magnitude.sum(others), counted.sum(others)
         scale = 2 * total / count.clamp(min=1) / math.sqrt(self.qmax)
         # A tensor of zeros gives no scale; any finite one quantizes it exactly.
-        self.log_scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)).log())
-        self.initialized = True
+        return torch.where(scale > 0, scale, torch.ones_like(scale)).log()
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """Values that share a scale as rows."""
+        if x.shape[:1] != self.log_scale.shape[:1] or x.numel() % self.log_scale.numel():
+            raise ValueError(
+                f"FakeQuant: x of shape {tuple(x.shape)}, expected {self.log_scale.shape[0]} indices of dimension 0, "
+                f"each of {self.groups} equal groups"
+            )
+        return x.reshape(self.log_scale.numel(), -1)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.initialized:
@@ -65,6 +112,11 @@ class FakeQuant(nn.Module):
         grad_scale = 1.0
         if self.training:
             grad_scale = 1 / math.sqrt(max(x.numel() // self.log_scale.numel(), 1) * self.qmax)
+        if self.groups > 1:
+            size = x.numel() // self.log_scale.numel()
+            return ops.fake_quant_groups(x, self.log_scale, self.qmin, self.qmax, size, grad_scale, self.offset)
+        if self.offset is not None:
+            return ops.fake_quant_offset(x, self.log_scale, self.offset, self.qmin, self.qmax, self.axis, grad_scale)
         return ops.fake_quant(x, self.log_scale, self.qmin, self.qmax, axis=self.axis, grad_scale=grad_scale)
 
     def get_extra_state(self) -> Tensor:
@@ -74,4 +126,9 @@ class FakeQuant(nn.Module):
         self.initialized = bool(state)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, signed={self.signed}, axis={self.axis}"
+        text = f"bits={self.bits}, signed={self.signed}, axis={self.axis}"
+        if self.groups > 1:
+            text += f", groups={self.groups}"
+        if self.offset is not None:
+            text += ", offset=True"
+        return text if self.init == "lsq" else f"{text}, init={self.init!r}"

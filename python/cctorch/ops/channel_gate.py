@@ -9,7 +9,7 @@ def channel_gate(x: Tensor, gate: Tensor) -> Tensor:
 
     The gradient of ``gate[c]`` is the sum of ``grad * x`` over channel ``c``, accumulated in float32 or float64. At
     ``gate = 1`` it is the first-order Taylor importance of the channel (Molchanov et al. 2019, eq. 8, before squaring).
-    Differentiable any number of times, in both arguments.
+    Differentiable any number of times, in both arguments. ``torch.vmap`` has a rule for it.
 
     Args:
         x: shape ``(N, C, ...)``; float32, float64, float16 or bfloat16.

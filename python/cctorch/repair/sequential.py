@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cctorch import _C
+from cctorch import _C, distributed
 from cctorch._C import CompressionPlan
 from cctorch.modes import evaluating
 from cctorch.nn.gather import unwrapped
@@ -46,6 +46,7 @@ def repair(
     ridge: float = 1e-5,
     shortcuts: bool = True,
     progress: Progress | None = None,
+    across_ranks: bool = False,
 ) -> Repair:
     """Fits the weights of a compressed model to the outputs of the dense one, in place, without a gradient step.
 
@@ -68,30 +69,44 @@ def repair(
         ridge: relative to the mean variance of the layer's inputs.
         shortcuts: correct the sum instead of the layer's own output.
         progress: called with ("repair", done, total).
+        across_ranks: `batches` are this rank's share of the images, those of rank 0 the first, and every rank calls.
+            The fit is to the samples of all of them.
 
     Returns:
         The error of each layer on its samples before and after; the one after is never the higher.
 
     Raises:
-        ValueError: `batches` is empty, `model` is not what `plan` makes of `dense`, or a layer's inputs or wanted
-            outputs are NaN or infinite (the layer is named). The model is unchanged.
+        ValueError: `batches` is empty (on any rank), `model` is not what `plan` makes of `dense`, or a layer's inputs
+            or wanted outputs are NaN or infinite (the layer is named). The model is unchanged.
     """
     start = time.perf_counter()
     parts = [inputs for inputs, _ in batches]
-    if not parts:
-        raise ValueError("repair: batches is empty, expected at least one (inputs, targets)")
+    images = [sum(map(len, parts))]
+    if across_ranks:
+        images = distributed.gather(torch.tensor(images)).flatten().tolist()
+    if not all(images):
+        raise ValueError(f"repair: batches is empty (images: {images}), expected at least one (inputs, targets)")
+    sampling = _Sampling(step, sum(images[: distributed.rank()]) if across_ranks else 0)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         with evaluating(dense) as device:
             places = _from_first_change(find(dense, parts[0][:1].to(device)), plan)
-            targets = _targets(dense, places, [part.to(device) for part in parts], plan, step, shortcuts)
+            targets = _targets(dense, places, [part.to(device) for part in parts], plan, sampling, shortcuts)
         with evaluating(model) as device:
-            pass_ = _Pass(model, places, targets, step, ridge, shortcuts, progress)
+            pass_ = _Pass(model, places, targets, sampling, ridge, shortcuts, progress, across_ranks)
             pass_.run(torch.cat(parts).to(device))
     except BaseException:
         model.load_state_dict(state)
         raise
     return Repair(pass_.fits, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """One of `step` positions is a sample; which, depends on an image's number among those of all ranks."""
+
+    step: int
+    first_image: int
 
 
 def _from_first_change(places: list[Place], plan: CompressionPlan) -> list[Place]:
@@ -105,21 +120,21 @@ def _targets(
     places: list[Place],
     parts: list[Tensor],
     plan: CompressionPlan,
-    step: int,
+    sampling: _Sampling,
     shortcuts: bool,
 ) -> dict[str, Tensor]:
     """For each place, what the dense model gives behind it at the samples: kept outputs x samples."""
     samples: dict[str, list[Tensor]] = {place.layer: [] for place in places}
     by_layer = {place.layer: place for place in places}
     layers = {place.layer: dense.get_submodule(place.layer) for place in places}
-    images = 0
+    images = sampling.first_image
 
     def record(layer: str, y: Tensor) -> None:
         kept = plan.find(layer)
         y = as_map(layers[layer], y)
         if kept is not None and len(kept.kept_out) < kept.out_channels:
             y = y[:, kept.kept_out]
-        samples[layer].append(_C.output_samples(y, step, images))
+        samples[layer].append(_C.output_samples(y, sampling.step, images))
 
     def on_output(layer: str, y: Tensor) -> None:
         place = by_layer[layer]
@@ -151,13 +166,14 @@ class _Pass:
         model: nn.Module,
         places: list[Place],
         targets: dict[str, Tensor],
-        step: int,
+        sampling: _Sampling,
         ridge: float,
         shortcuts: bool,
         progress: Progress | None,
+        across_ranks: bool,
     ) -> None:
-        self.model, self.targets, self.step, self.ridge = model, targets, step, ridge
-        self.progress = progress
+        self.model, self.targets, self.sampling, self.ridge = model, targets, sampling, ridge
+        self.progress, self.across_ranks = progress, across_ranks
         self.places = {place.layer: place for place in places}
         self.joins = {place.layer for place in places if place.joins and shortcuts}
         self.layers = {place.layer: unwrapped(model, place.layer) for place in places}
@@ -184,7 +200,9 @@ class _Pass:
         if x is None:
             return
         target = self.targets.pop(layer)
-        self._fit(layer, x, target.sub_(_C.output_samples(as_map(self.layers[layer], shortcut), self.step)))
+        behind = as_map(self.layers[layer], shortcut)
+        target.sub_(_C.output_samples(behind, self.sampling.step, self.sampling.first_image))
+        self._fit(layer, x, target)
         again = self.layers[layer].forward(x)
         norm = self.places[layer].norm
         y.copy_(again if norm is None else self.norms[norm].forward(again))
@@ -197,7 +215,9 @@ class _Pass:
         image, window = as_image(layer, x)
         moments = _C.Moments(affine.weight.shape[1], affine.weight.shape[0])
         try:
-            moments.add_conv2d(image, target, window, self.step)
+            moments.add_conv2d(image, target, window, self.sampling.step, self.sampling.first_image)
+            if self.across_ranks and distributed.world_size() > 1:
+                moments.all_reduce(distributed.sum_)
             fit = affine.fit(moments, self.ridge)
         except ValueError as error:
             message = str(error).removeprefix("repair: ")

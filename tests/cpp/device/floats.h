@@ -8,14 +8,13 @@
 #include <bit>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 #include <vector>
+
+#include "csrc/ops/formula/mask.h"
 
 namespace cctorch::device {
 
-// The unsigned type that device code compares a floating type as.
-template <typename T>
-using BitsOf = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+using formula::BitsOf;
 
 template <typename T>
 std::vector<BitsOf<T>> bits_of(const std::vector<T>& values) {

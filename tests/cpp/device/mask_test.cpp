@@ -30,44 +30,51 @@ std::vector<bool> largest(const std::vector<T>& values, size_t count) {
   return mask;
 }
 
-// A weight that starts at an odd element, and bytes for its mask that must all be written.
-template <typename T>
+// A weight that starts at an odd element, and bytes for what is made of it that must all be written.
+template <typename T, typename Result>
 struct Weight {
   std::vector<BitsOf<T>> bits;
-  std::unique_ptr<bool[]> mask;
+  std::unique_ptr<Result[]> result;
 
-  explicit Weight(std::vector<T> values) : mask(new bool[values.size() + 1]) {
+  explicit Weight(std::vector<T> values) : result(new Result[values.size() + 1]) {
     values.insert(values.begin(), T(0));
     bits = bits_of(values);
-    std::memset(mask.get(), 0xa5, values.size());
+    std::memset(result.get(), 0xa5, values.size() * sizeof(Result));
   }
 };
 
-// The masks that the kernels make of the weights, one after the other; `blocks` at most.
-template <typename T>
-std::vector<int> selected(const std::vector<std::vector<T>>& weights, int64_t count, int64_t blocks, uint32_t seed) {
-  std::vector<Weight<T>> memory;
-  std::vector<cuda::select::Entry> entries;
+// What the kernels make of the weights, one after the other, in bytes; `blocks` at most.
+template <typename Result, typename T>
+std::vector<uint8_t> selected(const std::vector<std::vector<T>>& weights, int64_t count, int64_t blocks,
+                              uint32_t seed) {
+  std::vector<Weight<T, Result>> memory;
+  std::vector<cuda::Entry> entries;
   int64_t total = 0;
   for (const auto& values : weights) {
     memory.emplace_back(values);
-    entries.push_back({memory.back().bits.data() + 1, memory.back().mask.get() + 1, total});
+    entries.push_back({memory.back().bits.data() + 1, memory.back().result.get() + 1, total});
     total += static_cast<int64_t>(values.size());
   }
   entries.push_back({nullptr, nullptr, total});
-  const int64_t span = cuda::select::span_of(total, blocks);
+  const int64_t span = cuda::span_of(total, blocks);
   blocks = ceil_div(total, span);
   const auto bytes = cuda::select::Workspace::bytes(blocks, static_cast<int64_t>(weights.size()));
   const auto scratch = std::make_unique<char[]>(bytes);
   std::memset(scratch.get(), 0xa5, bytes);
-  cuda::select::mark_largest<BitsOf<T>>(Launch{seed}, entries, span, count, infinity_bits<T>(),
-                                        cuda::select::Workspace::at(scratch.get(), blocks));
-  std::vector<int> marked;
+  cuda::select::keep_largest<BitsOf<T>, Result>(Launch{seed}, entries, span, count, infinity_bits<T>(),
+                                                cuda::select::Workspace::at(scratch.get(), blocks));
+  std::vector<uint8_t> results;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const auto* bytes_of_mask = reinterpret_cast<const uint8_t*>(entries[i].mask);
-    marked.insert(marked.end(), bytes_of_mask, bytes_of_mask + weights[i].size());
+    const auto* made = static_cast<const uint8_t*>(entries[i].result);
+    results.insert(results.end(), made, made + weights[i].size() * sizeof(Result));
   }
-  return marked;
+  return results;
+}
+
+template <typename T>
+std::vector<uint8_t> bytes_of(const std::vector<T>& values) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(values.data());
+  return {bytes, bytes + values.size() * sizeof(T)};
 }
 
 template <typename T>
@@ -75,8 +82,12 @@ void expect_largest(const std::vector<std::vector<T>>& weights, int64_t count, i
   std::vector<T> all;
   for (const auto& values : weights) all.insert(all.end(), values.begin(), values.end());
   const auto expected = largest(all, count);
-  EXPECT_EQ(selected(weights, count, blocks, seed), std::vector<int>(expected.begin(), expected.end()))
-      << count << " of " << all.size() << ", " << blocks << " blocks, seed " << seed;
+  const std::string what = std::to_string(count) + " of " + std::to_string(all.size()) + ", " + std::to_string(blocks) +
+                           " blocks, seed " + std::to_string(seed);
+  EXPECT_EQ(selected<bool>(weights, count, blocks, seed), std::vector<uint8_t>(expected.begin(), expected.end()))
+      << what;
+  for (size_t i = 0; i < all.size(); ++i) all[i] = expected[i] ? all[i] : T(0);
+  EXPECT_EQ(selected<BitsOf<T>>(weights, count, blocks, seed), bytes_of(bits_of(all))) << what;
 }
 
 template <typename T>
@@ -129,7 +140,7 @@ TYPED_TEST(DeviceMask, ExtremesAreInOrderAndNanIsTheLargest) {
   auto nans = bits_of<T>({Limits::quiet_NaN(), Limits::quiet_NaN()});
   nans[1] |= 1;
   bool mask[2];
-  Launch{0}(1, cuda::MarkGroups<BitsOf<T>>{{infinity_bits<T>()}, nans.data(), mask, 1, 1, 2, 1});
+  cuda::mark_groups<BitsOf<T>>(Launch{0}, {{nans.data(), mask, 0, 1}}, {1}, 1, 2, 1, infinity_bits<T>());
   EXPECT_TRUE(mask[0]);
   EXPECT_FALSE(mask[1]);
 }
@@ -146,32 +157,48 @@ TEST(DeviceMasks, ManyBlocks) {
   expect_largest(weights, int64_t(270) * cuda::kThreads + 3, 300, 1);
 }
 
-TYPED_TEST(DeviceMask, GroupsEqualBruteForce) {
-  using T = TypeParam;
-  struct Case {
-    int64_t outer, n, m, inner;
-  };
-  for (const auto& [outer, n, m, inner] :
-       {Case{300, 2, 4, 1}, Case{5, 1, 2, 63}, Case{7, 3, 8, 9}, Case{3, 4, 4, 1}, Case{257, 1, 1, 1}}) {
-    auto values = few_distinct<T>(outer * m * inner, static_cast<unsigned>(m));
-    values[0] = std::numeric_limits<T>::quiet_NaN();
-    const auto bits = bits_of(values);
-    const std::unique_ptr<bool[]> mask(new bool[values.size()]);
-    std::memset(mask.get(), 0xa5, values.size());
-    const int64_t groups = outer * inner;
-    Launch{2}(ceil_div(groups, cuda::kThreads),
-              cuda::MarkGroups<BitsOf<T>>{{infinity_bits<T>()}, bits.data(), mask.get(), groups, n, m, inner});
-    for (int64_t group = 0; group < groups; ++group) {
+struct GroupsCase {
+  int64_t outer, inner;
+};
+
+template <typename T>
+void expect_groups(const std::vector<GroupsCase>& cases, int64_t n, int64_t m, int64_t blocks) {
+  std::vector<std::vector<T>> values;
+  std::vector<Weight<T, bool>> memory;
+  std::vector<cuda::GroupsEntry> entries;
+  std::vector<int64_t> groups;
+  for (const auto& [outer, inner] : cases) {
+    groups.push_back(outer * inner);
+    values.push_back(few_distinct<T>(outer * m * inner, static_cast<unsigned>(values.size())));
+    if (!values.back().empty()) values.back()[0] = std::numeric_limits<T>::quiet_NaN();
+    memory.emplace_back(values.back());
+    entries.push_back({memory.back().bits.data() + 1, memory.back().result.get() + 1, 0, inner});
+  }
+  cuda::mark_groups<BitsOf<T>>(Launch{2}, entries, groups, n, m, blocks, infinity_bits<T>());
+  for (size_t k = 0; k < cases.size(); ++k) {
+    const int64_t inner = cases[k].inner;
+    for (int64_t group = 0; group < groups[k]; ++group) {
       std::vector<T> members;
       std::vector<bool> marked;
       for (int64_t i = 0; i < m; ++i) {
         const int64_t at = (group / inner * m + i) * inner + group % inner;
-        members.push_back(values[at]);
-        marked.push_back(mask[at]);
+        members.push_back(values[k][at]);
+        marked.push_back(memory[k].result[at + 1]);
       }
-      ASSERT_EQ(marked, largest(members, n)) << n << " of " << m << ", group " << group << ", inner " << inner;
+      ASSERT_EQ(marked, largest(members, n)) << n << " of " << m << ", group " << group << " of weight " << k;
     }
   }
+}
+
+TYPED_TEST(DeviceMask, GroupsEqualBruteForce) {
+  using T = TypeParam;
+  expect_groups<T>({{300, 1}, {0, 3}, {5, 63}, {1, 1}, {0, 1}}, 2, 4, 3);
+  expect_groups<T>({{7, 9}}, 3, 8, 1);
+  expect_groups<T>({{257, 1}, {3, 2}}, 1, 1, 100);
+  expect_groups<T>({{0, 1}}, 1, 2, 4);
+  std::vector<GroupsCase> many;
+  for (int64_t i = 0; i < 300; ++i) many.push_back({i % 4, 1 + i % 3});
+  expect_groups<T>(many, 1, 2, 5);
 }
 
 TYPED_TEST(DeviceMask, ApplyMaskKeepsOrClearsEveryBit) {

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <random>
 
@@ -8,6 +9,7 @@
 
 #include "csrc/ops/formula/channel_gate.h"
 #include "csrc/ops/formula/fake_quant.h"
+#include "csrc/ops/formula/soft_threshold.h"
 #include "kernels/sum_channels.cuh"
 
 namespace cctorch::device {
@@ -23,20 +25,37 @@ constexpr double kFactor = 0.25;
 template <typename S>
 using Math = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-template <typename S, typename T>
+template <typename S, typename P>
 struct Backward {
   std::vector<S> grad_x;
-  std::vector<T> sums;
+  std::vector<P> sums;
 };
 
-template <typename S, typename Formula, typename T = Math<S>>
-Backward<S, T> run(const Formula& formula, const Layout& l, const std::vector<S>& grad, const std::vector<S>& x,
-                   const std::vector<T>& parameters, int64_t blocks, uint32_t seed) {
-  const T unwritten = std::numeric_limits<T>::quiet_NaN();
-  Backward<S, T> result{std::vector<S>(x.size(), S(unwritten)), std::vector<T>(l.channels, unwritten)};
+// The numbers of a parameter.
+std::array<double, 1> numbers(double value) { return {value}; }
+template <typename T>
+std::array<double, 2> numbers(const formula::Pair<T>& pair) {
+  return {static_cast<double>(pair.first), static_cast<double>(pair.second)};
+}
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+template <typename P>
+P unwritten() {
+  if constexpr (formula::is_pair<P>) {
+    return formula::Narrow<P>::from({kNan, kNan});
+  } else {
+    return static_cast<P>(kNan);
+  }
+}
+
+template <typename S, typename Formula, typename P = typename Formula::parameter_type>
+Backward<S, P> run(const Formula& formula, const Layout& l, const std::vector<S>& grad, const std::vector<S>& x,
+                   const std::vector<P>& parameters, int64_t blocks, uint32_t seed) {
+  Backward<S, P> result{std::vector<S>(x.size(), unwritten<S>()), std::vector<P>(l.channels, unwritten<P>())};
   const auto partition = cuda::sum_channels::partition(l, blocks);
   const auto& part = partition.partials;
-  std::vector<T> partials(part.outer * part.channels * part.inner, unwritten);
+  std::vector<P> partials(part.outer * part.channels * part.inner, unwritten<P>());
   const cuda::sum_channels::Arguments<S, Formula> arguments{formula,     l,        result.grad_x.data(),
                                                             grad.data(), x.data(), parameters.data()};
   cuda::sum_channels::backward(Launch{seed}, arguments, partition, partials.data(), kFactor, result.sums.data());
@@ -53,27 +72,32 @@ std::vector<S> normal(int64_t size, unsigned seed) {
 }
 
 // gradient(grad, x, parameter) in float64 returns {of x, contribution to the parameter's}.
-template <typename S, typename T, typename Gradient>
-void expect_gradients(const Backward<S, T>& result, const Layout& l, const std::vector<S>& grad,
-                      const std::vector<S>& x, const std::vector<T>& parameters, const Gradient& gradient) {
-  std::vector<double> sums(l.channels), sizes(l.channels);
+template <typename S, typename P, typename Gradient>
+void expect_gradients(const Backward<S, P>& result, const Layout& l, const std::vector<S>& grad,
+                      const std::vector<S>& x, const std::vector<P>& parameters, const Gradient& gradient) {
+  using Numbers = decltype(numbers(formula::wide(P{})));
+  std::vector<Numbers> sums(l.channels), sizes(l.channels);
   const double storage_step = std::numeric_limits<S>::epsilon();
   const double smallest = std::numeric_limits<S>::denorm_min();
-  const double step = std::numeric_limits<T>::epsilon();
+  const double step = std::numeric_limits<Math<S>>::epsilon();
   for (size_t i = 0; i < x.size(); ++i) {
     const int64_t channel = static_cast<int64_t>(i) / l.inner % l.channels;
     const auto [of_x, contribution] =
-        gradient(static_cast<double>(grad[i]), static_cast<double>(x[i]), static_cast<double>(parameters[channel]));
+        gradient(static_cast<double>(grad[i]), static_cast<double>(x[i]), formula::wide(parameters[channel]));
     ASSERT_NEAR(static_cast<double>(result.grad_x[i]), of_x, storage_step * std::abs(of_x) + smallest)
         << "element " << i;
-    sums[channel] += contribution;
-    sizes[channel] += std::abs(contribution);
+    for (size_t k = 0; k < sums[channel].size(); ++k) {
+      sums[channel][k] += numbers(contribution)[k];
+      sizes[channel][k] += std::abs(numbers(contribution)[k]);
+    }
   }
   // Each rounding is at most `step` of a partial sum; a thread, a warp and a block add fewer than 100 times in a row
   // here.
   for (int64_t c = 0; c < l.channels; ++c) {
-    EXPECT_NEAR(static_cast<double>(result.sums[c]), kFactor * sums[c], 100 * step * kFactor * sizes[c])
-        << "channel " << c;
+    for (size_t k = 0; k < sums[c].size(); ++k) {
+      EXPECT_NEAR(numbers(result.sums[c])[k], kFactor * sums[c][k], 100 * step * kFactor * sizes[c][k])
+          << "channel " << c << ", parameter " << k;
+    }
   }
 }
 
@@ -112,7 +136,7 @@ TYPED_TEST(SumChannels, FakeQuantEqualsFloat64) {
     std::mt19937 random(2);
     for (S& value : x) value = static_cast<S>((static_cast<double>(random() % 14) - 7 + 0.25) * 0.5);
     const std::vector<T> log_scales(l.channels, static_cast<T>(std::log(0.5)));
-    const formula::LogFakeQuant<T> lsq{{static_cast<T>(kQmin), static_cast<T>(kQmax)}};
+    const formula::FromRaw<formula::FakeQuant<T>> lsq{{static_cast<T>(kQmin), static_cast<T>(kQmax)}};
     const auto result = run(lsq, l, grad, x, log_scales, 12, 2);
     expect_gradients(result, l, grad, x, log_scales, [](double g, double x, double log_scale) {
       const double s = std::exp(log_scale), v = x / s;
@@ -120,6 +144,49 @@ TYPED_TEST(SumChannels, FakeQuantEqualsFloat64) {
       if (v > kQmax) return std::pair(0.0, g * s * kQmax);
       return std::pair(g, g * s * (std::round(v) - v));
     });
+  }
+}
+
+TYPED_TEST(SumChannels, SoftThresholdEqualsFloat64) {
+  using S = TypeParam;
+  using T = Math<S>;
+  for (const Layout& l : kLayouts) {
+    const int64_t numel = l.outer * l.channels * l.inner;
+    const auto grad = normal<S>(numel, 1);
+    auto x = normal<S>(numel, 2);
+    x[0] = S(0);
+    std::vector<T> thresholds = normal<T>(l.channels, 3);
+    for (T& threshold : thresholds) threshold = std::abs(threshold);
+    const auto result = run(formula::SoftThreshold<T>{}, l, grad, x, thresholds, 12, 2);
+    expect_gradients(result, l, grad, x, thresholds, [](double g, double x, double threshold) {
+      if (std::abs(x) <= threshold) return std::pair(0.0, 0.0);
+      return std::pair(g, x > 0 ? -g : g);
+    });
+  }
+}
+
+TYPED_TEST(SumChannels, FakeQuantOffsetEqualsFloat64) {
+  using S = TypeParam;
+  using T = Math<S>;
+  for (const Layout& l : kLayouts) {
+    const int64_t numel = l.outer * l.channels * l.inner;
+    const auto grad = normal<S>(numel, 1);
+    // Quarter steps from the offset, off the halves and the ends.
+    std::vector<S> x(numel);
+    std::mt19937 random(2);
+    for (S& value : x) value = static_cast<S>((static_cast<double>(random() % 14) - 7 + 0.25) * 0.5 + 0.25);
+    const std::vector<formula::Pair<T>> raw(l.channels, {static_cast<T>(std::log(0.5)), T(0.25)});
+    const formula::FromRaw<formula::FakeQuantOffset<T>> formula{{{static_cast<T>(kQmin), static_cast<T>(kQmax)}}};
+    for (const int64_t blocks : {1, 12}) {
+      SCOPED_TRACE(::testing::Message() << l.outer << " x " << l.channels << " x " << l.inner << ", " << blocks);
+      const auto result = run(formula, l, grad, x, raw, blocks, 2);
+      expect_gradients(result, l, grad, x, raw, [](double g, double x, const formula::Pair<double>& p) {
+        const double s = std::exp(p.first), v = (x - p.second) / s;
+        if (v < kQmin) return std::pair(0.0, formula::Pair<double>{g * s * kQmin, g});
+        if (v > kQmax) return std::pair(0.0, formula::Pair<double>{g * s * kQmax, g});
+        return std::pair(g, formula::Pair<double>{g * s * (std::round(v) - v), 0.0});
+      });
+    }
   }
 }
 

@@ -3,6 +3,7 @@
 #include <torch/serialize.h>
 #include <torch/types.h>
 
+#include <cmath>
 #include <sstream>
 
 namespace cctorch::nn {
@@ -243,6 +244,24 @@ TEST(FakeQuant, AChannelOfZerosHasAFiniteScale) {
   EXPECT_TRUE(quant->log_scale.isfinite().all().item<bool>());
 }
 
+TEST(FakeQuant, OffsetsGroupsAndRanges) {
+  const at::Tensor weight = torch::rand({3, 2, 4}) + 1;
+  FakeQuant quant(FakeQuantOptions(8).axis(0).channels(3).groups(2).offset(true).init("minmax"));
+  EXPECT_LT(difference(quant(weight), weight), 1.0 / 255);
+  EXPECT_EQ(quant->log_scale.sizes(), at::IntArrayRef({3, 2}));
+  const at::Tensor groups = weight.view({3, 2, 4});
+  EXPECT_LT(difference(quant->log_scale.exp(), (groups.amax(-1) - groups.amin(-1)) / 255), 1e-6);
+  quant(weight).sum().backward();
+  EXPECT_TRUE(quant->offset.grad().defined());
+  for (const char* init : {"minmax", "mse"}) {
+    FakeQuant symmetric(FakeQuantOptions(8).init(init));
+    EXPECT_LT(difference(symmetric(weight), weight), 2.0 / 127);
+  }
+  EXPECT_THROW(FakeQuant(FakeQuantOptions(8).groups(2)), c10::Error);
+  EXPECT_THROW(FakeQuant(FakeQuantOptions(8).init("best")), c10::Error);
+  EXPECT_THROW(quant(torch::rand({3, 5})), c10::Error);
+}
+
 TEST(Modules, GateAndMask) {
   ChannelGate gate(3);
   const at::Tensor x = torch::randn({2, 3, 4, 4});
@@ -250,12 +269,34 @@ TEST(Modules, GateAndMask) {
   EXPECT_LT(difference(gate->gate.grad(), 2 * x.pow(2).sum(at::IntArrayRef{0, 2, 3})), 1e-4);
 
   const at::Tensor weight = torch::randn({4, 8}).set_requires_grad(true);
-  Mask mask(nm_mask(weight, 2, 4));
+  Mask mask(nm_masks({weight}, 2, 4)[0]);
   mask->to(torch::kDouble);
   const at::Tensor kept = mask(weight);
   EXPECT_EQ(kept.count_nonzero().item<int64_t>(), 16);
   kept.sum().backward();
   EXPECT_TRUE(torch::equal(weight.grad(), torch::ones_like(weight)));
+}
+
+TEST(Modules, SoftThresholdsAndHardConcreteGates) {
+  SoftThreshold soft(0.25, 0, 2);
+  const at::Tensor weight = torch::tensor({{0.5, -1.0}, {0.125, 0.75}}, torch::kDouble).set_requires_grad(true);
+  const at::Tensor pruned = soft(weight);
+  EXPECT_LT(difference(pruned, torch::tensor({{0.25, -0.75}, {0.0, 0.5}}, torch::kDouble)), 1e-6);
+  pruned.sum().backward();
+  EXPECT_TRUE(weight.grad().equal(torch::tensor({{1.0, 1.0}, {0.0, 1.0}}, torch::kDouble)));
+  EXPECT_LT(difference(soft->s.grad(), torch::tensor({0.0, -0.25 * 0.75})), 1e-6);
+  EXPECT_THROW(SoftThreshold(0.0), c10::Error);
+  EXPECT_THROW(SoftThreshold(0.5, std::nullopt, 2), c10::Error);
+
+  HardConcreteGate gate(1000, 0.75);
+  EXPECT_NEAR(gate->expected_l0().item<double>(), 750, 1e-2);
+  const at::Tensor x = torch::ones({1, 1000});
+  EXPECT_FALSE(torch::equal(gate(x), gate(x)));
+  // Five standard deviations of 1000 draws
+  EXPECT_NEAR(gate(x).count_nonzero().item<double>(), 750, 5 * std::sqrt(1000 * 0.75 * 0.25));
+  gate->eval();
+  EXPECT_TRUE(torch::equal(gate(x), gate(x)));
+  EXPECT_THROW(HardConcreteGate(3, 1.0), c10::Error);
 }
 
 TEST(Modules, LowRankEqualsTheProductOfItsFactors) {

@@ -34,6 +34,40 @@ TEST(FakeQuant, Differentiates) {
   EXPECT_FLOAT_EQ(log_scale.grad().item<float>(), 0.5f * (-4.0f + 0.25f + 0.25f + 3.0f));
 }
 
+TEST(FakeQuant, WithAnOffsetIsTheGridAroundIt) {
+  const auto x = at::tensor({-9.0, -0.3, 0.8, 5.0}, at::kDouble).requires_grad_();
+  const auto log_scale = at::zeros({1}, at::kDouble).requires_grad_();
+  const auto offset = at::full({1}, 0.5, at::kDouble).requires_grad_();
+  const auto y = fake_quant_offset(x, log_scale, offset, -4, 3);
+  for (int64_t i = 0; i < 4; ++i) {
+    EXPECT_DOUBLE_EQ(y[i].item<double>(), expected(x[i].item<double>() - 0.5, 1, -4, 3) + 0.5);
+  }
+  y.sum().backward();
+  EXPECT_TRUE(x.grad().equal(at::tensor({0.0, 1.0, 1.0, 0.0}, at::kDouble)));
+  EXPECT_DOUBLE_EQ(offset.grad().item<double>(), 2);
+  EXPECT_DOUBLE_EQ(log_scale.grad().item<double>(), -4 + (-1 + 0.8) + (0 - 0.3) + 3);
+}
+
+TEST(FakeQuant, GroupsHaveScalesOfTheirOwn) {
+  const auto x = at::randn({2, 6}, at::kDouble);
+  const auto log_scale = at::randn({2, 3}, at::kDouble);
+  const auto y = fake_quant_groups(x, log_scale, -4, 3, 2);
+  for (int64_t i = 0; i < 12; ++i) {
+    const double scale = std::exp(log_scale.view(-1)[i / 2].item<double>());
+    EXPECT_DOUBLE_EQ(y.view(-1)[i].item<double>(), expected(x.view(-1)[i].item<double>(), scale, -4, 3));
+  }
+}
+
+TEST(Pact, ClipsAndLearnsTheLevel) {
+  const auto x = at::tensor({-1.0, 0.4, 1.4, 5.0}, at::kDouble).requires_grad_();
+  const auto log_alpha = at::full({1}, std::log(3.0), at::kDouble).requires_grad_();
+  const auto y = pact(x, log_alpha, 2);
+  EXPECT_TRUE(at::allclose(y, at::tensor({0.0, 0.0, 1.0, 3.0}, at::kDouble)));
+  y.sum().backward();
+  EXPECT_TRUE(x.grad().equal(at::tensor({0.0, 1.0, 1.0, 0.0}, at::kDouble)));
+  EXPECT_DOUBLE_EQ(log_alpha.grad().item<double>(), 3);
+}
+
 TEST(FakeQuant, NamesABadArgument) {
   try {
     fake_quant(at::zeros({2, 3}), at::zeros({2}), -4, 3, 1);

@@ -3,6 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
+#include <barrier>
+#include <thread>
 #include <vector>
 
 namespace cctorch::repair {
@@ -71,13 +74,49 @@ TEST(RepairMoments, AreThoseOfAllSamplesTogether) {
   const at::Tensor x_mean = columns.mean(1, true), y_mean = y.mean(1, true);
   for (const int64_t bytes : {1, 20000, 1 << 20}) {  // one image at a time, some, all
     Moments moments(18, 4);
-    moments.add_conv2d(x, y, window, 2, bytes);
+    moments.add_conv2d(x, y, window, 2, 0, bytes);
     EXPECT_EQ(moments.samples(), 72);
     EXPECT_TRUE(at::allclose(moments.input_mean(), x_mean.squeeze(1), 1e-12));
     EXPECT_TRUE(at::allclose(moments.output_mean(), y_mean.squeeze(1), 1e-12));
     EXPECT_TRUE(at::allclose(moments.input_moment(), at::mm(columns - x_mean, (columns - x_mean).t()), 1e-10, 1e-10));
     EXPECT_TRUE(at::allclose(moments.cross_moment(), at::mm(y - y_mean, (columns - x_mean).t()), 1e-10, 1e-10));
     EXPECT_TRUE(at::allclose(moments.output_square(), (y - y_mean).square().sum(1), 1e-10));
+  }
+}
+
+TEST(RepairMoments, OfSeveralProcessesAreThoseOfAllTheirSamples) {
+  at::manual_seed(0);
+  const Window window{{3, 3}, {1, 1}, {1, 1}, {1, 1}};
+  const at::Tensor x = at::randn({7, 2, 5, 5}, at::kDouble) + 3, y = at::randn({4, 7 * 12}, at::kDouble) - 5;
+  Moments whole(18, 4);
+  whole.add_conv2d(x, y, window, 2);
+  // Shares of 3 and 4 images, and a process without any.
+  const std::vector<int64_t> begins{0, 3, 7, 7};
+  std::array<Moments, 3> parts{Moments(18, 4), Moments(18, 4), Moments(18, 4)};
+  for (int64_t i = 0; i < 2; ++i) {
+    const int64_t begin = begins[i], end = begins[i + 1];
+    parts[i].add_conv2d(x.slice(0, begin, end), y.slice(1, 12 * begin, 12 * end), window, 2, begin);
+  }
+  std::array<at::Tensor, 3> given;
+  std::barrier everyone(3);
+  const auto run = [&](size_t process) {
+    parts[process].all_reduce([&](const at::Tensor& sums) {
+      given[process] = sums.clone();
+      everyone.arrive_and_wait();
+      sums.copy_(given[0] + given[1] + given[2]);
+      everyone.arrive_and_wait();
+    });
+  };
+  std::vector<std::jthread> threads;
+  for (size_t process = 0; process < 3; ++process) threads.emplace_back(run, process);
+  threads.clear();
+  for (const Moments& part : parts) {
+    EXPECT_EQ(part.samples(), whole.samples());
+    EXPECT_TRUE(at::allclose(part.input_mean(), whole.input_mean(), 1e-12));
+    EXPECT_TRUE(at::allclose(part.output_mean(), whole.output_mean(), 1e-12));
+    EXPECT_TRUE(at::allclose(part.input_moment(), whole.input_moment(), 1e-10, 1e-10));
+    EXPECT_TRUE(at::allclose(part.cross_moment(), whole.cross_moment(), 1e-10, 1e-10));
+    EXPECT_TRUE(at::allclose(part.output_square(), whole.output_square(), 1e-10));
   }
 }
 

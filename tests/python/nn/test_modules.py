@@ -2,11 +2,24 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cctorch.nn import ChannelGate, FakeQuant, GatherChannels, LowRankConv2d, LowRankLinear, LowRankWeight, Mask
+from cctorch import ops
+from cctorch.nn import (
+    ChannelGate,
+    FakeQuant,
+    GatherChannels,
+    HardConcreteGate,
+    LowRankConv2d,
+    LowRankLinear,
+    LowRankWeight,
+    Mask,
+    SoftThreshold,
+)
+from cctorch.prepare import convert
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -36,6 +49,45 @@ def test_channel_gate_starts_as_the_identity_and_its_gradient_is_the_taylor_impo
     assert torch.equal(y, x)
     (y**2).sum().backward()
     torch.testing.assert_close(gate.gate.grad, (2 * x * x).sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize(("axis", "channels"), [(None, None), (0, 4), (1, 6)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_soft_threshold_starts_where_asked_and_is_learned(
+    axis: int | None, channels: int | None, dtype: torch.dtype
+) -> None:
+    layer = nn.Linear(6, 4, bias=False, dtype=dtype)
+    dense = layer.weight.detach().clone()
+    parametrize.register_parametrization(layer, "weight", SoftThreshold(axis, channels, threshold=0.2))
+    step = layer.parametrizations.weight[0]
+    torch.testing.assert_close(torch.sigmoid(step.s), torch.full((channels or 1,), 0.2))
+    expected = F.softshrink(dense.double(), 0.2)
+    eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
+    torch.testing.assert_close(layer.weight.double(), expected, rtol=eps, atol=torch.finfo(torch.float32).eps)
+    layer.weight.sum().backward()
+    count = expected.sign().sum().view(1) if axis is None else expected.sign().sum(1 - axis)
+    torch.testing.assert_close(step.s.grad, (-count * 0.2 * 0.8).float(), rtol=1e-5, atol=1e-6)
+    pruned = layer.weight.detach().clone()
+    convert(layer)
+    assert torch.equal(layer.weight, pruned)
+    assert not parametrize.is_parametrized(layer)
+
+
+def test_hard_concrete_gate_draws_in_training_only() -> None:
+    gate = HardConcreteGate(2000, open=0.7, dtype=torch.float64)
+    torch.testing.assert_close(gate.expected_l0(), torch.tensor(1400.0, dtype=torch.float64))
+    x = torch.ones(3, 2000, dtype=torch.float64)
+    torch.manual_seed(0)
+    y = gate(x)
+    assert torch.equal(y[0], y[2])
+    assert not torch.equal(gate(x), y)
+    # Five standard deviations of 2000 draws
+    assert abs(int((y[0] > 0).sum()) - 1400) < 5 * math.sqrt(2000 * 0.7 * 0.3)
+    (y.sum() + gate.expected_l0()).backward()
+    assert gate.log_alpha.grad.gt(0).all()
+    gate.eval()
+    assert torch.equal(gate(x), gate(x))
+    assert torch.equal(reloaded(gate, HardConcreteGate(2000, dtype=torch.float64)).eval()(x), gate(x))
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(2, True), (4, True), (8, True), (8, False), (16, True)])
@@ -77,12 +129,79 @@ def test_zeros_and_masked_values_give_finite_scales() -> None:
     assert torch.equal(quant(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("init", ["lsq", "minmax", "mse"])
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_scales_and_offsets_start_from_the_data(init: str, offset: bool, groups: int) -> None:
+    x = torch.randn(3, 4, 2, dtype=torch.float64) + (2 if offset else 0)
+    quant = FakeQuant(3, axis=0, channels=3, dtype=torch.float64, offset=offset, groups=groups, init=init)
+    y = quant(x)
+    rows = x.view(3 * groups, -1)
+    log_scale, start = 2 * rows.abs().mean(1).div(math.sqrt(3)), torch.zeros(len(rows), dtype=torch.float64)
+    log_scale = log_scale.log()
+    if init != "lsq" and offset:
+        log_scale, start = ops.quant_range_offset(rows, -4, 3, 0, init)
+    elif init != "lsq":
+        log_scale = ops.quant_range(rows, -4, 3, 0, init)
+    torch.testing.assert_close(quant.log_scale.detach().flatten(), log_scale)
+    assert quant.log_scale.shape == ((3,) if groups == 1 else (3, groups))
+    if offset:
+        torch.testing.assert_close(quant.offset.detach().flatten(), start)
+    scale, start = log_scale.exp().unsqueeze(1), start.unsqueeze(1)
+    expected = scale * ((rows - start) / scale).clamp(-4, 3).round() + start
+    torch.testing.assert_close(y.detach(), expected.view_as(x))
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in quant.parameters())
+    fresh = FakeQuant(3, axis=0, channels=3, dtype=torch.float64, offset=offset, groups=groups, init=init)
+    assert torch.equal(reloaded(quant, fresh)(x * 2), quant(x * 2))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("options", [{}, {"offset": True}, {"init": "mse"}, {"groups": 2, "init": "minmax"}], ids=str)
+@pytest.mark.parametrize("lr", [0.1, 10.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_from_scratch_keeps_scales_positive_and_finite(
+    bits: int, options: dict[str, Any], lr: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    for layer in (net[0], net[2]):
+        quant = FakeQuant(bits, axis=0, channels=layer.out_features, **options)
+        parametrize.register_parametrization(layer, "weight", quant)
+    activations = FakeQuant(bits, signed=False, offset="offset" in options, init=options.get("init", "lsq"))
+    net.insert(2, activations)
+    x, target = torch.randn(64, 8), torch.randint(4, (64,))
+    net(x)
+    quants = [module for module in net.modules() if isinstance(module, FakeQuant)]
+    assert len(quants) == 3
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), target).backward()
+        optimizer.step()
+        for quant in quants:
+            assert quant.log_scale.isfinite().all()
+            # What one step above zero is quantized to: the scale that is used.
+            one = ops.fake_quant(torch.full_like(quant.log_scale, math.inf).view(-1), quant.log_scale.view(-1), 0, 1, 0)
+            assert one.isfinite().all()
+            assert (one > 0).all()
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: FakeQuant(1), "bits = 1, expected 2 to 16"),
         (lambda: FakeQuant(4, axis=0), "axis = 0 with channels = None, expected both or neither"),
+        (lambda: FakeQuant(4, groups=2), "groups = 2 with axis = None, expected 1, or more with axis 0"),
+        (lambda: FakeQuant(4, axis=0, channels=2, groups=0), "groups = 0 with axis = 0"),
+        (lambda: FakeQuant(4, init="best"), "init = 'best', expected 'lsq', 'minmax' or 'mse'"),
+        (lambda: FakeQuant(4, axis=0, channels=2, groups=3)(torch.ones(2, 4)), "each of 3 equal groups"),
         (lambda: ChannelGate(0), "channels = 0, expected at least 1"),
+        (lambda: SoftThreshold(axis=0), "axis = 0 with channels = None, expected both or neither"),
+        (lambda: SoftThreshold(0, 0), "channels = 0, expected at least 1"),
+        (lambda: SoftThreshold(threshold=0.0), "threshold = 0.0, expected a number between 0 and 1"),
+        (lambda: HardConcreteGate(0), "channels = 0, expected at least 1"),
+        (lambda: HardConcreteGate(3, open=1.0), "open = 1.0, expected a probability between 0 and 1"),
         (lambda: LowRankLinear(3, 4, 0), "rank = 0, expected at least 1"),
         (lambda: LowRankConv2d(3, 4, 2, 3, padding="half"), "padding = 'half', expected numbers, 'same' or 'valid'"),
         (lambda: LowRankConv2d(3, 4, 2, 3, 2, "same"), "needs stride 1"),

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <iosfwd>
 #include <optional>
+#include <string>
 
 namespace cctorch::nn {
 
@@ -17,11 +18,15 @@ struct FakeQuantOptions {
   TORCH_ARG(int64_t, bits);                                // 2 to 16
   TORCH_ARG(bool, is_signed) = true;                       // [-2^(bits-1), 2^(bits-1) - 1], else [0, 2^bits - 1]
   TORCH_ARG(std::optional<int64_t>, axis) = std::nullopt;  // one scale for each index of this dimension
-  TORCH_ARG(int64_t, channels) = 1;                        // number of scales; 1 when `axis` is absent
+  TORCH_ARG(int64_t, channels) = 1;                        // size of that dimension; 1 when `axis` is absent
+  TORCH_ARG(int64_t, groups) = 1;                          // scales for each index of axis 0, over equal parts of it
+  TORCH_ARG(bool, offset) = false;                         // LSQ+: an offset with each scale
+  TORCH_ARG(std::string, init) = "lsq";                    // where scales start: "lsq", "minmax" or "mse"
 };
 
-// cctorch::fake_quant with its scales as the parameter `log_scale` (`channels` elements). The first call, unless
-// initialize() or a checkpoint came before it, sets them from x.
+// cctorch::fake_quant, fake_quant_offset or fake_quant_groups with the scales as the parameter `log_scale` (`channels`
+// elements, or channels x groups) and the offsets as the parameter `offset`. The first call, unless initialize() or a
+// checkpoint came before it, sets them from x.
 class FakeQuantImpl : public torch::nn::Cloneable<FakeQuantImpl> {
  public:
   explicit FakeQuantImpl(int64_t bits) : FakeQuantImpl(FakeQuantOptions(bits)) {}
@@ -33,14 +38,19 @@ class FakeQuantImpl : public torch::nn::Cloneable<FakeQuantImpl> {
   int64_t qmin() const;
   int64_t qmax() const;
 
-  // s = 2 mean|x| / sqrt(qmax) (LSQ, section 2.1).
+  // "lsq": s = 2 mean|x| / sqrt(qmax) (LSQ, section 2.1), the offsets 0; else as quant_range() and
+  // quant_range_offset() find them.
   void initialize(const at::Tensor& x);
   at::Tensor forward(const at::Tensor& x);
 
   FakeQuantOptions options;
-  at::Tensor log_scale;
+  at::Tensor log_scale, offset;
 
  private:
+  // Values that share a scale are a channel of what this returns, along axis() of it.
+  at::Tensor grouped(const at::Tensor& x) const;
+  std::optional<int64_t> axis() const { return options.groups() > 1 ? 0 : options.axis(); }
+
   bool initialized_ = false;
 };
 TORCH_MODULE(FakeQuant);
@@ -64,7 +74,7 @@ TORCH_MODULE(ChannelGate);
 // cctorch::apply_mask with the buffer `mask` (bool, true where a weight is kept).
 class MaskImpl : public torch::nn::Cloneable<MaskImpl> {
  public:
-  // E.g. one of magnitude_masks(), nm_mask() or channel_mask().
+  // E.g. one of magnitude_masks(), nm_masks() or channel_masks().
   explicit MaskImpl(at::Tensor mask);
 
   void reset() override;
@@ -74,6 +84,45 @@ class MaskImpl : public torch::nn::Cloneable<MaskImpl> {
   at::Tensor mask;
 };
 TORCH_MODULE(Mask);
+
+// cctorch::soft_threshold of a weight by sigmoid(s) (STR, Kusupati et al. 2020). The parameter `s` has one element, or
+// `channels` where there is an axis.
+class SoftThresholdImpl : public torch::nn::Cloneable<SoftThresholdImpl> {
+ public:
+  // threshold: sigmoid(s) at the start, between 0 and 1.
+  explicit SoftThresholdImpl(double threshold = 1e-3, std::optional<int64_t> axis = std::nullopt, int64_t channels = 1);
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  at::Tensor forward(const at::Tensor& weight);
+
+  at::Tensor s;
+
+ private:
+  double threshold_;
+  std::optional<int64_t> axis_;
+  int64_t channels_;
+};
+TORCH_MODULE(SoftThreshold);
+
+// cctorch::channel_gate by cctorch::hard_concrete of the parameter `log_alpha`: drawn anew at every call in training.
+class HardConcreteGateImpl : public torch::nn::Cloneable<HardConcreteGateImpl> {
+ public:
+  // open: probability that a gate is not 0 at the start, between 0 and 1.
+  explicit HardConcreteGateImpl(int64_t channels, double open = 0.9);
+
+  void reset() override;
+  void pretty_print(std::ostream& stream) const override;
+  at::Tensor forward(const at::Tensor& x);
+  at::Tensor expected_l0() const;
+
+  at::Tensor log_alpha;
+
+ private:
+  int64_t channels_;
+  double open_;
+};
+TORCH_MODULE(HardConcreteGate);
 
 struct LowRankLinearOptions {
   LowRankLinearOptions(int64_t in_features, int64_t out_features, int64_t rank)

@@ -40,7 +40,8 @@ struct Writer<T, T> {
 inline int64_t tile_size(int64_t begin, int64_t n) { return n - begin < kTile ? n - begin : kTile; }
 
 template <typename S, typename Formula, typename T = typename Formula::value_type>
-void forward(const Formula& shared_formula, void* y, const void* x, int64_t n, T parameter) {
+void forward(const Formula& shared_formula, void* y, const void* x, int64_t n,
+             typename Formula::parameter_type parameter) {
   const Formula formula = shared_formula;
   Reader<S, T> read_x;
   Writer<S, T> write_y;
@@ -54,40 +55,54 @@ void forward(const Formula& shared_formula, void* y, const void* x, int64_t n, T
   }
 }
 
-template <typename S, typename Formula, typename T = typename Formula::value_type>
-double backward(const Formula& shared_formula, void* grad_x, const void* grad, const void* x, int64_t n, T parameter) {
+template <typename S, typename Formula, typename T = typename Formula::value_type,
+          typename P = typename Formula::parameter_type>
+formula::Wide<P> backward(const Formula& shared_formula, void* grad_x, const void* grad, const void* x, int64_t n,
+                          P parameter) {
   const Formula formula = shared_formula;
   Reader<S, T> read_x;
   Reader<S, T> read_grad;
   Writer<S, T> write;
-  double total = 0;
+  formula::Wide<P> total{};
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int64_t size = tile_size(begin, n);
     const T* xs = read_x(x, begin, size);
     const T* gs = read_grad(grad, begin, size);
     T* out = write.tile(grad_x, begin);
+    // A Pair as the variable of the reduction would not be vectorized.
     T sum = 0;
-#pragma omp simd reduction(+ : sum)
+    T second = 0;
+#pragma omp simd reduction(+ : sum, second)
     for (int64_t i = 0; i < size; ++i) {
       const auto gradients = formula.backward(gs[i], xs[i], parameter);
       out[i] = gradients.x;
-      sum += gradients.parameter;
+      if constexpr (formula::is_pair<P>) {
+        sum += gradients.parameter.first;
+        second += gradients.parameter.second;
+      } else {
+        sum += gradients.parameter;
+      }
     }
     write.flush(grad_x, begin, size);
-    total += static_cast<double>(sum);
+    if constexpr (formula::is_pair<P>) {
+      total += formula::wide(P{sum, second});
+    } else {
+      total += formula::wide(sum);
+    }
   }
   return total;
 }
 
 template <typename S, typename Formula, typename T = typename Formula::value_type>
-void forward_each(const Formula& shared_formula, void* y, const void* x, int64_t n, const T* parameters) {
+void forward_each(const Formula& shared_formula, void* y, const void* x, int64_t n,
+                  const typename Formula::parameter_type* parameters) {
   const Formula formula = shared_formula;
   Reader<S, T> read_x;
   Writer<S, T> write_y;
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int64_t size = tile_size(begin, n);
     const T* xs = read_x(x, begin, size);
-    const T* ps = parameters + begin;
+    const auto* ps = parameters + begin;
     T* ys = write_y.tile(y, begin);
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) ys[i] = formula.forward(xs[i], ps[i]);
@@ -95,9 +110,10 @@ void forward_each(const Formula& shared_formula, void* y, const void* x, int64_t
   }
 }
 
-template <typename S, typename Formula, typename T = typename Formula::value_type>
+template <typename S, typename Formula, typename T = typename Formula::value_type,
+          typename P = typename Formula::parameter_type>
 void backward_each(const Formula& shared_formula, void* grad_x, const void* grad, const void* x, int64_t n,
-                   const T* parameters, T* grad_parameters) {
+                   const P* parameters, P* grad_parameters) {
   const Formula formula = shared_formula;
   Reader<S, T> read_x;
   Reader<S, T> read_grad;
@@ -106,8 +122,8 @@ void backward_each(const Formula& shared_formula, void* grad_x, const void* grad
     const int64_t size = tile_size(begin, n);
     const T* xs = read_x(x, begin, size);
     const T* gs = read_grad(grad, begin, size);
-    const T* ps = parameters + begin;
-    T* sums = grad_parameters + begin;
+    const P* ps = parameters + begin;
+    P* sums = grad_parameters + begin;
     T* out = write.tile(grad_x, begin);
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
@@ -142,9 +158,9 @@ Loops<Formula> loops(Storage storage) {
   }
 }
 
-template Loops<formula::FakeQuant<float>> loops(Storage);
-template Loops<formula::FakeQuant<double>> loops(Storage);
-template Loops<formula::ChannelGate<float>> loops(Storage);
-template Loops<formula::ChannelGate<double>> loops(Storage);
+#define CCTORCH_DEFINE_FORMULA(name)                   \
+  template Loops<formula::name<float>> loops(Storage); \
+  template Loops<formula::name<double>> loops(Storage);
+CCTORCH_FOR_EACH_FORMULA(CCTORCH_DEFINE_FORMULA)
 
 }  // namespace cctorch::simd::CCTORCH_ISA

@@ -4,6 +4,8 @@
 
 #include "csrc/ops/formula/channel_gate.h"
 #include "csrc/ops/formula/fake_quant.h"
+#include "csrc/ops/formula/float_quant.h"
+#include "csrc/ops/formula/soft_threshold.h"
 
 namespace cctorch::simd {
 
@@ -13,31 +15,36 @@ enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 // formula's.
 template <typename Formula>
 struct Loops {
-  using T = typename Formula::value_type;
+  using P = typename Formula::parameter_type;
 
-  // n elements that share one parameter
-  void (*forward)(const Formula&, void* y, const void* x, int64_t n, T parameter);
-  double (*backward)(const Formula&, void* grad_x, const void* grad, const void* x, int64_t n, T parameter);
+  // n elements that share their parameter
+  void (*forward)(const Formula&, void* y, const void* x, int64_t n, P parameter);
+  formula::Wide<P> (*backward)(const Formula&, void* grad_x, const void* grad, const void* x, int64_t n, P parameter);
 
-  // n elements with one parameter each; backward adds to grad_parameters
-  void (*forward_each)(const Formula&, void* y, const void* x, int64_t n, const T* parameters);
-  void (*backward_each)(const Formula&, void* grad_x, const void* grad, const void* x, int64_t n, const T* parameters,
-                        T* grad_parameters);
+  // n elements with a parameter each; backward adds to grad_parameters
+  void (*forward_each)(const Formula&, void* y, const void* x, int64_t n, const P* parameters);
+  void (*backward_each)(const Formula&, void* grad_x, const void* grad, const void* x, int64_t n, const P* parameters,
+                        P* grad_parameters);
 };
 
-#define CCTORCH_DECLARE_LOOPS(isa)                                    \
-  namespace isa {                                                     \
-  template <typename Formula>                                         \
-  Loops<Formula> loops(Storage);                                      \
-  extern template Loops<formula::FakeQuant<float>> loops(Storage);    \
-  extern template Loops<formula::FakeQuant<double>> loops(Storage);   \
-  extern template Loops<formula::ChannelGate<float>> loops(Storage);  \
-  extern template Loops<formula::ChannelGate<double>> loops(Storage); \
+// Every formula that the loops are compiled for, with float and with double arithmetic.
+#define CCTORCH_FOR_EACH_FORMULA(f) f(ChannelGate) f(FakeQuant) f(FakeQuantOffset) f(Pact) f(FloatQuant) f(SoftThreshold)
+
+#define CCTORCH_DECLARE_FORMULA(name)                         \
+  extern template Loops<formula::name<float>> loops(Storage); \
+  extern template Loops<formula::name<double>> loops(Storage);
+
+#define CCTORCH_DECLARE_LOOPS(isa)                  \
+  namespace isa {                                   \
+  template <typename Formula>                       \
+  Loops<Formula> loops(Storage);                    \
+  CCTORCH_FOR_EACH_FORMULA(CCTORCH_DECLARE_FORMULA) \
   }
 
 CCTORCH_DECLARE_LOOPS(baseline)
 CCTORCH_DECLARE_LOOPS(avx2)
 CCTORCH_DECLARE_LOOPS(avx512)
 #undef CCTORCH_DECLARE_LOOPS
+#undef CCTORCH_DECLARE_FORMULA
 
 }  // namespace cctorch::simd

@@ -1,8 +1,8 @@
-#include "csrc/regularize/sorted_rows.h"
+#include "csrc/ops/sorted_rows.h"
 
 #include <ATen/ATen.h>
 
-namespace cctorch::regularize {
+namespace cctorch {
 
 SortedRows::SortedRows(const at::Tensor& rows)
     : values_(std::get<0>(at::sort(rows))), sums_(at::constant_pad_nd(values_.cumsum(-1), {1, 0})) {}
@@ -23,4 +23,4 @@ at::Tensor nearest(const at::Tensor& rows, const at::Tensor& levels) {
   return levels.gather(-1, at::searchsorted(midpoints(levels).contiguous(), rows.contiguous()));
 }
 
-}  // namespace cctorch::regularize
+}  // namespace cctorch

@@ -2,7 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
-namespace cctorch::regularize {
+namespace cctorch {
 
 // Rows sorted in ascending order, with running sums: what falls between two bounds costs a binary search.
 class SortedRows {
@@ -27,4 +27,4 @@ at::Tensor midpoints(const at::Tensor& levels);
 // For each element of `rows` the nearest of its row's ascending `levels`; the lower one of two as near.
 at::Tensor nearest(const at::Tensor& rows, const at::Tensor& levels);
 
-}  // namespace cctorch::regularize
+}  // namespace cctorch

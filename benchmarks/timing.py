@@ -1,0 +1,63 @@
+"""What the benchmarks share: medians of runs taken in turns, and what machine they ran on."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def in_turns(
+    functions: Mapping[str, Callable[[], object]], seconds: float = 3.0, device: str = "cpu", warmup: int = 2
+) -> dict[str, float]:
+    """Median milliseconds of each function; all take turns, so that what else the machine does hits them alike.
+
+    Runs until ``seconds`` are over and every function had three turns; one that alone takes longer than ``seconds`` has
+    one turn.
+    """
+    runs: dict[str, list[float]] = {name: [] for name in functions}
+    slow = set()
+
+    def run(name: str) -> float:
+        start = time.perf_counter()
+        functions[name]()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    for name, function in functions.items():
+        function()  # what is compiled or allocated once
+        first = run(name)
+        if first > 1e3 * seconds:
+            runs[name].append(first)
+            slow.add(name)
+    begin = time.perf_counter()
+    turn = -warmup
+    while turn < 3 or time.perf_counter() - begin < seconds:
+        for name in functions:
+            if name not in slow:
+                taken = run(name)
+                if turn >= 0:
+                    runs[name].append(taken)
+        turn += 1
+    return {name: statistics.median(times) for name, times in runs.items()}
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor or card, threads and versions, for the JSON beside a table."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else platform.processor()
+    return {
+        "device": name,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,17 @@
+#include "csrc/ops/float_quant.h"
+
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "csrc/ops/autograd/recorded.h"
+#include "csrc/ops/autograd/straight_through.h"
+
+namespace cctorch::autograd {
+
+TORCH_LIBRARY_IMPL(cctorch, Autograd, m) {
+  m.impl("fp8_quant", &Recorded<&fp8_quant, &fp8_quant_backward>::call);
+  m.impl("fp8_quant_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("power_of_two_quant", &StraightThrough<&power_of_two_quant>::call);
+}
+
+}  // namespace cctorch::autograd

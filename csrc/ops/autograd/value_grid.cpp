@@ -1,0 +1,19 @@
+#include "csrc/ops/value_grid.h"
+
+#include <torch/library.h>
+
+#include "csrc/ops/autograd/recorded.h"
+#include "csrc/ops/autograd/straight_through.h"
+
+namespace cctorch::autograd {
+
+TORCH_LIBRARY_IMPL(cctorch, Autograd, m) {
+  m.impl("binary_quant", &Recorded<&binary_quant, &binary_quant_backward>::call);
+  m.impl("ternary_quant", &StraightThrough<&ternary_quant>::call);
+  m.impl("binary_code_quant", &StraightThrough<&binary_code_quant>::call);
+  m.impl("codebook_quant", &Recorded<&codebook_quant, &codebook_quant_backward>::call);
+  m.impl("codebook_indices", &Constant<&codebook_indices>::call);
+  m.impl("codebook_update", &Constant<&codebook_update>::call);
+}
+
+}  // namespace cctorch::autograd

@@ -1,0 +1,98 @@
+#include "csrc/ops/best_grids.h"
+
+#include <ATen/ATen.h>
+
+namespace cctorch {
+
+namespace {
+
+constexpr int kTurns = 20;
+
+// Two scales give any two magnitudes a1 + a2 and a1 - a2, so the best of them are 2-means of |w|, found exactly:
+// rows x 2, the larger first.
+at::Tensor two_magnitudes(const at::Tensor& magnitudes) {
+  const int64_t columns = magnitudes.size(-1);
+  const at::Tensor upper = std::get<0>(at::sort(magnitudes, -1, /*descending=*/true)).cumsum(-1);
+  const at::Tensor lower = upper.narrow(-1, columns - 1, 1) - upper;
+  const at::Tensor count = at::arange(1, columns + 1, magnitudes.options());
+  const at::Tensor rest = (columns - count).clamp_min(1);
+  const at::Tensor best = (upper.square() / count + lower.square() / rest).argmax(-1, true);
+  return at::cat({upper.gather(-1, best) / (best + 1), lower.gather(-1, best) / (columns - 1 - best).clamp_min(1)}, -1);
+}
+
+// All codes of so many bits: 2^bits x bits, of -1 and 1.
+at::Tensor all_codes(int64_t bits, const at::TensorOptions& options) {
+  const at::Tensor index = at::arange(int64_t{1} << bits, options.dtype(at::kLong)).unsqueeze(-1);
+  const at::Tensor bit = at::arange(bits, options.dtype(at::kLong));
+  return index.bitwise_right_shift(bit).bitwise_and(1).to(at::kDouble) * 2 - 1;
+}
+
+at::Tensor levels_of(const at::Tensor& scales) {
+  return std::get<0>(at::sort(at::matmul(scales, all_codes(scales.size(-1), scales.options()).t())));
+}
+
+// Alternates between the nearest of the 2^bits levels and least squares for the scales.
+at::Tensor alternate(const at::Tensor& rows, at::Tensor scales) {
+  const at::Tensor signs = all_codes(scales.size(-1), scales.options());
+  const SortedRows sorted(rows);
+  for (int i = 0; i < kTurns; ++i) {
+    const auto [levels, order] = at::sort(at::matmul(scales, signs.t()));
+    const auto cells = sorted.cells(midpoints(levels));
+    const at::Tensor code = signs.index({order});  // rows x 2^bits x bits
+    const at::Tensor transposed = code.transpose(-1, -2);
+    const at::Tensor gram = at::matmul(transposed, cells.counts.unsqueeze(-1) * code);
+    const at::Tensor moment = at::matmul(transposed, cells.sums.unsqueeze(-1));
+    scales = at::matmul(at::linalg_pinv(gram, 1e-12, /*hermitian=*/true), moment).squeeze(-1);
+  }
+  return scales;
+}
+
+// rows x bits
+at::Tensor fitted_scales(const at::Tensor& rows, int64_t bits) {
+  const at::Tensor magnitudes = rows.abs();
+  if (bits == 1) return magnitudes.mean(-1, true);
+  if (bits == 2) {
+    const at::Tensor two = two_magnitudes(magnitudes);
+    const at::Tensor high = two.narrow(-1, 0, 1), low = two.narrow(-1, 1, 1);
+    return at::cat({(high + low) / 2, (high - low) / 2}, -1);
+  }
+  const at::Tensor fewer = fitted_scales(rows, bits - 1);
+  const at::Tensor rest = (nearest(rows, levels_of(fewer)) - rows).abs_().mean(-1, true);
+  return alternate(rows, at::cat({fewer, rest}, -1));
+}
+
+}  // namespace
+
+at::Tensor with_sign_of(const at::Tensor& magnitudes, const at::Tensor& rows) {
+  return at::where(rows < 0, -magnitudes, magnitudes);
+}
+
+// The k largest magnitudes become +-reach, the others 0: the error is smallest where (sum of them)^2 / k is largest.
+at::Tensor ternary_reach(const at::Tensor& rows) {
+  const at::Tensor sums = std::get<0>(at::sort(rows.abs(), -1, /*descending=*/true)).cumsum(-1);
+  const at::Tensor counts = at::arange(1, rows.size(-1) + 1, rows.options());
+  const at::Tensor best = (sums.square() / counts).argmax(-1, true);
+  return sums.gather(-1, best) / (best + 1);
+}
+
+at::Tensor greedy_code(const at::Tensor& rows, int64_t bits) {
+  at::Tensor code = with_sign_of(rows.abs().mean(-1, true), rows);
+  for (int64_t i = 1; i < bits; ++i) {
+    const at::Tensor left = rows - code;
+    code = code + with_sign_of(left.abs().mean(-1, true), left);
+  }
+  return code;
+}
+
+at::Tensor fitted_code(const at::Tensor& rows, int64_t bits) {
+  if (bits == 1) return with_sign_of(rows.abs().mean(-1, true), rows);
+  if (bits == 2) return with_sign_of(nearest(rows.abs(), two_magnitudes(rows.abs()).flip(-1)), rows);
+  return nearest(rows, levels_of(fitted_scales(rows, bits)));
+}
+
+at::Tensor kmeans_step(const SortedRows& sorted, const at::Tensor& centers) {
+  const auto cells = sorted.cells(midpoints(centers));
+  return at::where(cells.counts > 0, cells.sums / cells.counts.clamp_min(1), centers);
+}
+
+}  // namespace cctorch

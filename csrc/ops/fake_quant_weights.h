@@ -1,0 +1,32 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <cctorch/fake_quant_weights.h>
+
+#include "csrc/ops/formula/fake_quant_weights.h"
+
+namespace cctorch {
+
+void check_fake_quant_weights(at::TensorList weights, int64_t bits, int64_t axis);
+
+inline int64_t symmetric_qmax(int64_t bits) { return (int64_t{1} << (bits - 1)) - 1; }
+
+// One scale for each index of `axis`.
+at::Tensor empty_scales(const at::Tensor& weight, int64_t axis);
+
+// A weight whose slices along `axis` are rows in memory, and where to put them; `store` brings the result into the
+// layout of at::empty_like(weight).
+struct SliceRows {
+  at::Tensor from;
+  at::Tensor to;
+  int64_t axis;
+  bool moved;
+
+  SliceRows(const at::Tensor& weight, int64_t axis);
+
+  int64_t count() const { return to.size(moved ? 0 : axis); }
+  int64_t size() const { return to.numel() / count(); }
+  at::Tensor result(const at::Tensor& weight) const;
+};
+
+}  // namespace cctorch

@@ -1,0 +1,32 @@
+#pragma once
+
+#include <limits>
+
+#include "csrc/ops/formula/fake_quant.h"
+#include "csrc/ops/formula/mask.h"
+
+namespace cctorch::formula {
+
+// The magnitude's bits, 0 for NaN: the largest of them is the largest number.
+template <typename Bits>
+CCTORCH_HOST_DEVICE Bits magnitude_of_number(Bits bits, Bits infinity) {
+  const Bits key = magnitude(bits);
+  return key > infinity ? Bits(0) : key;
+}
+
+template <typename T>
+struct FakeQuantWeights {
+  using value_type = T;
+  FakeQuant<T> grid;
+
+  CCTORCH_HOST_DEVICE static FakeQuantWeights with_qmax(int64_t qmax) {
+    return {{static_cast<T>(-qmax), static_cast<T>(qmax)}};
+  }
+
+  // Kept in the normal range, so that it is positive and finite.
+  CCTORCH_HOST_DEVICE T scale(T largest) const {
+    return clamp(largest / grid.qmax, std::numeric_limits<T>::min(), std::numeric_limits<T>::max());
+  }
+};
+
+}  // namespace cctorch::formula

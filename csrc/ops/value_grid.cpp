@@ -1,0 +1,88 @@
+#include "csrc/ops/value_grid.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include "csrc/ops/checks.h"
+#include "csrc/ops/dispatch.h"
+#include "csrc/ops/rows.h"
+
+namespace cctorch {
+
+at::Tensor binary_quant(const at::Tensor& x, std::optional<int64_t> axis) {
+  static const auto op = find_operator<decltype(binary_quant)>("cctorch::binary_quant");
+  return op.call(x, axis);
+}
+
+at::Tensor ternary_quant(const at::Tensor& x, std::optional<int64_t> axis) {
+  static const auto op = find_operator<decltype(ternary_quant)>("cctorch::ternary_quant");
+  return op.call(x, axis);
+}
+
+at::Tensor binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view method, std::optional<int64_t> axis) {
+  static const auto op = find_operator<decltype(binary_code_quant)>("cctorch::binary_code_quant");
+  return op.call(x, bits, method, axis);
+}
+
+at::Tensor codebook_quant(const at::Tensor& x, const at::Tensor& codebook) {
+  static const auto op = find_operator<decltype(codebook_quant)>("cctorch::codebook_quant");
+  return op.call(x, codebook);
+}
+
+at::Tensor codebook_indices(const at::Tensor& x, const at::Tensor& codebook) {
+  static const auto op = find_operator<decltype(codebook_indices)>("cctorch::codebook_indices");
+  return op.call(x, codebook);
+}
+
+at::Tensor codebook_update(const at::Tensor& x, const at::Tensor& codebook) {
+  static const auto op = find_operator<decltype(codebook_update)>("cctorch::codebook_update");
+  return op.call(x, codebook);
+}
+
+std::tuple<at::Tensor> binary_quant_backward(const at::Tensor& grad, const at::Tensor& x, std::optional<int64_t>) {
+  return {at::where(x.abs() <= 1, grad, at::zeros_like(grad))};
+}
+
+std::tuple<at::Tensor, at::Tensor> codebook_quant_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                           const at::Tensor& codebook) {
+  const at::Tensor members = codebook_indices(x, codebook).reshape(-1);
+  return {grad, at::zeros_like(codebook).index_add(0, members, grad.reshape(-1).to(codebook.scalar_type()))};
+}
+
+std::optional<int64_t> check_value_grid(const char* op, const at::Tensor& x, std::optional<int64_t> axis) {
+  check_floating(x, op, "x");
+  if (axis) axis = check_axis(x, *axis, op, "x");
+  return axis;
+}
+
+std::optional<int64_t> check_binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view method,
+                                               std::optional<int64_t> axis) {
+  constexpr auto op = "binary_code_quant";
+  TORCH_CHECK(1 <= bits && bits <= 8, op, ": bits must be in [1, 8], got ", bits);
+  TORCH_CHECK(method == "greedy" || method == "alternating", op, ": method must be greedy or alternating, got ",
+              method);
+  return check_value_grid(op, x, axis);
+}
+
+void check_codebook(const char* op, const at::Tensor& x, const at::Tensor& codebook) {
+  check_floating(x, op, "x");
+  TORCH_CHECK(codebook.scalar_type() == math_type(x), op, ": codebook must be ", math_type(x), " for ", x.scalar_type(),
+              " x, got ", codebook.scalar_type(), "; convert it with codebook.to(...)");
+  check_same_device(x, op, "x", codebook, "codebook");
+  TORCH_CHECK(codebook.dim() == 1, op, ": codebook must be one-dimensional, got shape ", codebook.sym_sizes());
+  TORCH_SYM_CHECK(codebook.sym_size(0).sym_ge(1), op, ": codebook must have at least one value, got none");
+}
+
+TORCH_LIBRARY_FRAGMENT(cctorch, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def("binary_quant(Tensor x, int? axis=None) -> Tensor", tags);
+  m.def("ternary_quant(Tensor x, int? axis=None) -> Tensor", tags);
+  m.def("binary_code_quant(Tensor x, int bits, str method=\"alternating\", int? axis=None) -> Tensor", tags);
+  m.def("codebook_quant(Tensor x, Tensor codebook) -> Tensor", tags);
+  m.def("codebook_indices(Tensor x, Tensor codebook) -> Tensor", tags);
+  m.def("codebook_update(Tensor x, Tensor codebook) -> Tensor", tags);
+}
+
+}  // namespace cctorch

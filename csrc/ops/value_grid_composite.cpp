@@ -1,0 +1,73 @@
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "csrc/ops/best_grids.h"
+#include "csrc/ops/rows.h"
+#include "csrc/ops/value_grid.h"
+
+namespace cctorch::composite {
+namespace {
+
+at::Tensor binary_quant(const at::Tensor& x, std::optional<int64_t> axis) {
+  axis = check_value_grid("binary_quant", x, axis);
+  const at::Tensor rows = as_rows(x, axis);
+  const at::Tensor magnitude = rows.abs().mean(-1, /*keepdim=*/true, at::kDouble).to(x.scalar_type());
+  return like(x, with_sign_of(magnitude, rows), axis);
+}
+
+at::Tensor ternary_quant(const at::Tensor& x, std::optional<int64_t> axis) {
+  axis = check_value_grid("ternary_quant", x, axis);
+  if (x.numel() == 0) return at::empty_like(x);
+  const at::Tensor rows = as_rows(x, axis).to(at::kDouble);
+  const at::Tensor reach = ternary_reach(rows);
+  return like(x, at::where(rows.abs() * 2 > reach, with_sign_of(reach, rows), 0.0), axis);
+}
+
+at::Tensor binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view method, std::optional<int64_t> axis) {
+  axis = check_binary_code_quant(x, bits, method, axis);
+  if (x.numel() == 0) return at::empty_like(x);
+  const at::Tensor rows = as_rows(x, axis).to(at::kDouble);
+  return like(x, method == "greedy" ? greedy_code(rows, bits) : fitted_code(rows, bits), axis);
+}
+
+// What lies halfway between two values rounds down to the type of x: whether x is above stays exactly the same.
+at::Tensor bounds_between(const at::Tensor& ascending) {
+  const at::Tensor exact = midpoints(ascending.to(at::kDouble));
+  const at::Tensor bounds = exact.to(ascending.scalar_type());
+  const at::Tensor below = at::nextafter(bounds, at::full_like(bounds, -std::numeric_limits<double>::infinity()));
+  return at::where(bounds.to(at::kDouble) > exact, below, bounds).contiguous();
+}
+
+at::Tensor codebook_indices(const at::Tensor& x, const at::Tensor& codebook) {
+  check_codebook("codebook_indices", x, codebook);
+  const auto [ascending, order] = at::sort(codebook);
+  const at::Tensor dense = x.to(codebook.scalar_type()).contiguous();
+  return order.index({at::searchsorted(bounds_between(ascending), dense)});
+}
+
+at::Tensor codebook_quant(const at::Tensor& x, const at::Tensor& codebook) {
+  check_codebook("codebook_quant", x, codebook);
+  const at::Tensor values = codebook.index({codebook_indices(x, codebook)});
+  return at::empty_like(x).copy_(at::where(x.isnan(), x, values.to(x.scalar_type())));
+}
+
+at::Tensor codebook_update(const at::Tensor& x, const at::Tensor& codebook) {
+  check_codebook("codebook_update", x, codebook);
+  const auto [ascending, order] = at::sort(codebook.to(at::kDouble));
+  const SortedRows sorted(x.reshape({1, -1}).to(at::kDouble));
+  const at::Tensor updated = kmeans_step(sorted, ascending.unsqueeze(0)).squeeze(0);
+  return at::empty_like(codebook).index_copy_(0, order, updated.to(codebook.scalar_type()));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
+  m.impl("binary_quant", &binary_quant);
+  m.impl("ternary_quant", &ternary_quant);
+  m.impl("binary_code_quant", &binary_code_quant);
+  m.impl("codebook_quant", &codebook_quant);
+  m.impl("codebook_indices", &codebook_indices);
+  m.impl("codebook_update", &codebook_update);
+}
+
+}  // namespace cctorch::composite

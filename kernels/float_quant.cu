@@ -1,0 +1,55 @@
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include "csrc/ops/checks.h"
+#include "csrc/ops/float_quant.h"
+#include "kernels/channelwise.cuh"
+
+namespace cctorch::cuda {
+namespace {
+
+at::Tensor fp8_quant(const at::Tensor& x, const at::Tensor& log_scale, at::ScalarType dtype,
+                     std::optional<int64_t> axis, double) {
+  axis = check_fp8_quant(x, log_scale, dtype, axis);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor scales = broadcast_view(log_scale, x, axis);
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fp8_quant", [&] {
+    using Formula = formula::FloatQuant<at::opmath_type<scalar_t>>;
+    return forward<scalar_t>(formula::FromRaw<Formula>{fp8<at::opmath_type<scalar_t>>(dtype)}, x, scales);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> fp8_quant_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                      const at::Tensor& log_scale, at::ScalarType dtype,
+                                                      std::optional<int64_t> axis, double grad_scale) {
+  axis = check_fp8_quant(x, log_scale, dtype, axis);
+  check_backward(grad, x, "fp8_quant_backward");
+  const c10::cuda::CUDAGuard guard(x.device());
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fp8_quant_backward", [&] {
+    using Formula = formula::FloatQuant<at::opmath_type<scalar_t>>;
+    const formula::FromRaw<Formula> formula{fp8<at::opmath_type<scalar_t>>(dtype)};
+    return backward<scalar_t>(formula, grad, x, log_scale, axis, grad_scale);
+  });
+}
+
+at::Tensor power_of_two_quant(const at::Tensor& x, int64_t bits, std::optional<int64_t> axis) {
+  axis = check_power_of_two_quant(x, bits, axis);
+  if (x.numel() == 0) return at::empty_like(x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor tops = broadcast_view(top_powers(x, axis), x, axis);
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "power_of_two_quant", [&] {
+    return forward<scalar_t>(powers_of_two<at::opmath_type<scalar_t>>(bits), x, tops);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cctorch, CUDA, m) {
+  m.impl("fp8_quant", &fp8_quant);
+  m.impl("fp8_quant_backward", &fp8_quant_backward);
+  m.impl("power_of_two_quant", &power_of_two_quant);
+}
+
+}  // namespace cctorch::cuda

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <algorithm>
+
+#include "csrc/ops/formula/layout.h"
+#include "kernels/block.cuh"
+
+// Many tensors in one launch: every block finds its part of all of them.
+namespace cctorch::cuda {
+
+// A weight and what is made of it, both row-major; `first` is the position of element 0 in the concatenation of all
+// weights.
+struct Entry {
+  const void* weight;
+  void* result;
+  int64_t first;
+};
+
+// The list, ended by an item with first = total. Each block takes `span` elements of the concatenation, so blocks are
+// in the order of the elements.
+template <typename Item>
+struct List {
+  const Item* entries;
+  int64_t count;
+  int64_t total;
+  int64_t span;
+
+  // The last entry that starts at or before `position`; empty ones are behind others with the same first.
+  __device__ int64_t find(int64_t position) const {
+    int64_t low = 0;
+    for (int64_t high = count; high - low > 1;) {
+      const int64_t middle = (low + high) / 2;
+      (entries[middle].first <= position ? low : high) = middle;
+    }
+    return low;
+  }
+
+  // visit(entry, begin, end) for every piece of a weight that belongs to this block
+  template <typename Visit>
+  __device__ void for_each_piece(const Visit& visit) const {
+    int64_t begin = blockIdx.x * span;
+    const int64_t end = std::min(begin + span, total);
+    if (begin >= end) return;
+    for (int64_t e = find(begin); begin < end; ++e) {
+      const int64_t last = std::min(end, entries[e + 1].first);
+      visit(entries[e], begin - entries[e].first, last - entries[e].first);
+      begin = last;
+    }
+  }
+};
+
+// The elements of each of at most `blocks` blocks, which are then ceil(total / span); whole rows of threads.
+inline int64_t span_of(int64_t total, int64_t blocks) { return ceil_div(ceil_div(total, kThreads), blocks) * kThreads; }
+
+}  // namespace cctorch::cuda

@@ -1,0 +1,29 @@
+"""The device of a run, or of one of its ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from cctorch import distributed
+from cctorch.config import Config, ConfigError
+
+
+def select_device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch sees no CUDA device; expected auto or cpu on this machine")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not distributed.launched():
+        return torch.device("cuda")
+    if distributed.local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"torchrun --nproc-per-node: rank {distributed.local_rank()} of this machine has no GPU; expected at most "
+            f"{torch.cuda.device_count()} processes, one for each GPU, or device=cpu"
+        )
+    return torch.device("cuda", distributed.local_rank())
+
+
+def describe(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    ranks = distributed.world_size()
+    return name if ranks == 1 else f"{ranks} ranks of {name}"
