@@ -58,7 +58,7 @@ tidy: FILES ?= $(shell git ls-files 'csrc/*.cpp')
 tidy: test-build  ## clang-tidy over the library's C++ sources
 	$(BIN)/pip install -q clang-tidy==23.1.4
 	printf '%s\n' $(FILES) | xargs -P 2 -n 1 $(BIN)/clang-tidy -p $(BUILD) --quiet \
-	  --extra-arg=-I$$(g++ -print-file-name=include)
+	  --extra-arg=-idirafter$$(g++ -print-file-name=include)
 
 # The wheel must import on a machine without compiler or source tree: install it aside and import it from there.
 wheel: test-build  ## build the wheel into dist/ and import it

@@ -32,7 +32,7 @@ at::Tensor BatchNorm2dImpl::forward(const at::Tensor& x) {
 void BatchNorm2dImpl::check_structure(const LayerPlan&) const {}
 
 void BatchNorm2dImpl::carry_out(const LayerPlan& plan) {
-  torch::NoGradGuard no_grad;
+  const torch::NoGradGuard no_grad;
   plan_ = plan;
   options.num_features(static_cast<int64_t>(plan.kept_out.size()));
   for (at::Tensor* parameter : {&weight, &bias}) {

@@ -22,10 +22,11 @@ inline torch::ExpandingArray<2> numeric_padding(const torch::nn::Conv2dOptions& 
 // PyTorch's default initialization: uniform within 1 / sqrt(fan_in), for `weight` and for the `bias` added to its
 // result.
 inline void initialize_uniform(at::Tensor& weight, at::Tensor* bias) {
-  torch::NoGradGuard no_grad;
+  const torch::NoGradGuard no_grad;
   torch::nn::init::kaiming_uniform_(weight, std::sqrt(5.0));
   if (bias == nullptr || !bias->defined()) return;
-  const double bound = 1.0 / std::sqrt(static_cast<double>(weight.numel() / weight.size(0)));
+  const int64_t fan_in = weight.numel() / weight.size(0);
+  const double bound = 1.0 / std::sqrt(static_cast<double>(fan_in));
   torch::nn::init::uniform_(*bias, -bound, bound);
 }
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <ostream>
-#include <utility>
 
 #include "csrc/nn/layer_parts.h"
 
@@ -48,8 +47,8 @@ void LowRankLinearImpl::pretty_print(std::ostream& stream) const {
 
 at::Tensor LowRankLinearImpl::forward(const at::Tensor& x) { return low_rank_linear(x, first, second, optional(bias)); }
 
-LowRankConv2dImpl::LowRankConv2dImpl(torch::nn::Conv2dOptions options_, int64_t rank)
-    : options(std::move(options_)), rank_(rank) {
+LowRankConv2dImpl::LowRankConv2dImpl(const torch::nn::Conv2dOptions& options_, int64_t rank)
+    : options(options_), rank_(rank) {
   TORCH_CHECK_VALUE(options.groups() == 1, "groups = ", options.groups(), ", expected 1");
   numeric_padding(options);
   const auto& kernel = *options.kernel_size();

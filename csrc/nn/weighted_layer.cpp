@@ -2,6 +2,7 @@
 #include <cctorch/nn/layers.h>
 
 #include <algorithm>
+#include <optional>
 #include <ostream>
 #include <vector>
 
@@ -25,9 +26,10 @@ void WeightedLayer<Derived>::register_parameters(int64_t out, int64_t in, at::In
     return sizes;
   };
   for (at::Tensor* parameter : {&weight, &first, &second, &bias}) *parameter = at::Tensor();
-  if (plan_ && plan_->rank) {
-    first = this->register_parameter("first", torch::empty(shape(*plan_->rank, in, false)));
-    second = this->register_parameter("second", torch::empty(shape(out, *plan_->rank, true)));
+  const std::optional<int64_t> rank = plan_ ? plan_->rank : std::nullopt;
+  if (rank) {
+    first = this->register_parameter("first", torch::empty(shape(*rank, in, false)));
+    second = this->register_parameter("second", torch::empty(shape(out, *rank, true)));
   } else {
     weight = this->register_parameter("weight", torch::empty(shape(out, in, false)));
   }
@@ -46,7 +48,7 @@ void WeightedLayer<Derived>::reset_parameters() {
 
 template <typename Derived>
 void WeightedLayer<Derived>::carry_out(const LayerPlan& plan) {
-  torch::NoGradGuard no_grad;
+  const torch::NoGradGuard no_grad;
   const bool requires_grad = weight.requires_grad();
   const at::Tensor dense = weight.detach();
   const at::MemoryFormat format = dense.suggest_memory_format();

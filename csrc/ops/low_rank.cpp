@@ -31,10 +31,10 @@ bool has_symbolic_sizes(const at::Tensor& t) { return t.unsafeGetTensorImpl()->h
 bool merged_is_cheaper(const at::Tensor& x, const at::Tensor& first, const at::Tensor& second) {
   // A decision on a symbolic size would tie the compiled program to it.
   if (has_symbolic_sizes(x) || has_symbolic_sizes(first) || has_symbolic_sizes(second)) return false;
-  const double in = first.size(1);
-  const double rank = first.size(0);
-  const double out = second.size(0);
-  const double rows = in > 0 ? x.numel() / in : 0;
+  const auto in = static_cast<double>(first.size(1));
+  const auto rank = static_cast<double>(first.size(0));
+  const auto out = static_cast<double>(second.size(0));
+  const double rows = in > 0 ? static_cast<double>(x.numel()) / in : 0;
   return out * rank * in + rows * in * out < rows * rank * (in + out);
 }
 

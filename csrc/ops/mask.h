@@ -35,14 +35,10 @@ uint64_t infinity_bits(at::ScalarType type);
 // Calls function with a value of the unsigned type that a weight's bits are compared as.
 template <typename Function>
 auto with_bits(at::ScalarType type, const Function& function) {
-  switch (c10::elementSize(type)) {
-    case 8:
-      return function(uint64_t());
-    case 4:
-      return function(uint32_t());
-    default:
-      return function(uint16_t());
-  }
+  const size_t bytes = c10::elementSize(type);
+  if (bytes == 8) return function(uint64_t());
+  if (bytes == 4) return function(uint32_t());
+  return function(uint16_t());
 }
 
 }  // namespace cctorch

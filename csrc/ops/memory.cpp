@@ -2,14 +2,14 @@
 
 #include <cstdlib>
 
-#if defined(__GLIBC__)
+#ifdef __GLIBC__
 #include <malloc.h>
 #endif
 
 namespace cctorch {
 
 bool keep_freed_memory() {
-#if defined(__GLIBC__)
+#ifdef __GLIBC__
   constexpr int kTopPad = 64 << 20;
   return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1 && mallopt(M_TOP_PAD, kTopPad) == 1;
 #else

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <numeric>
-#include <unordered_map>
 #include <unordered_set>
+#include <utility>
 
 namespace cctorch {
 
@@ -12,6 +12,21 @@ namespace {
 
 bool passes_channels_on(LayerKind kind) {
   return kind == LayerKind::batch_norm2d || kind == LayerKind::depthwise_conv2d;
+}
+
+// The layer once only the channels `arriving` reach it, and only the filters `leaving` are read.
+LayerPlan resolved(LayerPlan layer, LayerKind kind, const std::vector<int64_t>& arriving,
+                   std::vector<int64_t> leaving) {
+  layer.kept_out = std::move(leaving);
+  layer.gather.clear();
+  if (passes_channels_on(kind)) {
+    layer.kept_in = arriving;
+  } else if (layer.kept_in != arriving) {
+    for (const int64_t kept : layer.kept_in) {
+      layer.gather.push_back(std::lower_bound(arriving.begin(), arriving.end(), kept) - arriving.begin());
+    }
+  }
+  return layer;
 }
 
 }  // namespace
@@ -27,7 +42,7 @@ void ChannelGraph::unite(int64_t a, int64_t b) {
   if (a == b) return;
   const auto [low, high] = std::minmax(a, b);
   parent_[high] = low;
-  pinned_[low] |= pinned_[high];
+  if (pinned_[high]) pinned_[low] = 1;
 }
 
 ChannelGraph::Channels ChannelGraph::create(int64_t count) {
@@ -49,7 +64,7 @@ ChannelGraph::Channels ChannelGraph::layer(const std::string& name, LayerKind ki
                                            int64_t out_channels) {
   TORCH_CHECK_VALUE(!in.empty(), "channel graph: layer '", name, "' reads no channels");
   const bool passes = passes_channels_on(kind);
-  TORCH_CHECK_VALUE(!passes || static_cast<int64_t>(in.size()) == out_channels, "channel graph: layer '", name, "' (",
+  TORCH_CHECK_VALUE(!passes || std::cmp_equal(in.size(), out_channels), "channel graph: layer '", name, "' (",
                     to_string(kind), ") passes its channels on, but reads ", in.size(), " and writes ", out_channels);
   Channels out = passes ? in : create(out_channels);
   const auto earlier = std::find_if(nodes_.begin(), nodes_.end(), [&](const Node& node) { return node.name == name; });
@@ -85,11 +100,7 @@ void ChannelGraph::pin(const Channels& channels) {
   for (const int64_t channel : channels) pinned_[root(channel)] = 1;
 }
 
-void ChannelGraph::resolve(CompressionPlan& plan) const {
-  plan.validate();
-  std::unordered_map<std::string_view, LayerPlan*> planned;
-  for (LayerPlan& layer : plan.layers) planned.emplace(layer.name, &layer);
-
+std::vector<char> ChannelGraph::live_roots(const Planned& planned) const {
   std::vector<char> live = pinned_;
   for (const Node& node : nodes_) {
     if (passes_channels_on(node.kind)) continue;
@@ -98,14 +109,22 @@ void ChannelGraph::resolve(CompressionPlan& plan) const {
       for (const int64_t channel : node.in) live[root(channel)] = 1;
       continue;
     }
-    TORCH_CHECK_VALUE(found->second->in_channels == static_cast<int64_t>(node.in.size()) &&
-                          found->second->out_channels == static_cast<int64_t>(node.out.size()),
+    TORCH_CHECK_VALUE(std::cmp_equal(found->second->in_channels, node.in.size()) &&
+                          std::cmp_equal(found->second->out_channels, node.out.size()),
                       "plan: layer '", node.name, "' is ", found->second->in_channels, " -> ",
                       found->second->out_channels, " channels, but in the model it is ", node.in.size(), " -> ",
                       node.out.size());
     for (const int64_t kept : found->second->kept_in) live[root(node.in[kept])] = 1;
   }
+  return live;
+}
 
+void ChannelGraph::resolve(CompressionPlan& plan) const {
+  plan.validate();
+  Planned planned;
+  for (LayerPlan& layer : plan.layers) planned.emplace(layer.name, &layer);
+
+  const std::vector<char> live = live_roots(planned);
   const auto survivors = [&](const Channels& channels) {
     std::vector<int64_t> indices;
     for (size_t i = 0; i < channels.size(); ++i) {
@@ -123,16 +142,7 @@ void ChannelGraph::resolve(CompressionPlan& plan) const {
                           ? *found->second
                           : LayerPlan::unchanged(node.name, node.kind, static_cast<int64_t>(node.in.size()),
                                                  static_cast<int64_t>(node.out.size()));
-    const std::vector<int64_t> arriving = survivors(node.in);
-    layer.kept_out = survivors(node.out);
-    layer.gather.clear();
-    if (passes_channels_on(node.kind)) {
-      layer.kept_in = arriving;
-    } else if (layer.kept_in != arriving) {
-      for (const int64_t kept : layer.kept_in) {
-        layer.gather.push_back(std::lower_bound(arriving.begin(), arriving.end(), kept) - arriving.begin());
-      }
-    }
+    layer = resolved(std::move(layer), node.kind, survivors(node.in), survivors(node.out));
     if (found != planned.end()) {
       *found->second = std::move(layer);
     } else if (!layer.is_unchanged()) {

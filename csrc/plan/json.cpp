@@ -3,6 +3,7 @@
 
 #include <array>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 // The plan's file format, version 1. Index lists that keep everything are left out, so that a plan stays readable.
 namespace cctorch {
@@ -42,8 +43,8 @@ json write(const LayerPlan& layer) {
               {"kind", to_string(layer.kind)},
               {"in_channels", layer.in_channels},
               {"out_channels", layer.out_channels}};
-  if (static_cast<int64_t>(layer.kept_in.size()) != layer.in_channels) out["kept_in"] = layer.kept_in;
-  if (static_cast<int64_t>(layer.kept_out.size()) != layer.out_channels) out["kept_out"] = layer.kept_out;
+  if (std::cmp_not_equal(layer.kept_in.size(), layer.in_channels)) out["kept_in"] = layer.kept_in;
+  if (std::cmp_not_equal(layer.kept_out.size(), layer.out_channels)) out["kept_out"] = layer.kept_out;
   if (!layer.gather.empty()) out["gather"] = layer.gather;
   if (layer.rank) out["rank"] = *layer.rank;
   if (layer.mask) out["mask"] = write(*layer.mask);

@@ -68,7 +68,7 @@ void bind_mask_plan(py::module_& module) {
       .def_readwrite("sparsity", &MaskPlan::sparsity)
       .def_readwrite("n", &MaskPlan::n)
       .def_readwrite("m", &MaskPlan::m)
-      .def(py::self == py::self);
+      .def(py::self == py::self);  // NOLINT(misc-redundant-expression): binds the operator
 }
 
 void bind_layer_plan(py::module_& module) {
@@ -101,7 +101,7 @@ void bind_layer_plan(py::module_& module) {
       .def_readwrite("mask", &LayerPlan::mask)
       .def_readwrite("bits", &LayerPlan::bits)
       .def_property_readonly("is_unchanged", &LayerPlan::is_unchanged)
-      .def(py::self == py::self);
+      .def(py::self == py::self);  // NOLINT(misc-redundant-expression): binds the operator
   bind_kind(type);
 }
 
@@ -125,7 +125,7 @@ void bind_compression_plan(py::module_& module) {
       .def("to_json", &CompressionPlan::to_json)
       .def_static(
           "from_json", [](const std::string& text) { return CompressionPlan::from_json(text); }, py::arg("text"))
-      .def(py::self == py::self)
+      .def(py::self == py::self)  // NOLINT(misc-redundant-expression): binds the operator
       .def("__repr__", [](const CompressionPlan& self) {
         std::ostringstream text;
         text << self;

@@ -42,7 +42,7 @@ CodebookQuantization::CodebookQuantization(int64_t bits) : bits_(bits) {
 }
 
 void CodebookQuantization::replace(std::vector<Weight>& weights) {
-  const int64_t count = int64_t(1) << bits_;
+  const int64_t count = int64_t{1} << bits_;
   replace_rows(weights, /*per_channel=*/false,
                [&](const at::Tensor& rows, at::ScalarType) { return quantize(rows, count); });
   for (Weight& weight : weights) {

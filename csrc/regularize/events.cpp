@@ -51,7 +51,7 @@ Event RegularizationEvents::run_event() {
   const Projection projection = regularizer_->project(active());
   // Read together: a device is waited for once.
   const at::Tensor norms = at::stack({update_norm(projection), projection.weight_norm}).cpu();
-  const double* norm = norms.const_data_ptr<double>();
+  const auto* norm = norms.const_data_ptr<double>();
   check_finite(norm[0], "in Q(w)", projection.parameters, projection.values);
   write(projection);
   const Event event{steps_, since_event_, norm[0], norm[1], projection.bits, projection.dense_bits};

@@ -55,6 +55,7 @@ namespace {
 
 int64_t rank_of(const RankOrRatio& size, int64_t rows, int64_t columns) {
   if (size.rank) return *size.rank;
+  TORCH_INTERNAL_ASSERT(size.ratio.has_value());
   const double entries = static_cast<double>(rows * columns) / *size.ratio;
   return std::max<int64_t>(1, static_cast<int64_t>(entries / static_cast<double>(rows + columns)));
 }

@@ -38,7 +38,8 @@ void replace_matrices(std::vector<Weight>& weights, const Unfolding& unfolding,
     const at::Tensor projected = project(at::stack(parts), kind.first);
     for (size_t j = 0; j < members.size(); ++j) {
       Weight& weight = weights[members[j]];
-      weight.value = unfolding.to_weight(projected[j].to(weight.value.scalar_type()), weight.value.sizes());
+      weight.value =
+          unfolding.to_weight(projected[static_cast<int64_t>(j)].to(weight.value.scalar_type()), weight.value.sizes());
     }
   }
 }
@@ -50,6 +51,6 @@ void replace_rows(std::vector<Weight>& weights, bool per_channel,
   });
 }
 
-int64_t bits_per_element(const at::Tensor& tensor) { return 8 * static_cast<int64_t>(tensor.element_size()); }
+int64_t bits_per_element(const at::Tensor& tensor) { return 8 * tensor.element_size(); }
 
 }  // namespace cctorch::regularize

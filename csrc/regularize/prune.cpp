@@ -71,7 +71,7 @@ void NMPruning::check_shapes(const NamedParameters& selected) const {
 }
 
 void NMPruning::replace(std::vector<Weight>& weights) {
-  const int64_t bits_per_position = n_ == m_ ? 0 : std::bit_width(static_cast<uint64_t>(m_ - 1));
+  const int64_t bits_per_position = n_ == m_ ? 0 : static_cast<int64_t>(std::bit_width(static_cast<uint64_t>(m_ - 1)));
   for (Weight& weight : weights) {
     const int64_t kept = weight.value.numel() / m_ * n_;
     prune(weight, nm_masks({weight.value}, n_, m_, axis_)[0], kept, kept * bits_per_position);

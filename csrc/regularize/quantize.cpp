@@ -63,7 +63,7 @@ at::Tensor searched_reach(const Grid& grid, const at::Tensor& largest) {
 at::Tensor quantize(const at::Tensor& rows, at::ScalarType type, double q, Range range) {
   const Grid grid(rows, q);
   const at::Tensor largest = rows.abs().amax(-1, true);
-  const at::Tensor plain = rounded(grid.levels(largest), type);
+  at::Tensor plain = rounded(grid.levels(largest), type);
   if (range == Range::absmax) return plain;
   const at::Tensor reach = q == 1 ? ternary_reach(rows) : searched_reach(grid, largest);
   const at::Tensor searched = rounded(grid.levels(rounded(reach, type)), type);
@@ -80,7 +80,7 @@ UniformQuantization::UniformQuantization(int64_t bits, bool per_channel, Range r
 }
 
 void UniformQuantization::replace(std::vector<Weight>& weights) {
-  const auto q = static_cast<double>((int64_t(1) << (bits_ - 1)) - 1);
+  const auto q = static_cast<double>((int64_t{1} << (bits_ - 1)) - 1);
   replace_rows(weights, per_channel_,
                [&](const at::Tensor& rows, at::ScalarType type) { return quantize(rows, type, q, range_); });
   for (Weight& weight : weights) {

@@ -26,7 +26,7 @@ std::vector<at::Tensor> tensors_of(const NamedParameters& parameters) {
 }  // namespace
 
 Storage Storage::dense(const at::Tensor& parameter) {
-  return {.values = parameter.numel(), .bits_per_value = 8 * static_cast<int64_t>(parameter.element_size())};
+  return {.values = parameter.numel(), .bits_per_value = 8 * parameter.element_size()};
 }
 
 at::Tensor update_norm(const Projection& projection) {

@@ -22,6 +22,7 @@ std::pair<int64_t, int64_t> ranks_of(const RanksOrRatio& size, const Shape& shap
   if (size.ranks) {
     return {std::min(size.ranks->first, shape.outputs), std::min(size.ranks->second, shape.inputs)};
   }
+  TORCH_INTERNAL_ASSERT(size.ratio.has_value());
   const auto outputs = static_cast<double>(shape.outputs), inputs = static_cast<double>(shape.inputs);
   const double core = outputs * inputs * static_cast<double>(shape.kernel);
   const double factors = outputs * outputs + inputs * inputs;

@@ -72,7 +72,7 @@ at::Tensor minimizer(Problem& p, const at::Tensor& before, int64_t rank) {
   // Inputs that never change say nothing about the weight.
   if (p.ridge == 0) return before;
   const at::Tensor lower = factor(p);
-  const at::Tensor best = at::cholesky_solve((p.cross + p.ridge * before).t(), lower).t();
+  at::Tensor best = at::cholesky_solve((p.cross + p.ridge * before).t(), lower).t();
   if (rank >= std::min(best.size(0), best.size(1))) return best;
   // |W' - W|^2 in the metric of the inputs is |(W' - W) L|^2, so the best W' of a rank is a truncation of W L.
   const at::Tensor seen = at::mm(best, lower);
@@ -97,7 +97,7 @@ Fit fit(const Moments& moments, const at::Tensor& weight, const at::Tensor& inte
     without += static_cast<double>(moments.samples()) * error.square().sum().item<double>();
     found.intercept = moments.output_mean() - at::mv(found.weight, moments.input_mean());
   }
-  const double variance = moments.output_square().sum().item<double>();
+  const auto variance = moments.output_square().sum().item<double>();
   found.before = variance > 0 ? without / variance : 0.0;
   found.after = variance > 0 ? with / variance : 0.0;
   return found;

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
+#include <unordered_map>
 #include <vector>
 
 namespace cctorch {
@@ -61,6 +63,10 @@ class ChannelGraph {
   int64_t root(int64_t channel) const;
   void unite(int64_t a, int64_t b);
   Channels create(int64_t count);
+
+  using Planned = std::unordered_map<std::string_view, LayerPlan*>;
+  // By root: whether some layer reads the channel, or it is pinned.
+  std::vector<char> live_roots(const Planned& planned) const;
 
   std::vector<int64_t> parent_;
   std::vector<char> pinned_;

@@ -82,7 +82,7 @@ inline bool has_long_rows(const Layout& l) { return l.channels == 1 || l.inner >
 template <typename Formula, typename P = typename Formula::parameter_type>
 void forward(const Formula& formula, const Layout& l, const at::Tensor& y, const at::Tensor& x, const P* parameters) {
   const auto run = loops<Formula>(x.scalar_type());
-  const auto item = static_cast<int64_t>(x.element_size());
+  const int64_t item = x.element_size();
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   const auto* from = static_cast<const char*>(x.const_data_ptr());
   if (has_long_rows(l)) {
@@ -141,7 +141,7 @@ template <typename Formula, typename P = typename Formula::parameter_type>
 std::vector<formula::Wide<P>> backward(const Formula& formula, const Layout& l, const at::Tensor& grad_x,
                                        const at::Tensor& grad, const at::Tensor& x, const P* parameters) {
   const auto run = loops<Formula>(x.scalar_type());
-  const auto item = static_cast<int64_t>(x.element_size());
+  const int64_t item = x.element_size();
   auto* out = static_cast<char*>(grad_x.mutable_data_ptr());
   const auto* gs = static_cast<const char*>(grad.const_data_ptr());
   const auto* xs = static_cast<const char*>(x.const_data_ptr());

@@ -35,6 +35,9 @@ class WeightedLayer : public torch::nn::Cloneable<Derived>, public Compressible 
   void print_plan(std::ostream& stream) const;
 
  private:
+  friend Derived;
+  WeightedLayer() = default;
+
   at::Tensor gather_;
 };
 
@@ -42,7 +45,7 @@ class WeightedLayer : public torch::nn::Cloneable<Derived>, public Compressible 
 class Conv2dImpl : public WeightedLayer<Conv2dImpl> {
  public:
   Conv2dImpl(int64_t in_channels, int64_t out_channels, torch::ExpandingArray<2> kernel_size);
-  explicit Conv2dImpl(torch::nn::Conv2dOptions options);
+  explicit Conv2dImpl(const torch::nn::Conv2dOptions& options);
 
   void reset() override;
   void pretty_print(std::ostream& stream) const override;

@@ -155,7 +155,7 @@ TORCH_MODULE(LowRankLinear);
 class LowRankConv2dImpl : public torch::nn::Cloneable<LowRankConv2dImpl> {
  public:
   // `options` as for a Conv2d without groups and with zero padding given in numbers.
-  LowRankConv2dImpl(torch::nn::Conv2dOptions options, int64_t rank);
+  LowRankConv2dImpl(const torch::nn::Conv2dOptions& options, int64_t rank);
 
   void reset() override;
   void reset_parameters();

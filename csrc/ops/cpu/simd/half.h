@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#ifdef __F16C__
 #include <immintrin.h>
 #else
 #include <c10/util/Half.h>
@@ -23,7 +23,7 @@ struct BFloat16 {
 
 inline void to_float(const Half* from, float* to, int64_t n) {
   int64_t i = 0;
-#if defined(__F16C__)
+#ifdef __F16C__
   for (; i + 8 <= n; i += 8) {
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
   }
@@ -35,7 +35,7 @@ inline void to_float(const Half* from, float* to, int64_t n) {
 
 inline void from_float(const float* from, Half* to, int64_t n) {
   int64_t i = 0;
-#if defined(__F16C__)
+#ifdef __F16C__
   for (; i + 8 <= n; i += 8) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                      _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
@@ -55,7 +55,7 @@ inline void to_float(const BFloat16* from, float* to, int64_t n) {
 
 inline void from_float(const float* from, BFloat16* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
+    uint32_t bits = 0;
     std::memcpy(&bits, from + i, sizeof(bits));
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     to[i].bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
