@@ -7,7 +7,7 @@ format of its input. All are traced by ``torch.compile(fullgraph=True)`` and ``t
 from cctorch.ops.batch_norm import batch_norm, batch_norm_inference
 from cctorch.ops.channel_gate import channel_gate
 from cctorch.ops.fake_quant import fake_quant
-from cctorch.ops.low_rank import low_rank_conv2d, low_rank_linear
+from cctorch.ops.low_rank import low_rank_conv2d, low_rank_linear, truncated_svd, tucker2, tucker2_conv2d
 from cctorch.ops.mask import apply_mask, channel_mask, magnitude_masks, nm_mask
 
 __all__ = [
@@ -21,4 +21,7 @@ __all__ = [
     "low_rank_linear",
     "magnitude_masks",
     "nm_mask",
+    "truncated_svd",
+    "tucker2",
+    "tucker2_conv2d",
 ]
