@@ -262,7 +262,7 @@ TEST(Modules, LowRankLayoutsAtFullRankAreTheDenseLayer) {
   const auto options = torch::nn::Conv2dOptions(4, 6, {3, 5}).stride({2, 1}).padding(1);
   const at::Tensor weight = doubles({6, 4, 3, 5}), x = doubles({2, 4, 9, 9});
   for (auto layer : {LowRankConv2d(options, 6), LowRankConv2d(options, 18, LowRankLayout::spatial),
-                      LowRankConv2d(options, std::pair<int64_t, int64_t>(6, 4))}) {
+                     LowRankConv2d(options, std::pair<int64_t, int64_t>(6, 4))}) {
     layer->to(torch::kDouble);
     layer->factorize(weight);
     EXPECT_LT(difference(layer->forward(x), at::conv2d(x, weight, layer->bias, {2, 1}, {1, 1})), 1e-10);
