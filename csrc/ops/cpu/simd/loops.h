@@ -31,7 +31,8 @@ struct Loops {
 };
 
 // Every formula that the loops are compiled for, with float and with double arithmetic.
-#define CCTORCH_FOR_EACH_FORMULA(f) f(ChannelGate) f(FakeQuant) f(FakeQuantOffset) f(Pact) f(FloatQuant) f(SoftThreshold)
+#define CCTORCH_FOR_EACH_FORMULA(f) \
+  f(ChannelGate) f(FakeQuant) f(FakeQuantOffset) f(Pact) f(FloatQuant) f(SoftThreshold)
 
 #define CCTORCH_DECLARE_FORMULA(name)                         \
   extern template Loops<formula::name<float>> loops(Storage); \
