@@ -284,6 +284,13 @@ def _losses(folder: Path) -> Tensor:
     return torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
 
 
+def _epochs(folder: Path) -> Tensor:
+    """Loss and accuracy of each."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [(event["loss"], event["accuracy"]) for event in events if event["event"] == "epoch"]
+    return torch.tensor(found, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_run_does_not_depend_on_the_number_of_ranks(settings: dict[str, Any], alone: Path, ranks: int) -> None:
     name = f"of{ranks}"
@@ -292,6 +299,7 @@ def test_a_run_does_not_depend_on_the_number_of_ranks(settings: dict[str, Any], 
     assert (folder / "plan.json").read_text() == (alone / "plan.json").read_text()
     assert len(_losses(folder)) == 12
     torch.testing.assert_close(_losses(folder), _losses(alone), rtol=1e-9, atol=0)
+    torch.testing.assert_close(_epochs(folder), _epochs(alone), rtol=1e-9, atol=0)
     for checkpoint in ("dense.pt", "compressed.pt"):
         found, wanted = (models.load_tensors(f / "checkpoints" / checkpoint)["model"] for f in (folder, alone))
         # Rounding decides on the signs of the two factors of a weight.
