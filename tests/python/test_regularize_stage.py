@@ -42,7 +42,9 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _config(data: Path, output: Path, *, compress: bool = False, **changes: Any) -> Config:
     whole = tree(data, output, regularize={**STAGE, **changes})
-    if not compress:
+    if compress:
+        whole["compress"]["target"] = 0.6  # so that a layer is factored
+    else:
         whole |= {"compress": None, "finetune": None}
     return parse_config(whole)
 

@@ -145,13 +145,15 @@ bool near(double turn, int64_t rest) { return turn * 3 <= 0.002 * static_cast<do
 
 at::Tensor leading(const at::Tensor& a, int64_t rank) {
   if (a.scalar_type() == at::kDouble || a.size(0) <= exact_rows) return exact_basis(a, rank).to(a.scalar_type());
+  // All directions: rounded eigenvectors would lose some of what an identity keeps.
+  if (rank == a.size(0)) return at::eye(rank, a.options());
   const at::Tensor g = gram(a);
   const double total = g.diagonal().sum(at::kDouble).item<double>();
   if (!fits_float32(total)) return exact_basis(a, rank).to(at::kFloat);
   auto found = 3 * rank < a.size(0) ? iterate(g, rank) : std::nullopt;
   if (!found) found = by_eigenvectors(g, rank);
   const bool resolved = total - found->second >= least_resolved(rank, at::kFloat) * total;
-  return resolved || rank == a.size(0) ? found->first : exact_basis(a, rank).to(at::kFloat);
+  return resolved ? found->first : exact_basis(a, rank).to(at::kFloat);
 }
 
 std::optional<std::pair<at::Tensor, at::Tensor>> warm(const at::Tensor& a, const at::Tensor& basis) {
