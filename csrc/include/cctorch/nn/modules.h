@@ -30,7 +30,7 @@ struct FakeQuantOptions {
 class FakeQuantImpl : public torch::nn::Cloneable<FakeQuantImpl> {
  public:
   explicit FakeQuantImpl(int64_t bits) : FakeQuantImpl(FakeQuantOptions(bits)) {}
-  explicit FakeQuantImpl(const FakeQuantOptions& options);
+  explicit FakeQuantImpl(FakeQuantOptions options);
 
   void reset() override;
   void load(torch::serialize::InputArchive& archive) override;
@@ -38,9 +38,9 @@ class FakeQuantImpl : public torch::nn::Cloneable<FakeQuantImpl> {
   int64_t qmin() const;
   int64_t qmax() const;
 
-  // "lsq": s = 2 mean|x| / sqrt(qmax) (LSQ, section 2.1), the offsets 0; else as quant_range() and
+  // "lsq": s = 2 mean|input| / sqrt(qmax) (LSQ, section 2.1), the offsets 0; else as quant_range() and
   // quant_range_offset() find them.
-  void initialize(const at::Tensor& x);
+  void initialize(const at::Tensor& input);
   at::Tensor forward(const at::Tensor& x);
 
   FakeQuantOptions options;
