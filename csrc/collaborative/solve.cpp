@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 #include <cctorch/collaborative.h>
+#include <cctorch/low_rank.h>
 
 #include <algorithm>
 
@@ -48,10 +49,16 @@ std::pair<at::Tensor, at::Tensor> factorize(const at::Tensor& weight, const std:
   const int64_t highest = std::min(outputs, matrix.size(1));
   TORCH_CHECK_VALUE(rank >= 1 && rank <= highest, "factorize: rank = ", rank, ", expected 1 to ", highest, " for ",
                     outputs, " x ", matrix.size(1));
-  const auto [u, s, vh] = at::linalg_svd(matrix, /*full_matrices=*/false);
-  const at::Tensor root = s.narrow(0, 0, rank).sqrt();
-  at::Tensor first = (root.unsqueeze(1) * vh.narrow(0, 0, rank)).to(weight.scalar_type());
-  at::Tensor second = (u.narrow(1, 0, rank) * root).to(weight.scalar_type());
+  const auto [left, right] = truncated_svd(matrix, rank);
+  // The factor at the smaller side is orthonormal, the other one has the singular values.
+  const bool wide = outputs <= matrix.size(1);
+  const at::Tensor values = wide ? at::linalg_vector_norm(right[0], 2, {1}) : at::linalg_vector_norm(left[0], 2, {0});
+  const at::Tensor order = at::argsort(values, /*stable=*/true, /*dim=*/0, /*descending=*/true);
+  const at::Tensor root = values.sqrt(), inverse = at::where(root > 0, root.reciprocal(), 0.0);
+  const at::Tensor& of_left = wide ? root : inverse;
+  const at::Tensor& of_right = wide ? inverse : root;
+  at::Tensor first = (right[0] * of_right.unsqueeze(1)).index_select(0, order).to(weight.scalar_type());
+  at::Tensor second = (left[0] * of_left).index_select(1, order).to(weight.scalar_type());
   if (weight.dim() == 4) {
     first = first.view({rank, kept.size(1), kept.size(2), kept.size(3)});
     second = second.view({outputs, rank, 1, 1});

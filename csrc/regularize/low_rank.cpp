@@ -1,52 +1,43 @@
 #include "csrc/regularize/low_rank.h"
 
 #include <ATen/ATen.h>
-#include <cctorch/regularize.h>
+#include <cctorch/low_rank.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "csrc/ops/truncated_svd.h"
+#include "csrc/regularize/matrices.h"
+
 namespace cctorch::regularize {
 
 namespace low_rank {
-
-at::Tensor leading(const at::Tensor& a, int64_t rank) {
-  const at::Tensor vectors = std::get<1>(at::linalg_eigh(at::matmul(a, a.transpose(-1, -2))));
-  return vectors.narrow(-1, vectors.size(-1) - rank, rank);
-}
-
-at::Tensor onto(const at::Tensor& basis, const at::Tensor& a) {
-  return at::matmul(basis, at::matmul(basis.transpose(-1, -2), a));
-}
-
-// By the Gram matrix of the smaller side. In float64 the squared condition number costs nothing that a float32 weight
-// could show.
-at::Tensor truncate(const at::Tensor& a, int64_t rank) {
-  if (a.size(-2) > a.size(-1)) return truncate(a.transpose(-1, -2), rank).transpose(-1, -2);
-  return rank < a.size(-2) ? onto(leading(a, rank), a) : a;
-}
 
 void check_ratio(const char* who, const std::optional<double>& ratio) {
   TORCH_CHECK_VALUE(!ratio || (*ratio > 1 && std::isfinite(*ratio)), who, ": ratio = ", ratio.value_or(0),
                     ", expected a finite number above 1: weights for each entry of the factors");
 }
 
-void replace_factored(std::vector<Weight>& weights, const Unfolding& unfolding,
-                      const std::function<int64_t(const at::Tensor& weight)>& entries,
-                      const std::function<at::Tensor(const at::Tensor&, at::ScalarType)>& project) {
-  std::vector<Weight> factored;
-  std::vector<size_t> positions;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const int64_t values = entries(weights[i].value);
-    if (values >= weights[i].value.numel()) continue;
-    positions.push_back(i);
-    factored.push_back(weights[i]);
-    factored.back().storage = Storage::dense(weights[i].value);
-    factored.back().storage.values = values;
-    factored.back().storage.factored = true;
+std::vector<Weight*> factored(std::vector<Weight>& weights,
+                              const std::function<int64_t(const at::Tensor& weight)>& entries) {
+  std::vector<Weight*> chosen;
+  for (Weight& weight : weights) {
+    const int64_t values = entries(weight.value);
+    if (values >= weight.value.numel()) continue;
+    weight.storage = Storage::dense(weight.value);
+    weight.storage.values = values;
+    weight.storage.factored = true;
+    chosen.push_back(&weight);
   }
-  replace_matrices(factored, unfolding, project);
-  for (size_t j = 0; j < positions.size(); ++j) weights[positions[j]] = std::move(factored[j]);
+  return chosen;
+}
+
+at::Tensor recall(const State& bases, const std::string& key, at::IntArrayRef sizes, const at::Tensor& like) {
+  const auto entry = bases.find(key);
+  const auto* basis = entry == bases.end() ? nullptr : std::get_if<at::Tensor>(&entry->second);
+  const bool fits = basis != nullptr && basis->sizes() == sizes && basis->scalar_type() == like.scalar_type() &&
+                    basis->device() == like.device();
+  return fits ? *basis : at::empty({0}, like.options());
 }
 
 }  // namespace low_rank
@@ -70,14 +61,28 @@ SVD::SVD(RankOrRatio size, MatrixView view) : size_(size), view_(view) {
 }
 
 void SVD::replace(std::vector<Weight>& weights) {
-  const auto entries = [&](const at::Tensor& weight) {
+  const Unfolding unfolding = as_matrix(view_);
+  const auto chosen = low_rank::factored(weights, [&](const at::Tensor& weight) {
     const int64_t rows = weight.size(0) * (view_ == MatrixView::spatial && weight.dim() == 4 ? weight.size(2) : 1);
     const int64_t columns = weight.numel() / rows;
     return rank_of(size_, rows, columns) * (rows + columns);
-  };
-  low_rank::replace_factored(weights, as_matrix(view_), entries, [&](const at::Tensor& matrices, at::ScalarType) {
-    return low_rank::truncate(matrices, rank_of(size_, matrices.size(-2), matrices.size(-1)));
   });
+  std::vector<at::Tensor> matrices, bases;
+  std::vector<int64_t> ranks;
+  for (const Weight* weight : chosen) {
+    const at::Tensor& matrix = matrices.emplace_back(unfolding.to_matrix(weight->value));
+    const int64_t rows = matrix.size(0), columns = matrix.size(1), rank = rank_of(size_, rows, columns);
+    ranks.push_back(rank);
+    const std::vector<int64_t> sizes =
+        rows <= columns ? std::vector<int64_t>{rows, rank} : std::vector<int64_t>{rank, columns};
+    bases.push_back(low_rank::recall(bases_, "basis." + weight->name, sizes, matrix));
+  }
+  const auto [left, right] = truncated_svd(matrices, ranks, bases);
+  for (size_t i = 0; i < chosen.size(); ++i) {
+    chosen[i]->value = unfolding.to_weight(at::mm(left[i], right[i]), chosen[i]->value.sizes());
+    if (!starts_from_bases(matrices[i])) continue;
+    bases_["basis." + chosen[i]->name] = matrices[i].size(0) <= matrices[i].size(1) ? left[i] : right[i];
+  }
 }
 
 }  // namespace cctorch::regularize

@@ -1,9 +1,8 @@
 #include <ATen/ATen.h>
+#include <cctorch/low_rank.h>
 #include <cctorch/regularize.h>
 
 #include <algorithm>
-
-#include "csrc/regularize/low_rank.h"
 
 namespace cctorch::regularize {
 
@@ -49,7 +48,7 @@ void TiledSVD::replace(std::vector<Weight>& weights) {
   std::vector<int64_t> counts;
   for (Weight& weight : weights) {
     const Tiling& tiling = tilings.emplace_back(weight.value, tile_);
-    blocks.push_back(tiling.cut(weight.value).to(at::kDouble));
+    blocks.push_back(tiling.cut(weight.value));
     counts.push_back(tiling.down * tiling.right);
     const at::Tensor shrink = at::empty({counts.back()}, at::kBool);
     weight.storage = Storage::dense(weight.value);
@@ -63,12 +62,11 @@ void TiledSVD::replace(std::vector<Weight>& weights) {
     weight.storage.factored = weight.storage.values < weight.value.numel();
     shrinks.push_back(shrink);
   }
-  const at::Tensor all = at::cat(blocks);
-  const at::Tensor shrink = at::cat(shrinks).to(all.device()).view({-1, 1, 1});
-  const auto replaced = at::where(shrink, low_rank::truncate(all, rank_), all).split_with_sizes(counts);
+  const auto [left, right] = truncated_svd(blocks, std::vector<int64_t>(blocks.size(), rank_));
   for (size_t i = 0; i < weights.size(); ++i) {
-    const at::Tensor& w = weights[i].value;
-    weights[i].value = tilings[i].join(replaced[i].to(w.scalar_type()), w.sizes());
+    const at::Tensor shrink = shrinks[i].to(blocks[i].device()).view({-1, 1, 1});
+    const at::Tensor replaced = at::where(shrink, at::bmm(left[i], right[i]), blocks[i]);
+    weights[i].value = tilings[i].join(replaced, weights[i].value.sizes());
   }
 }
 

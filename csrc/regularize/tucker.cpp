@@ -1,9 +1,11 @@
 #include <ATen/ATen.h>
+#include <cctorch/low_rank.h>
 #include <cctorch/regularize.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "csrc/ops/tucker2.h"
 #include "csrc/regularize/low_rank.h"
 
 namespace cctorch::regularize {
@@ -32,27 +34,6 @@ std::pair<int64_t, int64_t> ranks_of(const RanksOrRatio& size, const Shape& shap
           std::max<int64_t>(1, static_cast<int64_t>(fraction * inputs))};
 }
 
-// Of a batch x outputs x inputs x kernel: the inputs first.
-at::Tensor swapped(const at::Tensor& w) { return w.transpose(1, 2).contiguous(); }
-
-// `w` with its outputs in the space of `basis`.
-at::Tensor coordinates(const at::Tensor& basis, const at::Tensor& w) {
-  return at::matmul(basis.transpose(-1, -2), w.flatten(2)).unflatten(2, w.sizes().slice(2));
-}
-
-// Higher-order SVD, then higher-order orthogonal iteration: each basis in turn is the best for the other.
-at::Tensor tucker(const at::Tensor& w, int64_t rank_out, int64_t rank_in, int64_t iterations) {
-  at::Tensor out = low_rank::leading(w.flatten(2), rank_out);
-  const at::Tensor by_input = swapped(w);
-  at::Tensor in = low_rank::leading(by_input.flatten(2), rank_in);
-  for (int64_t i = 0; i < iterations; ++i) {
-    out = low_rank::leading(swapped(coordinates(in, by_input)).flatten(2), rank_out);
-    in = low_rank::leading(swapped(coordinates(out, w)).flatten(2), rank_in);
-  }
-  const at::Tensor narrowed = low_rank::onto(out, w.flatten(2)).view(w.sizes());
-  return swapped(low_rank::onto(in, swapped(narrowed).flatten(2)).view(by_input.sizes()));
-}
-
 }  // namespace
 
 Tucker2::Tucker2(RanksOrRatio size, int64_t iterations) : size_(size), iterations_(iterations) {
@@ -66,18 +47,29 @@ Tucker2::Tucker2(RanksOrRatio size, int64_t iterations) : size_(size), iteration
 }
 
 void Tucker2::replace(std::vector<Weight>& weights) {
-  const auto entries = [&](const at::Tensor& weight) {
+  const auto chosen = low_rank::factored(weights, [&](const at::Tensor& weight) {
     const Shape shape(weight.sizes());
     const auto [out, in] = ranks_of(size_, shape);
     return out * shape.outputs + in * shape.inputs + out * in * shape.kernel;
-  };
-  const Unfolding by_kernel{
-      [](const at::Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1), -1}); },
-      [](const at::Tensor& cube, at::IntArrayRef sizes) { return cube.reshape(sizes); }};
-  low_rank::replace_factored(weights, by_kernel, entries, [&](const at::Tensor& cubes, at::ScalarType) {
-    const auto [out, in] = ranks_of(size_, Shape(cubes.sizes().slice(1)));
-    return tucker(cubes, out, in, iterations_);
   });
+  std::vector<at::Tensor> values, start_out, start_in;
+  std::vector<int64_t> ranks_out, ranks_in;
+  for (const Weight* weight : chosen) {
+    const at::Tensor& value = values.emplace_back(weight->value);
+    const auto [out, in] = ranks_of(size_, Shape(value.sizes()));
+    ranks_out.push_back(out);
+    ranks_in.push_back(in);
+    start_out.push_back(low_rank::recall(bases_, "out." + weight->name, {value.size(0), out}, value));
+    start_in.push_back(low_rank::recall(bases_, "in." + weight->name, {value.size(1), in}, value));
+  }
+  const auto [cores, out, in] = tucker2(values, ranks_out, ranks_in, iterations_, start_out, start_in);
+  for (size_t i = 0; i < chosen.size(); ++i) {
+    const at::Tensor narrow = at::matmul(in[i], cores[i].reshape({ranks_out[i], ranks_in[i], -1}));
+    chosen[i]->value = at::mm(out[i], narrow.flatten(1)).view(values[i].sizes());
+    if (!tucker2_starts_from_bases(values[i])) continue;
+    bases_["out." + chosen[i]->name] = out[i];
+    bases_["in." + chosen[i]->name] = in[i];
+  }
 }
 
 }  // namespace cctorch::regularize

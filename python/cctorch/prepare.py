@@ -16,8 +16,9 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
 
     The mask comes first, then the quantization; a :class:`~cctorch.nn.LowRankWeight` that the user registered before
     comes ahead of both. Magnitude masks of equal sparsity are one global selection over all of them. Weights are
-    quantized with one scale for each output channel. In a model that :func:`cctorch.apply` rebuilt, the two factors of
-    a decomposed layer take the place of its weight.
+    quantized with one scale for each output channel. In a model that :func:`cctorch.apply` rebuilt, the factors of
+    a decomposed layer take the place of its weight, and of an ``nn.LSTMCell`` (or another recurrent cell) both weights
+    are taken, in which the gates lie below each other. ``nn.LSTM`` cannot be parametrized; regularizers act on it.
 
     Optimizers made before keep working: the parameters stay the same objects. The scales are new ones.
 
@@ -69,7 +70,11 @@ def _weights(model: nn.Module, layer: LayerPlan) -> list[_Weight]:
         raise ValueError(f"plan: {type(model).__name__} has no layer '{layer.name}' to mask or quantize") from None
     if isinstance(module, GatherChannels):
         module = module.layer
-    names = ("first", "second") if isinstance(module, LowRankConv2d | LowRankLinear) else ("weight",)
+    names: tuple[str, ...] = ("weight",)
+    if isinstance(module, LowRankConv2d | LowRankLinear):
+        names = tuple(name for name in ("first", "core", "second") if hasattr(module, name))
+    elif isinstance(module, nn.RNNCellBase):
+        names = ("weight_ih", "weight_hh")
     for name in names:
         weight = getattr(module, name, None)
         if not isinstance(weight, Tensor) or weight.dim() < 2:

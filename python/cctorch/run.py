@@ -17,7 +17,18 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from cctorch import _C, batch_norm, collaborative, compress_stage, data, distributed, export, measure, models, report
+from cctorch import (
+    _C,
+    batch_norm,
+    collaborative,
+    compress_stage,
+    data,
+    distributed,
+    measure,
+    measure_stage,
+    models,
+    report,
+)
 from cctorch.apply import apply
 from cctorch.config import Compress, Config, ConfigError, Finetune, Training, expand
 from cctorch.device import describe, select_device
@@ -29,7 +40,7 @@ from cctorch.regularize_stage import RegularizeStage, select
 from cctorch.repair import repair
 from cctorch.session import locked, logged
 from cctorch.store import Architecture, Events, Folder, State, Steps, build, load_model
-from cctorch.summary import Figures, Summary, counted, search_results, show
+from cctorch.summary import Summary, counted, search_results, show
 from cctorch.train import (
     Criterion,
     Partial,
@@ -404,45 +415,9 @@ class _Run:
         return self.regularizing.events.as_if_at_event() if self.regularizing else contextlib.nullcontext()
 
     def _measure(self) -> Summary:
-        results = self.state.results
-        self.log.line("measuring")
-        dense = self._place(load_model(self.folder.dense)[0])
-        self.model.eval()
-        before, before_times = self._figures(dense, results["dense_top1"], results["dense_macs"])
-        after, after_times = self._figures(self.model, results["compressed_top1"], results["final_macs"])
-        for layer in results["layers"]:
-            layer["seconds_before"] = _seconds_of(layer["name"], before_times)
-            layer["seconds_after"] = _seconds_of(layer["name"], after_times)
-        if self.config.export:
-            self.log.line("exporting")
-            # A program remembers its device; one on the CPU opens everywhere.
-            export.save_program(self.model.cpu(), self.feed.example(2).cpu(), self.folder.path / "compressed.pt2")
-        shared = {field: results[field] for field in Summary.__dataclass_fields__ if field in results}
-        summary = Summary(
-            name=self.config.name,
-            device=self.device_name,
-            target=self.config.compress.target if self.config.compress else 0.0,
-            budget=self.config.compress.budget if self.config.compress else "macs",
-            before=before,
-            after=after,
-            **shared,
+        return measure_stage.measured(
+            self.config, self.folder, self.feed, self.model, self.device, self.state.results, self.log
         )
-        self.folder.write("summary.json", summary.to_json())
-        return summary
-
-    def _figures(self, model: nn.Module, top1: float, macs: int) -> tuple[Figures, dict[str, float]]:
-        settings = self.config.measure
-        latency = {
-            str(batch): measure.latency(model, self.feed.example(batch), repeats=settings.repeats)
-            for batch in settings.batch_sizes
-        }
-        figures = Figures(top1, measure.parameters(model), macs, measure.size_on_disk(model), latency)
-        return figures, measure.layer_times(model, self.feed.example(max(settings.batch_sizes)))
-
-
-def _seconds_of(layer: str, times: dict[str, float]) -> float:
-    """Of a layer, or of the parts that it was replaced by."""
-    return sum(seconds for name, seconds in times.items() if name == layer or name.startswith(f"{layer}."))
 
 
 def _curve(curve: _C.RateCurve) -> dict[str, Any]:

@@ -185,7 +185,10 @@ class _Losses:
 
     def read(self, steps: int) -> None:
         first = len(self._done.losses)
-        recent = distributed.sum_(self._values[first:steps]).tolist()
+        # Rank after rank: in an all-reduce the order, and with it the last bit, depends on how many are read at once.
+        total = sum(distributed.gather(self._values[first:steps]).unbind(), torch.zeros((), device=self._values.device))
+        self._values[first:steps] = total
+        recent = total.tolist()
         for step, loss in enumerate(recent, start=first):
             if not math.isfinite(loss):
                 raise TrainingError(

@@ -133,3 +133,19 @@ def test_misfits_are_refused_before_anything_changes() -> None:
     prepare(model, plan_of(bits=4))
     with pytest.raises(ValueError, match=r"layer '0' is prepared already; run cctorch.convert"):
         prepare(model, plan_of(bits=4))
+
+
+def test_both_weights_of_a_recurrent_cell() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTMCell(8, 16))
+    dense = {name: weight.detach().clone() for name, weight in model[0].named_parameters()}
+    parametrize.register_parametrization(model[0], "weight_hh", LowRankWeight(4))
+    layer = LayerPlan("0", "linear", 8, 64, mask=MaskPlan("channel", sparsity=0.5))
+    prepare(model, CompressionPlan(layers=[layer]))
+    model(torch.randn(3, 8))[0].sum().backward()
+    convert(model)
+    u, s, vh = torch.linalg.svd(dense["weight_hh"])
+    low = (u[:, :4] * s[:4]) @ vh[:4]
+    for name, weight in (("weight_ih", dense["weight_ih"]), ("weight_hh", low)):
+        kept = weight.norm(dim=1) >= weight.norm(dim=1).sort().values[32]
+        torch.testing.assert_close(getattr(model[0], name).detach(), weight * kept[:, None], rtol=1e-4, atol=1e-5)

@@ -20,6 +20,7 @@ from cctorch.interruption import Interrupted
 from cctorch.nn import BatchNorm2d
 from cctorch.report import page
 from cctorch.run import run
+from cctorch.train import Partial, _Losses
 from rich.console import Console
 from tiny_run import images_and_labels, tree, write_dataset
 from torch import Tensor, nn
@@ -190,6 +191,19 @@ def _hooks_go_with_the_wrapper() -> None:
         del wrapped
 
 
+def _losses_do_not_depend_on_how_many_are_read_at_once() -> None:
+    values = torch.rand(20, generator=torch.Generator().manual_seed(dist.get_rank()))
+    read = []
+    for stops in ((20,), (17, 20), (1, 2, 5, 20)):
+        losses = _Losses(20, torch.device("cpu"), done := Partial(), 0)
+        for step, value in enumerate(values):
+            losses.put(step, value)
+        for stop in stops:
+            losses.read(stop)
+        read.append(done.losses)
+    assert read[0] == read[1] == read[2]
+
+
 def _a_fresh_wrapper_adds_up_like_a_used_one() -> None:
     """To the bit: a run that goes on has a fresh one."""
     torch.manual_seed(0)
@@ -217,6 +231,7 @@ TOGETHER = [
     _a_difference_is_named,
     _votes_come_one_call_later,
     _hooks_go_with_the_wrapper,
+    _losses_do_not_depend_on_how_many_are_read_at_once,
     _a_fresh_wrapper_adds_up_like_a_used_one,
 ]
 
@@ -269,6 +284,13 @@ def _losses(folder: Path) -> Tensor:
     return torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
 
 
+def _epochs(folder: Path) -> Tensor:
+    """Loss and accuracy of each."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [(event["loss"], event["accuracy"]) for event in events if event["event"] == "epoch"]
+    return torch.tensor(found, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_run_does_not_depend_on_the_number_of_ranks(settings: dict[str, Any], alone: Path, ranks: int) -> None:
     name = f"of{ranks}"
@@ -277,6 +299,7 @@ def test_a_run_does_not_depend_on_the_number_of_ranks(settings: dict[str, Any], 
     assert (folder / "plan.json").read_text() == (alone / "plan.json").read_text()
     assert len(_losses(folder)) == 12
     torch.testing.assert_close(_losses(folder), _losses(alone), rtol=1e-9, atol=0)
+    torch.testing.assert_close(_epochs(folder), _epochs(alone), rtol=1e-9, atol=0)
     for checkpoint in ("dense.pt", "compressed.pt"):
         found, wanted = (models.load_tensors(f / "checkpoints" / checkpoint)["model"] for f in (folder, alone))
         # Rounding decides on the signs of the two factors of a weight.

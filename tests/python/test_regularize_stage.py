@@ -105,9 +105,9 @@ def test_accuracies_of_the_epochs_are_as_if_at_an_event(
     seen: list[float] = []
     original: Callable[..., float] = driver.measure.accuracy
 
-    def spy(model: nn.Module, batches: Any) -> float:
+    def spy(model: nn.Module, batches: Any, **options: Any) -> float:
         seen.append(describe(model.get_submodule("layer1.0.conv1").weight)["sparsity"])  # type: ignore[arg-type]
-        return original(model, batches)
+        return original(model, batches, **options)
 
     monkeypatch.setattr(driver.measure, "accuracy", spy)
     _run(_config(dataset, tmp_path, frequency={"kind": "constant", "period": 100}))

@@ -6,8 +6,8 @@
 #include <cctorch/collaborative.h>
 #include <cctorch/fake_quant.h>
 #include <cctorch/fake_quant_weights.h>
-#include <cctorch/gates.h>
 #include <cctorch/float_quant.h>
+#include <cctorch/gates.h>
 #include <cctorch/low_rank.h>
 #include <cctorch/mask.h>
 #include <cctorch/memory.h>

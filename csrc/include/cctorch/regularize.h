@@ -214,15 +214,19 @@ struct RankOrRatio {
   std::optional<double> ratio = std::nullopt;
 };
 
-// Truncated SVD. A matrix whose factors would not be smaller is left alone.
+// Truncated SVD. A matrix whose factors would not be smaller is left alone. An event starts from the factors of the
+// last one: they are its state.
 class SVD final : public Regularizer {
  public:
   explicit SVD(RankOrRatio size, MatrixView view = MatrixView::channel);
   void replace(std::vector<Weight>& weights) override;
+  State state_dict() const override { return bases_; }
+  void load_state_dict(const State& state) override { bases_ = state; }
 
  private:
   RankOrRatio size_;
   MatrixView view_;
+  State bases_;
 };
 
 // Truncated SVD of every tile x tile block of the size(0) x rest matrix: ratio tile / (2 rank). Blocks at the right and
@@ -243,15 +247,18 @@ struct RanksOrRatio {
 };
 
 // Tucker-2: low rank in output and in input channels (1 x 1, kh x kw, 1 x 1). A weight whose factors would not be
-// smaller is left alone.
+// smaller is left alone. An event starts from the bases of the last one: they are its state.
 class Tucker2 final : public Regularizer {
  public:
   explicit Tucker2(RanksOrRatio size, int64_t iterations = 3);
   void replace(std::vector<Weight>& weights) override;
+  State state_dict() const override { return bases_; }
+  void load_state_dict(const State& state) override { bases_ = state; }
 
  private:
   RanksOrRatio size_;
   int64_t iterations_;
+  State bases_;
 };
 
 // The last of `parts` applied to the result of those before it.

@@ -59,17 +59,19 @@ struct Pieces {
 
 // For layouts with short rows: the parameters written out for several rows, so that one call has a few hundred
 // elements.
-template <typename P>
+template <typename T, typename P>
 struct Period {
   Layout layout;
   int64_t size;
-  std::vector<P> parameters;
+  std::vector<T> numbers;
 
   Period(const Layout& l, const P* values) : layout(l), size(l.channels * l.inner) {
     size *= std::max<int64_t>(1, 512 / size);
-    parameters.resize(size);
-    for (int64_t i = 0; i < size; ++i) parameters[i] = values[i / l.inner % l.channels];
+    numbers.resize(size * formula::numbers_in<P>);
+    const formula::Columns<T, P> columns{numbers.data(), size};
+    for (int64_t i = 0; i < size; ++i) columns.add(i, values[i / l.inner % l.channels]);
   }
+  formula::Columns<const T, P> parameters() const { return {numbers.data(), size}; }
   int64_t numel() const { return layout.outer * layout.channels * layout.inner; }
   int64_t count() const { return ceil_div(numel(), size); }
   int64_t length(int64_t index) const { return std::min(size, numel() - index * size); }
@@ -93,38 +95,39 @@ void forward(const Formula& formula, const Layout& l, const at::Tensor& y, const
     });
     return;
   }
-  const Period<P> period(l, parameters);
+  const Period<typename Formula::value_type, P> period(l, parameters);
   at::parallel_for(0, period.count(), std::max<int64_t>(1, kGrain / period.size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t offset = i * period.size * item;
-      run.forward_each(formula, to + offset, from + offset, period.length(i), period.parameters.data());
+      run.forward_each(formula, to + offset, from + offset, period.length(i), period.parameters());
     }
   });
 }
 
-template <typename Formula, typename P = typename Formula::parameter_type>
+template <typename Formula, typename P = typename Formula::parameter_type, typename T = typename Formula::value_type>
 std::vector<formula::Wide<P>> backward_short_rows(const Formula& formula, const Layout& l, char* out, const char* grad,
                                                   const char* x, int64_t item, const simd::Loops<Formula>& run,
                                                   const P* parameters) {
-  const Period<P> period(l, parameters);
+  const Period<T, P> period(l, parameters);
   // Sums are kept in the formula's type over this many periods, then added up in double.
   constexpr int64_t kShortSum = 64;
   const int64_t per_block = std::max(ceil_div(kBlock, period.size), ceil_div(period.count(), 64));
   const int64_t blocks = ceil_div(period.count(), per_block);
   std::vector<formula::Wide<P>> sums(blocks * period.size);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<P> short_sums(period.size);
+    std::vector<T> short_sums(period.numbers.size());
+    const formula::Columns<T, P> sums_of_elements{short_sums.data(), period.size};
     for (int64_t block = begin; block < end; ++block) {
       const int64_t last = std::min(period.count(), (block + 1) * per_block);
       auto* block_sums = sums.data() + block * period.size;
       for (int64_t first = block * per_block; first < last; first += kShortSum) {
-        std::fill(short_sums.begin(), short_sums.end(), P{});
+        std::fill(short_sums.begin(), short_sums.end(), T(0));
         for (int64_t i = first; i < std::min(last, first + kShortSum); ++i) {
           const int64_t offset = i * period.size * item;
-          run.backward_each(formula, out + offset, grad + offset, x + offset, period.length(i),
-                            period.parameters.data(), short_sums.data());
+          run.backward_each(formula, out + offset, grad + offset, x + offset, period.length(i), period.parameters(),
+                            sums_of_elements);
         }
-        for (int64_t j = 0; j < period.size; ++j) block_sums[j] += formula::wide(short_sums[j]);
+        for (int64_t j = 0; j < period.size; ++j) block_sums[j] += formula::wide(sums_of_elements[j]);
       }
     }
   });

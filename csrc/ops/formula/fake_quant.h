@@ -38,7 +38,8 @@ struct FakeQuant {
     const T v = x / s;
     const T clamped = clamp(v, qmin, qmax);
     const T q = std::nearbyint(clamped);
-    return {v == clamped ? grad : T(0), grad * s * (v == clamped ? q - v : q)};
+    // grad * s may be infinite where their product with a small q - v is not.
+    return {v == clamped ? grad : T(0), grad * (s * (v == clamped ? q - v : q))};
   }
 };
 

@@ -26,7 +26,7 @@ struct FloatQuant {
     const T v = x / s;
     const T clamped = clamp(v, -largest, largest);
     const T q = rounded(clamped);
-    return {v == clamped ? grad : T(0), grad * s * (v == clamped ? q - v : q)};
+    return {v == clamped ? grad : T(0), grad * (s * (v == clamped ? q - v : q))};
   }
 
  private:

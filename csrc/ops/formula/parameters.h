@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include "csrc/ops/formula/host_device.h"
 
 namespace cctorch::formula {
@@ -27,6 +29,34 @@ template <typename Parameter>
 constexpr bool is_pair = false;
 template <typename T>
 constexpr bool is_pair<Pair<T>> = true;
+
+// The parameters of consecutive elements: an array of numbers, for Pairs followed by another one of the same length.
+// Interleaved they would not be vectorized.
+template <typename T, typename Parameter>
+struct Columns {
+  T* numbers;
+  int64_t length;
+
+  CCTORCH_HOST_DEVICE Parameter operator[](int64_t i) const {
+    if constexpr (is_pair<Parameter>) {
+      return {numbers[i], numbers[length + i]};
+    } else {
+      return numbers[i];
+    }
+  }
+
+  CCTORCH_HOST_DEVICE void add(int64_t i, const Parameter& value) const {
+    if constexpr (is_pair<Parameter>) {
+      numbers[i] += value.first;
+      numbers[length + i] += value.second;
+    } else {
+      numbers[i] += value;
+    }
+  }
+};
+
+template <typename Parameter>
+constexpr int64_t numbers_in = is_pair<Parameter> ? 2 : 1;
 
 // Sums of parameters are kept in float64.
 template <typename T>

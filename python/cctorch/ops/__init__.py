@@ -11,7 +11,7 @@ from cctorch.ops.fake_quant import fake_quant, fake_quant_groups, fake_quant_off
 from cctorch.ops.fake_quant_weights import fake_quant_weights
 from cctorch.ops.float_quant import fp8_quant, power_of_two_quant
 from cctorch.ops.gates import hard_concrete, hard_concrete_open, sigmoid_gate
-from cctorch.ops.low_rank import low_rank_conv2d, low_rank_linear
+from cctorch.ops.low_rank import low_rank_conv2d, low_rank_linear, truncated_svd, tucker2, tucker2_conv2d
 from cctorch.ops.mask import apply_mask, block_masks, channel_masks, magnitude_masks, magnitude_prune, nm_masks
 from cctorch.ops.quant_range import observe_range_, quant_range, quant_range_offset
 from cctorch.ops.soft_threshold import soft_threshold
@@ -56,4 +56,7 @@ __all__ = [
     "sigmoid_gate",
     "soft_threshold",
     "ternary_quant",
+    "truncated_svd",
+    "tucker2",
+    "tucker2_conv2d",
 ]

@@ -168,7 +168,7 @@ TYPED_TEST(SumChannels, SoftThresholdEqualsFloat64) {
 TYPED_TEST(SumChannels, FakeQuantOffsetEqualsFloat64) {
   using S = TypeParam;
   using T = Math<S>;
-  for (const Layout& l : kLayouts) {
+  for (const Layout& l : {Layout{1, 1, 5000}, Layout{3, 5, 49}, Layout{9, 40, 1}, Layout{17, 5, 9}}) {
     const int64_t numel = l.outer * l.channels * l.inner;
     const auto grad = normal<S>(numel, 1);
     // Quarter steps from the offset, off the halves and the ends.

@@ -299,6 +299,26 @@ TEST(Modules, SoftThresholdsAndHardConcreteGates) {
   EXPECT_THROW(HardConcreteGate(3, 1.0), c10::Error);
 }
 
+TEST(Modules, LowRankLayoutsAtFullRankAreTheDenseLayer) {
+  const auto options = torch::nn::Conv2dOptions(4, 6, {3, 5}).stride({2, 1}).padding(1);
+  const at::Tensor weight = doubles({6, 4, 3, 5}), x = doubles({2, 4, 9, 9});
+  for (auto layer : {LowRankConv2d(options, 6), LowRankConv2d(options, 18, LowRankLayout::spatial),
+                     LowRankConv2d(options, std::pair<int64_t, int64_t>(6, 4))}) {
+    layer->to(torch::kDouble);
+    layer->factorize(weight);
+    EXPECT_LT(difference(layer->forward(x), at::conv2d(x, weight, layer->bias, {2, 1}, {1, 1})), 1e-10);
+    EXPECT_TRUE(layer->first.requires_grad());
+    EXPECT_THROW(layer->factorize(weight.flatten(1)), c10::Error);
+  }
+  LowRankLinear linear(6, 5, 5);
+  linear->to(torch::kDouble);
+  const at::Tensor matrix = doubles({5, 6}), rows = doubles({3, 6});
+  linear->factorize(matrix);
+  EXPECT_LT(difference(linear(rows), at::linear(rows, matrix, linear->bias)), 1e-11);
+  EXPECT_THROW(LowRankConv2d(options, std::pair<int64_t, int64_t>(7, 4)), c10::Error);
+  EXPECT_THROW(LowRankConv2d(options, 19, LowRankLayout::spatial), c10::Error);
+}
+
 TEST(Modules, LowRankEqualsTheProductOfItsFactors) {
   LowRankLinear linear(6, 5, 2);
   linear->to(torch::kDouble);

@@ -19,5 +19,25 @@ TEST(LowRank, EqualsTheMergedWeight) {
   EXPECT_TRUE(flat.allclose(at::linear(rows, merged.flatten(1), bias), 1e-11, 1e-11));
 }
 
+TEST(LowRank, FactorsOfManyAreNearest) {
+  const std::vector<at::Tensor> matrices{at::randn({100, 150}), at::randn({90, 70}), at::randn({4, 8, 6})};
+  const auto [left, right] = truncated_svd(matrices, {10, 12, 2});
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const at::Tensor values = at::linalg_svdvals(matrices[i].to(at::kDouble));
+    const int64_t rank = left[i].size(-1);
+    const double best = values.narrow(-1, rank, values.size(-1) - rank).norm().item<double>();
+    EXPECT_LE((at::matmul(left[i], right[i]) - matrices[i]).norm().item<double>(), 1.001 * best);
+  }
+}
+
+TEST(LowRank, Tucker2AtFullRanksIsTheWeight) {
+  const std::vector<at::Tensor> weights{at::randn({6, 4, 3, 3}), at::randn({70, 80})};
+  const auto [cores, out, in] = tucker2(weights, {6, 70}, {4, 80}, 1);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const at::Tensor narrow = at::matmul(in[i], cores[i].reshape({cores[i].size(0), cores[i].size(1), -1})).flatten(1);
+    EXPECT_TRUE(at::mm(out[i], narrow).view(weights[i].sizes()).allclose(weights[i], 1e-4, 1e-4));
+  }
+}
+
 }  // namespace
 }  // namespace cctorch

@@ -123,6 +123,13 @@ def test_extremes() -> None:
     assert gradients(fake_quant, x, torch.zeros(1), torch.ones(10), -128, 127)[2].isnan()
 
 
+def test_a_huge_scale_does_not_make_small_gradients_infinite() -> None:
+    x, log_scale, grad = torch.tensor([0.3, -2.0, 0.0]), torch.tensor([88.0]), torch.tensor([1e3, 10.0, 1e3])
+    _, _, grad_scale = gradients(fake_quant, x, log_scale, grad, -8, 7)
+    # Everything rounds to 0, so the error is -x.
+    torch.testing.assert_close(grad_scale, -(grad * x).sum().view(1), rtol=1e-6, atol=0.0)
+
+
 def test_gradient_at_and_beyond_the_ends() -> None:
     x = torch.tensor([-2.25, -2.0, 0.25, 1.0, 1.25])
     _, grad_x, grad_scale = gradients(fake_quant, x, torch.zeros(1), torch.ones(5), -2, 1)

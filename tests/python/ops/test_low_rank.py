@@ -141,7 +141,7 @@ def test_decomposed_convolutions_state_both_dimensions() -> None:
             "x must have the 4 input channels",
         ),
         (
-            lambda: low_rank_conv2d(torch.ones(1, 4, 4, 4), torch.ones(2, 4, 1, 1), torch.ones(5, 2, 3, 3)),
+            lambda: low_rank_conv2d(torch.ones(1, 4, 4, 4), torch.ones(2, 4, 3, 3), torch.ones(5, 2, 3, 3)),
             "second must be a 1 x 1 convolution",
         ),
         (

@@ -9,6 +9,7 @@
 #include <iosfwd>
 #include <optional>
 #include <string>
+#include <utility>
 
 namespace cctorch::nn {
 
@@ -146,27 +147,42 @@ class LowRankLinearImpl : public torch::nn::Cloneable<LowRankLinearImpl> {
   void pretty_print(std::ostream& stream) const override;
   at::Tensor forward(const at::Tensor& x);
 
+  // The factors become those of the truncated SVD of a weight out_features x in_features, balanced.
+  void factorize(const at::Tensor& weight);
+
   LowRankLinearOptions options;
   at::Tensor first, second, bias;
 };
 TORCH_MODULE(LowRankLinear);
 
-// cctorch::low_rank_conv2d with the parameters `first`, `second` and `bias`.
+// The factors of a convolution: kh x kw, then 1 x 1; or 1 x kw, then kh x 1.
+enum class LowRankLayout { channel, spatial };
+
+// cctorch::low_rank_conv2d with the parameters `first`, `second` and `bias`; with two ranks, of the outputs and of the
+// inputs, cctorch::tucker2_conv2d with `core` as well.
 class LowRankConv2dImpl : public torch::nn::Cloneable<LowRankConv2dImpl> {
  public:
   // `options` as for a Conv2d without groups and with zero padding given in numbers.
-  LowRankConv2dImpl(const torch::nn::Conv2dOptions& options, int64_t rank);
+  LowRankConv2dImpl(torch::nn::Conv2dOptions options, int64_t rank, LowRankLayout layout = LowRankLayout::channel);
+  LowRankConv2dImpl(torch::nn::Conv2dOptions options, std::pair<int64_t, int64_t> ranks);
 
   void reset() override;
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
   at::Tensor forward(const at::Tensor& x);
 
+  // The factors become those of the truncated SVD (or Tucker-2) of a weight N x C x kh x kw, balanced.
+  void factorize(const at::Tensor& weight);
+
   torch::nn::Conv2dOptions options;
-  at::Tensor first, second, bias;
+  at::Tensor first, core, second, bias;
 
  private:
+  void check() const;
+
   int64_t rank_;
+  LowRankLayout layout_ = LowRankLayout::channel;
+  std::optional<std::pair<int64_t, int64_t>> ranks_;
 };
 TORCH_MODULE(LowRankConv2d);
 

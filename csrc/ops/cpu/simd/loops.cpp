@@ -95,25 +95,31 @@ formula::Wide<P> backward(const Formula& shared_formula, void* grad_x, const voi
 
 template <typename S, typename Formula, typename T = typename Formula::value_type>
 void forward_each(const Formula& shared_formula, void* y, const void* x, int64_t n,
-                  const typename Formula::parameter_type* parameters) {
+                  typename Loops<Formula>::Parameters parameters) {
   const Formula formula = shared_formula;
   Reader<S, T> read_x;
   Writer<S, T> write_y;
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int64_t size = tile_size(begin, n);
     const T* xs = read_x(x, begin, size);
-    const auto* ps = parameters + begin;
     T* ys = write_y.tile(y, begin);
+    // Plain pointers, or the loop is not vectorized.
+    const T* first = parameters.numbers + begin;
+    if constexpr (formula::is_pair<typename Formula::parameter_type>) {
+      const T* second = first + parameters.length;
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) ys[i] = formula.forward(xs[i], ps[i]);
+      for (int64_t i = 0; i < size; ++i) ys[i] = formula.forward(xs[i], {first[i], second[i]});
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) ys[i] = formula.forward(xs[i], first[i]);
+    }
     write_y.flush(y, begin, size);
   }
 }
 
-template <typename S, typename Formula, typename T = typename Formula::value_type,
-          typename P = typename Formula::parameter_type>
+template <typename S, typename Formula, typename T = typename Formula::value_type>
 void backward_each(const Formula& shared_formula, void* grad_x, const void* grad, const void* x, int64_t n,
-                   const P* parameters, P* grad_parameters) {
+                   typename Loops<Formula>::Parameters parameters, typename Loops<Formula>::Sums sums) {
   const Formula formula = shared_formula;
   Reader<S, T> read_x;
   Reader<S, T> read_grad;
@@ -122,14 +128,26 @@ void backward_each(const Formula& shared_formula, void* grad_x, const void* grad
     const int64_t size = tile_size(begin, n);
     const T* xs = read_x(x, begin, size);
     const T* gs = read_grad(grad, begin, size);
-    const P* ps = parameters + begin;
-    P* sums = grad_parameters + begin;
     T* out = write.tile(grad_x, begin);
+    const T* first = parameters.numbers + begin;
+    T* first_sums = sums.numbers + begin;
+    if constexpr (formula::is_pair<typename Formula::parameter_type>) {
+      const T* second = first + parameters.length;
+      T* second_sums = first_sums + sums.length;
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-      const auto gradients = formula.backward(gs[i], xs[i], ps[i]);
-      out[i] = gradients.x;
-      sums[i] += gradients.parameter;
+      for (int64_t i = 0; i < size; ++i) {
+        const auto gradients = formula.backward(gs[i], xs[i], {first[i], second[i]});
+        out[i] = gradients.x;
+        first_sums[i] += gradients.parameter.first;
+        second_sums[i] += gradients.parameter.second;
+      }
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) {
+        const auto gradients = formula.backward(gs[i], xs[i], first[i]);
+        out[i] = gradients.x;
+        first_sums[i] += gradients.parameter;
+      }
     }
     write.flush(grad_x, begin, size);
   }

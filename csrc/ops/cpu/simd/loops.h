@@ -15,20 +15,24 @@ enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 // formula's.
 template <typename Formula>
 struct Loops {
+  using T = typename Formula::value_type;
   using P = typename Formula::parameter_type;
+  using Parameters = formula::Columns<const T, P>;
+  using Sums = formula::Columns<T, P>;
 
   // n elements that share their parameter
   void (*forward)(const Formula&, void* y, const void* x, int64_t n, P parameter);
   formula::Wide<P> (*backward)(const Formula&, void* grad_x, const void* grad, const void* x, int64_t n, P parameter);
 
   // n elements with a parameter each; backward adds to grad_parameters
-  void (*forward_each)(const Formula&, void* y, const void* x, int64_t n, const P* parameters);
-  void (*backward_each)(const Formula&, void* grad_x, const void* grad, const void* x, int64_t n, const P* parameters,
-                        P* grad_parameters);
+  void (*forward_each)(const Formula&, void* y, const void* x, int64_t n, Parameters parameters);
+  void (*backward_each)(const Formula&, void* grad_x, const void* grad, const void* x, int64_t n, Parameters parameters,
+                        Sums grad_parameters);
 };
 
 // Every formula that the loops are compiled for, with float and with double arithmetic.
-#define CCTORCH_FOR_EACH_FORMULA(f) f(ChannelGate) f(FakeQuant) f(FakeQuantOffset) f(Pact) f(FloatQuant) f(SoftThreshold)
+#define CCTORCH_FOR_EACH_FORMULA(f) \
+  f(ChannelGate) f(FakeQuant) f(FakeQuantOffset) f(Pact) f(FloatQuant) f(SoftThreshold)
 
 #define CCTORCH_DECLARE_FORMULA(name)                         \
   extern template Loops<formula::name<float>> loops(Storage); \

@@ -1,0 +1,181 @@
+#include "csrc/ops/cpu/subspace.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace cctorch::cpu::subspace {
+
+namespace {
+
+// The Gram matrix of A is wrong by no more than some 4 eps |A|^2, and a basis made of it loses no more than 2
+// sqrt(rank) times that. What it leaves of |A|^2 must be so much that this is 0.1 % of the error: 0.2 % of its square.
+double least_resolved(int64_t rank, at::ScalarType type) {
+  const double eps =
+      type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+  return 8 * std::sqrt(static_cast<double>(rank)) * eps / 0.002;
+}
+
+// Whether squares as small as matter beside their sum, and products of it, are numbers in float32.
+bool fits_float32(double sum_of_squares) { return 1e-20 < sum_of_squares && sum_of_squares < 1e30; }
+
+// rows x columns of +1 and -1, the same ones every time (xorshift64).
+at::Tensor signs(int64_t rows, int64_t columns) {
+  at::Tensor result = at::empty({rows, columns}, at::kFloat);
+  auto* values = result.mutable_data_ptr<float>();
+  uint64_t state = 0x9e3779b97f4a7c15;
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    if (i % 32 == 0) {
+      state ^= state << 13;
+      state ^= state >> 7;
+      state ^= state << 17;
+    }
+    values[i] = (state >> (i % 32 + 16) & 1) != 0 ? 1.0F : -1.0F;
+  }
+  return result;
+}
+
+// The Chebyshev polynomial of degree `degree` on [0, bound] of G, times `rows`: at most 1 on that interval, and growing
+// as fast as any polynomial can above it. `image` is rows G.
+at::Tensor filter(const at::Tensor& g, const at::Tensor& rows, const at::Tensor& image, double bound, int64_t degree) {
+  const double half = bound / 2;
+  at::Tensor before = rows, now = (image - half * rows).div_(half);
+  for (int64_t d = 1; d < degree; ++d) {
+    before = at::addmm(before, now, g, -1, 2 / half).sub_(now, 2);
+    std::swap(before, now);
+  }
+  return now;
+}
+
+// The largest degree whose growth at `top` the basis of a float32 block survives.
+int64_t safe_degree(double top, double bound, int64_t wanted) {
+  constexpr double growth = 3000;
+  const double reach = std::acosh(std::max(1.0, 2 * top / bound - 1));
+  const int64_t safe = reach > 0 ? static_cast<int64_t>(std::acosh(growth) / reach) : wanted;
+  return std::clamp<int64_t>(safe, 1, wanted);
+}
+
+// Subspace iteration with Chebyshev polynomials and one Rayleigh-Ritz step at the end: products of matrices almost
+// only. Returns the basis and its share of trace(G). Needs fewer multiplications than an eigendecomposition for ranks
+// below a third of G's size.
+std::optional<std::pair<at::Tensor, double>> iterate(const at::Tensor& g, int64_t rank) {
+  // A tenth more rows than wanted, and this degree of all polynomials together, reach 0.1 % for a spectrum without any
+  // gap; those of trained weights fall faster.
+  constexpr int64_t total_degree = 7;
+  const int64_t width = rank + std::max<int64_t>(8, rank / 10);
+  auto block = orthonormal(at::mm(signs(width, g.size(0)), g), 1);
+  for (int64_t degree = 1; block;) {
+    const at::Tensor image = at::mm(*block, g);
+    const at::Tensor projected = at::mm(image, block->t());
+    if (degree == total_degree) {
+      const auto [values, vectors] = at::linalg_eigh(projected);
+      const double kept = values.narrow(0, width - rank, rank).sum(at::kDouble).item<double>();
+      return std::pair(at::mm(vectors.narrow(1, width - rank, rank).t(), *block), kept);
+    }
+    const at::Tensor values = at::linalg_eigvalsh(projected);
+    const auto* value = values.const_data_ptr<float>();
+    // The smallest one wanted. A larger one would damp what lies between them, once they have converged.
+    const double bound = value[width - rank];
+    if (!(bound > 0)) return std::nullopt;
+    const int64_t step = safe_degree(value[width - 1], bound, total_degree - degree);
+    degree += step;
+    block = orthonormal(filter(g, *block, image, bound, step), degree == total_degree ? 2 : 1);
+  }
+  return std::nullopt;
+}
+
+std::pair<at::Tensor, double> by_eigenvectors(const at::Tensor& g, int64_t rank) {
+  const auto [values, vectors] = at::linalg_eigh(g);
+  const int64_t rest = g.size(0) - rank;
+  return {vectors.narrow(1, rest, rank).t(), values.narrow(0, rest, rank).sum(at::kDouble).item<double>()};
+}
+
+}  // namespace
+
+std::optional<at::Tensor> orthonormal(const at::Tensor& rows, int passes) {
+  at::Tensor q = rows / at::linalg_vector_norm(rows, 2, {1}, /*keepdim=*/true).clamp_min(1e-30);
+  for (int pass = 0; pass < passes; ++pass) {
+    at::Tensor products = at::mm(q, q.t());
+    if (pass == 0) products.diagonal().add_(5e-7 * static_cast<double>(rows.size(0)));
+    const auto [lower, failed] = at::linalg_cholesky_ex(products);
+    if (failed.item<int>() != 0) return std::nullopt;
+    q = at::linalg_solve_triangular(lower, q, /*upper=*/false);
+  }
+  return q;
+}
+
+at::Tensor gram(const at::Tensor& a) {
+  const int64_t rows = a.size(0);
+  constexpr int64_t panel = 128;
+  at::Tensor g = at::empty({rows, rows}, a.options());
+  for (int64_t begin = 0; begin < rows; begin += panel) {
+    const int64_t end = std::min(rows, begin + panel);
+    const at::Tensor below = g.narrow(0, begin, end - begin);
+    at::Tensor lower = below.narrow(1, 0, end);
+    at::mm_out(lower, a.narrow(0, begin, end - begin), a.narrow(0, 0, end).t());
+    g.narrow(0, 0, begin).narrow(1, begin, end - begin).copy_(below.narrow(1, 0, begin).t());
+  }
+  return g;
+}
+
+at::Tensor exact_basis(const at::Tensor& a, int64_t rank) {
+  const at::Tensor wide = a.to(at::kDouble);
+  const auto [values, vectors] = at::linalg_eigh(at::matmul(wide, wide.mT()));
+  const int64_t rest = a.size(-2) - rank;
+  at::Tensor basis = vectors.narrow(-1, rest, rank).mT();
+  if (a.scalar_type() != at::kDouble || rest == 0) return basis;
+  const at::Tensor lost = values.narrow(-1, 0, rest).sum(-1), total = values.sum(-1);
+  if (at::all(lost >= least_resolved(rank, at::kDouble) * total).item<bool>()) return basis;
+  return std::get<0>(at::linalg_svd(wide, /*full_matrices=*/rank > a.size(-1))).narrow(-1, 0, rank).mT();
+}
+
+at::Tensor turned_towards(const at::Tensor& a, const at::Tensor& basis) {
+  if (a.scalar_type() == at::kDouble || a.size(0) <= exact_rows) return leading(a, basis.size(0));
+  const auto next = orthonormal(at::mm(at::mm(basis, a), a.t()), 2);
+  return next ? *next : leading(a, basis.size(0));
+}
+
+double turn(const at::Tensor& before, const at::Tensor& after) {
+  return static_cast<double>(after.size(0)) - at::mm(after, before.t()).square().sum(at::kDouble).item<double>();
+}
+
+bool near(double turn, int64_t rest) { return turn * 3 <= 0.002 * static_cast<double>(rest); }
+
+at::Tensor leading(const at::Tensor& a, int64_t rank) {
+  if (a.scalar_type() == at::kDouble || a.size(0) <= exact_rows) return exact_basis(a, rank).to(a.scalar_type());
+  const at::Tensor g = gram(a);
+  const double total = g.diagonal().sum(at::kDouble).item<double>();
+  if (!fits_float32(total)) return exact_basis(a, rank).to(at::kFloat);
+  auto found = 3 * rank < a.size(0) ? iterate(g, rank) : std::nullopt;
+  if (!found) found = by_eigenvectors(g, rank);
+  const bool resolved = total - found->second >= least_resolved(rank, at::kFloat) * total;
+  return resolved || rank == a.size(0) ? found->first : exact_basis(a, rank).to(at::kFloat);
+}
+
+std::optional<std::pair<at::Tensor, at::Tensor>> warm(const at::Tensor& a, const at::Tensor& basis) {
+  const int64_t rank = basis.size(1), rest = a.size(0) - rank;
+  auto rows = orthonormal(basis.t(), 1);
+  const double norm = at::linalg_vector_norm(a).item<double>(), total = norm * norm;
+  if (!fits_float32(total)) return std::nullopt;
+  for (int round = 0; rows && round < 2; ++round) {
+    const at::Tensor right = at::mm(*rows, a);
+    const at::Tensor image = at::mm(right, a.t());
+    const auto [lower, failed] = at::linalg_cholesky_ex(at::mm(image, rows->t()));
+    if (failed.item<int>() != 0) return std::nullopt;
+    // B = `rows`, Z = B A: the best in the rows of Z is A Z^T (Z Z^T)^-1 Z, and Z Z^T = L L^T.
+    const at::Tensor half = at::linalg_solve_triangular(lower, image, /*upper=*/false);
+    const double kept = half.square().sum(at::kDouble).item<double>();
+    if (total - kept < least_resolved(rank, at::kFloat) * total) return std::nullopt;
+    const auto next = orthonormal(half, 1);
+    if (!next) return std::nullopt;
+    if (near(turn(*rows, *next), rest)) {
+      return std::pair(at::linalg_solve_triangular(lower.t(), half, /*upper=*/true).t(), right);
+    }
+    rows = next;
+  }
+  return std::nullopt;
+}
+
+}  // namespace cctorch::cpu::subspace

@@ -1,0 +1,73 @@
+#include "csrc/ops/tucker2.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "csrc/largest_first.h"
+#include "csrc/ops/cpu/subspace.h"
+
+namespace cctorch {
+
+bool tucker2_starts_from_bases(const at::Tensor& weight) {
+  return weight.is_cpu() && weight.scalar_type() != at::kDouble &&
+         std::max(weight.size(0), weight.size(1)) > cpu::subspace::exact_rows;
+}
+
+}  // namespace cctorch
+
+namespace cctorch::cpu {
+namespace {
+
+// From bases that fitted similar weights, unless these turn too far.
+std::optional<Tucker2Bases> from(const at::Tensor& w, const Tucker2Bases& start, int64_t iterations) {
+  const Tucker2Steps steps{&subspace::leading, &subspace::turned_towards};
+  const auto out = subspace::orthonormal(start.out, 2), in = subspace::orthonormal(start.in, 2);
+  if (!out || !in) return std::nullopt;
+  const Tucker2Bases once = improved(w, {*out, *in}, 1, steps);
+  const Tucker2Bases bases = improved(w, once, std::max<int64_t>(iterations - 1, 1), steps);
+  const bool near_out = subspace::near(subspace::turn(once.out, bases.out), w.size(0) - bases.out.size(0));
+  const bool near_in = subspace::near(subspace::turn(once.in, bases.in), w.size(1) - bases.in.size(0));
+  return near_out && near_in ? std::optional(bases) : std::nullopt;
+}
+
+void factor(const at::Tensor& weight, const Tucker2Bases& start, int64_t iterations, const Tucker2Factors& factors) {
+  // Small ones in float64, which costs little and resolves all that float32 can show.
+  const auto type = tucker2_starts_from_bases(weight) ? at::kFloat : at::kDouble;
+  const at::Tensor w = weight.to(type).reshape({weight.size(0), weight.size(1), -1});
+  std::optional<Tucker2Bases> bases;
+  if (start.out.defined() && type == at::kFloat) {
+    bases = from(w, {start.out.to(type).t(), start.in.to(type).t()}, iterations);
+  }
+  const auto best = [](const at::Tensor& a, const at::Tensor& basis) { return subspace::leading(a, basis.size(0)); };
+  const Tucker2Steps steps{&subspace::leading, best};
+  if (!bases) bases = improved(w, hosvd(w, factors[1].size(1), factors[2].size(1), steps), iterations, steps);
+  factors[0].copy_(tucker2_core(w, *bases).view(factors[0].sizes()));
+  factors[1].copy_(bases->out.t());
+  factors[2].copy_(bases->in.t());
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> tucker2(
+    at::TensorList weights, at::IntArrayRef ranks_out, at::IntArrayRef ranks_in, int64_t iterations,
+    at::TensorList bases_out, at::TensorList bases_in) {
+  check_tucker2(weights, {ranks_out, ranks_in, iterations}, bases_out, bases_in);
+  std::vector<Tucker2Factors> factors;
+  std::vector<double> costs;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    factors.push_back(empty_tucker2(weights[i], ranks_out[i], ranks_in[i]));
+    costs.push_back(static_cast<double>(weights[i].numel() * (weights[i].size(0) + weights[i].size(1))));
+  }
+  largest_first(costs, [&](size_t i) {
+    if (weights[i].numel() == 0) return;
+    const bool started = !bases_out.empty() && bases_out[i].numel() > 0 && bases_in[i].numel() > 0;
+    factor(weights[i], started ? Tucker2Bases{bases_out[i], bases_in[i]} : Tucker2Bases{}, iterations, factors[i]);
+  });
+  return tucker2_lists(weights.size(), [&](size_t i) { return factors[i]; });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cctorch, CPU, m) { m.impl("tucker2", &tucker2); }
+
+}  // namespace cctorch::cpu

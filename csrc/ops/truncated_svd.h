@@ -1,0 +1,17 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <cctorch/low_rank.h>
+
+namespace cctorch {
+
+void check_truncated_svd(at::TensorList matrices, at::IntArrayRef ranks, at::TensorList bases);
+
+// rows x rank and rank x columns, in the dimensions of a batch of matrices.
+std::pair<at::Tensor, at::Tensor> empty_factors(const at::Tensor& matrix, int64_t rank);
+
+// Whether a basis makes any difference: not where the exact way is the cheap one, nor on a device that would have to be
+// waited for.
+bool starts_from_bases(const at::Tensor& matrix);
+
+}  // namespace cctorch

@@ -1,0 +1,70 @@
+"""The last stage of a run: figures of both models, the exported program, the summary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cctorch import data, export, measure
+from cctorch.config import Config, Measure
+from cctorch.device import describe
+from cctorch.log import Log
+from cctorch.store import Folder, load_model
+from cctorch.summary import Figures, Summary
+
+
+def measured(
+    config: Config,
+    folder: Folder,
+    feed: data.Feed,
+    model: nn.Module,
+    device: torch.device,
+    results: dict[str, Any],
+    log: Log,
+) -> Summary:
+    """Measures `model`, the compressed one, and the folder's dense model, and writes compressed.pt2 and summary.json.
+
+    `results` are those of the stages before; its layers get the seconds they take. `model` ends on the CPU.
+    """
+    log.line("measuring")
+    dense = feed.place(load_model(folder.dense)[0], device)
+    model.eval()
+    before, before_times = _figures(config.measure, feed, dense, results["dense_top1"], results["dense_macs"])
+    after, after_times = _figures(config.measure, feed, model, results["compressed_top1"], results["final_macs"])
+    for layer in results["layers"]:
+        layer["seconds_before"] = _seconds_of(layer["name"], before_times)
+        layer["seconds_after"] = _seconds_of(layer["name"], after_times)
+    if config.export:
+        log.line("exporting")
+        # A program remembers its device; one on the CPU opens everywhere.
+        export.save_program(model.cpu(), feed.example(2).cpu(), folder.path / "compressed.pt2")
+    shared = {field: results[field] for field in Summary.__dataclass_fields__ if field in results}
+    summary = Summary(
+        name=config.name,
+        device=describe(device),
+        target=config.compress.target if config.compress else 0.0,
+        budget=config.compress.budget if config.compress else "macs",
+        before=before,
+        after=after,
+        **shared,
+    )
+    folder.write("summary.json", summary.to_json())
+    return summary
+
+
+def _figures(
+    settings: Measure, feed: data.Feed, model: nn.Module, top1: float, macs: int
+) -> tuple[Figures, dict[str, float]]:
+    latency = {
+        str(batch): measure.latency(model, feed.example(batch), repeats=settings.repeats)
+        for batch in settings.batch_sizes
+    }
+    figures = Figures(top1, measure.parameters(model), macs, measure.size_on_disk(model), latency)
+    return figures, measure.layer_times(model, feed.example(max(settings.batch_sizes)))
+
+
+def _seconds_of(layer: str, times: dict[str, float]) -> float:
+    """Of a layer, or of the parts that it was replaced by."""
+    return sum(seconds for name, seconds in times.items() if name == layer or name.startswith(f"{layer}."))

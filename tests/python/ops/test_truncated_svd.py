@@ -1,0 +1,269 @@
+"""Against numpy's singular value decomposition in float64 (Eckart-Young)."""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cctorch.ops import truncated_svd
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def with_values(rows: int, columns: int, values: np.ndarray, seed: int = 0) -> Tensor:
+    size = min(rows, columns)
+    u = np.linalg.qr(random(rows, size, seed=seed + 1).double().numpy())[0]
+    v = np.linalg.qr(random(columns, size, seed=seed + 2).double().numpy())[0]
+    return torch.from_numpy((u * values) @ v.T)
+
+
+def least(matrix: Tensor, rank: int) -> float:
+    values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    return float(np.sqrt((values[rank:] ** 2).sum()))
+
+
+def error(matrix: Tensor, left: Tensor, right: Tensor) -> float:
+    return float((left.double() @ right.double() - matrix.double()).norm())
+
+
+def one(matrix: Tensor, rank: int, *basis: Tensor) -> tuple[Tensor, Tensor]:
+    (left,), (right,) = truncated_svd([matrix], [rank], basis)
+    assert left.shape == (*matrix.shape[:-1], rank)
+    assert right.shape == (*matrix.shape[:-2], rank, matrix.shape[-1])
+    assert left.dtype == right.dtype == matrix.dtype
+    return left, right
+
+
+def resolved(matrix: Tensor) -> float:
+    """Rounding of the factors to float32."""
+    return 2 * torch.finfo(torch.float32).eps * float(matrix.double().norm())
+
+
+# Below and above 64 rows; ranks below and above a third of the smaller side; wide, tall and square.
+SIZES = [(1, 1, 1), (1, 9, 1), (20, 30, 3), (64, 576, 16), (96, 200, 90), (300, 65, 10), (160, 160, 40), (200, 900, 50)]
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), SIZES)
+def test_no_farther_than_a_thousandth_from_the_best(rows: int, columns: int, rank: int) -> None:
+    matrix = random(rows, columns)
+    assert error(matrix, *one(matrix, rank)) <= 1.001 * least(matrix, rank) + resolved(matrix)
+
+
+SPECTRA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "flat": np.ones_like,
+    "linear": lambda i: 1 + i / len(i),
+    "slow": lambda i: (1 + i) ** -0.5,
+    "fast": lambda i: (1 + i) ** -1.5,
+    "faster": lambda i: np.exp(-i / 4.0),
+    "step": lambda i: np.where(i < len(i) // 5, 100.0, 1.0),
+    "step in the rank": lambda i: np.where(i < len(i) // 10, 1e3, 1.0) * (1 + i) ** -0.1,
+    "of low rank": lambda i: (i < 10).astype(float),
+    "zero": np.zeros_like,
+}
+
+
+@pytest.mark.parametrize("rank", [1, 20, 60, 140])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_spectra(spectrum: str, rank: int, dtype: torch.dtype) -> None:
+    matrix = with_values(150, 400, SPECTRA[spectrum](np.arange(150.0))).to(dtype)
+    eps = torch.finfo(dtype).eps
+    slack = 1.001 if dtype == torch.float32 else 1 + 1e-9
+    for m in (matrix, matrix.T):
+        assert error(m, *one(m, rank)) <= slack * least(m, rank) + 8 * eps * float(m.double().norm())
+
+
+def trained() -> list[Tensor]:
+    folder = Path(os.environ.get("CCTORCH_WEIGHTS", ""))
+    files = sorted(folder.glob("resnet20*.th")) if os.environ.get("CCTORCH_WEIGHTS") else []
+    if not files:
+        pytest.skip("CCTORCH_WEIGHTS names no folder with a trained ResNet-20")
+    state = torch.load(files[0], map_location="cpu", weights_only=True)["state_dict"]
+    return [w for w in state.values() if w.dim() == 4]
+
+
+def test_trained_weights_in_both_unfoldings() -> None:
+    matrices = []
+    for w in trained():
+        matrices += [w.flatten(1), w.transpose(1, 2).flatten(2).flatten(0, 1)]
+    ranks = [max(1, min(m.shape) // 4) for m in matrices]
+    for m, rank, left, right in zip(matrices, ranks, *truncated_svd(matrices, ranks), strict=True):
+        assert error(m, left, right) <= 1.001 * least(m, rank) + resolved(m)
+
+
+def basis_of(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return left if matrix.shape[-2] <= matrix.shape[-1] else right
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-3, 0.1, 0.3, 1.0, 100.0])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_started_from_the_bases_of_an_event(change: float, transpose: bool) -> None:
+    """Near or far: a basis that does not help is not believed."""
+    matrix = random(160, 400).T if transpose else random(160, 400)
+    left, right = one(matrix, 40)
+    projected = left @ right
+    noise = random(*matrix.shape, seed=5)
+    moved = projected + change * projected.norm() / noise.norm() * noise
+    basis = basis_of(matrix, left, right)
+    assert error(moved, *one(moved, 40, basis)) <= 1.001 * least(moved, 40) + resolved(moved)
+
+
+@pytest.mark.parametrize("basis", ["zero", "dependent", "random", "huge", "nan", "empty"])
+def test_any_basis_will_do(basis: str) -> None:
+    matrix = random(100, 150)
+    start = {
+        "zero": torch.zeros(100, 20),
+        "dependent": random(100, 1).expand(100, 20),
+        "random": random(100, 20, seed=3),
+        "huge": 1e15 * random(100, 20, seed=3),
+        "nan": torch.full((100, 20), math.nan),
+        "empty": torch.empty(0),
+    }[basis]
+    assert error(matrix, *one(matrix, 20, start)) <= 1.001 * least(matrix, 20)
+
+
+def test_a_good_basis_changes_the_way_but_not_the_result() -> None:
+    matrix = random(100, 20) @ random(20, 150, seed=1) + 0.5 * random(100, 150, seed=2)
+    cold = one(matrix, 20)
+    warm = one(matrix, 20, cold[0])
+    assert not torch.equal(warm[0], cold[0])
+    torch.testing.assert_close(warm[0] @ warm[1], cold[0] @ cold[1], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 6), (2, 3, 7, 7), (700, 16, 16), (3, 80, 100), (0, 4, 5)])
+def test_batches(shape: tuple[int, ...]) -> None:
+    matrices = random(*shape)
+    left, right = one(matrices, 3)
+    for m, a, b in zip(*(t.flatten(0, -3) for t in (matrices, left, right)), strict=True):
+        assert error(m, a, b) <= 1.001 * least(m, 3) + resolved(m)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [30, 100])
+def test_half_precision(dtype: torch.dtype, rows: int) -> None:
+    matrix = random(rows, 150, dtype=dtype)
+    rounding = 2 * torch.finfo(dtype).eps * float(matrix.double().norm())
+    assert error(matrix, *one(matrix, 10)) <= 1.001 * least(matrix, 10) + rounding
+
+
+def test_the_basis_is_orthonormal() -> None:
+    for rows, columns in ((40, 50), (100, 150), (150, 100)):
+        for rank in (10, 39):
+            matrix = random(rows, columns)
+            left, right = one(matrix, rank)
+            basis = left if rows <= columns else right.T
+            torch.testing.assert_close(basis.T @ basis, torch.eye(rank), rtol=0, atol=1e-5)
+
+
+def test_non_contiguous() -> None:
+    matrix = random(300, 200)[::2, 1::2]
+    for m in (matrix, matrix.T):
+        left, right = one(m, 20)
+        same = one(m.contiguous(), 20)
+        torch.testing.assert_close(left @ right, same[0] @ same[1], rtol=1e-4, atol=1e-4)
+
+
+def test_many_at_once_are_what_each_alone_is() -> None:
+    """On any number of threads, to rounding."""
+    matrices = [random(*shape, seed=i) for i, shape in enumerate([(100, 120), (8, 200), (150, 90), (70, 70)] * 3)]
+    ranks = [20, 3, 15, 10] * 3
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [one(m, r) for m, r in zip(matrices, ranks, strict=True)]
+        torch.set_num_threads(3)
+        left, right = truncated_svd(matrices, ranks)
+    finally:
+        torch.set_num_threads(threads)
+    for (a, b), c, d in zip(alone, left, right, strict=True):
+        torch.testing.assert_close(c @ d, a @ b, rtol=1e-4, atol=1e-4)
+    assert truncated_svd([], []) == ([], [])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(1, 90), st.integers(1, 90), st.sampled_from([1e-30, 1e-6, 1.0, 1e6, 1e15]))
+def test_any_values(data: Any, rows: int, columns: int, scale: float) -> None:
+    rank = data.draw(st.integers(1, min(rows, columns)))
+    matrix = scale * random(rows, columns, seed=data.draw(st.integers(0, 99)))
+    matrix[data.draw(st.integers(0, rows - 1))] = 0
+    assert error(matrix, *one(matrix, rank)) <= 1.001 * least(matrix, rank) + resolved(matrix)
+
+
+@pytest.mark.parametrize("rows", [20, 80])
+def test_other_devices_take_the_exact_route(rows: int) -> None:
+    """What CUDA runs, run here: the kernel that every device but the CPU has."""
+    matrices = [
+        random(rows, 100),
+        random(rows, 100, seed=1),
+        random(100, rows),
+        random(100, rows, dtype=torch.bfloat16),
+    ]
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    left, right = torch.ops.cctorch.truncated_svd.default.redispatch(keys, matrices, [5] * 4, [])
+    for m, a, b in zip(matrices, left, right, strict=True):
+        rounding = 2 * torch.finfo(m.dtype).eps * float(m.double().norm())
+        assert error(m, a, b) <= (1 + 1e-6) * least(m, 5) + rounding
+        assert a.dtype == b.dtype == m.dtype
+
+
+def test_opcheck() -> None:
+    matrices = [random(6, 8), random(80, 70), random(3, 5, 4)]
+    op = torch.ops.cctorch.truncated_svd.default
+    torch.library.opcheck(op, (matrices, [2, 10, 1], []))
+    left, right = truncated_svd(matrices, [2, 10, 1])
+    bases = [basis_of(m, a, b) for m, a, b in zip(matrices, left, right, strict=True)]
+    torch.library.opcheck(op, (matrices, [2, 10, 1], bases))
+
+
+def test_no_gradient() -> None:
+    left, right = one(random(5, 6).requires_grad_(), 2)
+    assert not left.requires_grad
+    assert not right.requires_grad
+
+
+def test_compile_and_export() -> None:
+    def projected(matrix: Tensor) -> Tensor:
+        (left,), (right,) = truncated_svd([matrix], [4])
+        return left @ right
+
+    class Module(torch.nn.Module):
+        def forward(self, matrix: Tensor) -> Tensor:
+            return projected(matrix)
+
+    matrix = random(20, 30)
+    compiled = torch.compile(projected, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(matrix), projected(matrix))
+    columns = {1: torch.export.Dim("columns", min=21)}
+    program = torch.export.export(Module(), (matrix,), dynamic_shapes=(columns,))
+    other = random(20, 44)
+    torch.testing.assert_close(program.module()(other), projected(other))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: truncated_svd([torch.ones(2, 3)], []), "one rank for each of the 1 matrices, got 0"),
+        (lambda: truncated_svd([torch.ones(2, 3)], [0]), r"ranks\[0\] must be at least 1, got 0"),
+        (lambda: truncated_svd([torch.ones(2, 3)], [3]), r"ranks\[0\] = 3 is more than a matrix of 2 x 3"),
+        (lambda: truncated_svd([torch.ones(3)], [1]), r"matrices\[0\] must have at least two dimensions"),
+        (lambda: truncated_svd([torch.ones(2, 3, dtype=torch.int64)], [1]), r"matrices\[0\] must be float32"),
+        (lambda: truncated_svd([torch.ones(2, 3)] * 2, [1, 1], [torch.ones(2, 1)]), "one for each of the 2 matrices"),
+        (
+            lambda: truncated_svd([torch.ones(3, 2)], [1], [torch.ones(3, 1)]),
+            r"bases\[0\] must be the factor at",
+        ),
+        (lambda: truncated_svd([torch.ones(2, 3)], [1], [torch.ones(2, 1).double()]), "Double"),
+    ],
+)
+def test_bad_arguments(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call()

@@ -1,0 +1,154 @@
+"""Against higher-order orthogonal iteration in float64, written with torch's singular value decomposition."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cctorch.ops import tucker2
+from torch import Tensor
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def unfolded(w: Tensor, mode: int) -> Tensor:
+    return w.movedim(mode, 0).flatten(1)
+
+
+def project(w: Tensor, basis: Tensor, mode: int) -> Tensor:
+    return torch.tensordot(basis, w, ([0], [mode])).movedim(0, mode)
+
+
+def hooi(weight: Tensor, ranks: tuple[int, int], iterations: int) -> float:
+    """The error of what tensorly.decomposition.partial_tucker does: the same start and the same alternation."""
+    w = weight.double()
+    bases = [torch.linalg.svd(unfolded(w, mode), full_matrices=False)[0][:, : ranks[mode]] for mode in (0, 1)]
+    for _ in range(iterations):
+        for mode in (0, 1):
+            narrow = project(w, bases[1 - mode], 1 - mode)
+            bases[mode] = torch.linalg.svd(unfolded(narrow, mode), full_matrices=False)[0][:, : ranks[mode]]
+    core = project(project(w, bases[0], 0), bases[1], 1)
+    return float((w.square().sum() - core.square().sum()).clamp_min(0).sqrt())
+
+
+def merged(core: Tensor, out: Tensor, inner: Tensor) -> Tensor:
+    return torch.einsum("no,oi...,ci->nc...", out.double(), core.double(), inner.double())
+
+
+def error(weight: Tensor, core: Tensor, out: Tensor, inner: Tensor) -> float:
+    return float((merged(core, out, inner) - weight.double()).norm())
+
+
+SHAPES = [((16, 8, 3, 3), (4, 3)), ((8, 16, 3), (8, 5)), ((30, 24), (5, 5)), ((128, 96, 3, 3), (64, 48))]
+LARGE = [((100, 20, 3, 3), (20, 10)), ((96, 128, 3, 3), (20, 30)), ((128, 3, 3, 3), (20, 3))]
+
+
+@pytest.mark.parametrize(("shape", "ranks"), SHAPES + LARGE)
+def test_no_farther_than_hooi(shape: tuple[int, ...], ranks: tuple[int, int]) -> None:
+    weight = random(*shape)
+    (core,), (out,), (inner,) = tucker2([weight], [ranks], iterations=2)
+    assert core.shape == (*ranks, *shape[2:])
+    assert error(weight, core, out, inner) <= 1.001 * hooi(weight, ranks, 2)
+    for basis, rank in ((out, ranks[0]), (inner, ranks[1])):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(rank), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "ranks"), SHAPES)
+@pytest.mark.parametrize("iterations", [0, 1, 5])
+def test_exactly_hooi_in_float64(shape: tuple[int, ...], ranks: tuple[int, int], iterations: int) -> None:
+    weight = random(*shape, dtype=torch.float64)
+    (core,), (out,), (inner,) = tucker2([weight], [ranks], iterations)
+    assert error(weight, core, out, inner) == pytest.approx(hooi(weight, ranks, iterations), rel=1e-7)
+
+
+@pytest.mark.parametrize("rows", [12, 100])
+def test_what_has_these_ranks_is_found(rows: int) -> None:
+    weight = merged(random(4, 3, 3, 3), random(rows, 4, seed=1), random(rows, 3, seed=2)).float()
+    (core,), (out,), (inner,) = tucker2([weight], [(4, 3)])
+    assert error(weight, core, out, inner) <= 1e-6 * float(weight.norm())
+
+
+@pytest.mark.parametrize("change", [0.0, 0.05, 1.0, 100.0])
+def test_started_from_the_bases_of_an_event(change: float) -> None:
+    weight = random(96, 80, 3, 3)
+    (core,), (out,), (inner,) = tucker2([weight], [(24, 20)])
+    moved = merged(core, out, inner).float()
+    noise = random(*weight.shape, seed=5)
+    moved = moved + change * moved.norm() / noise.norm() * noise
+    (core,), out_list, inner_list = tucker2([moved], [(24, 20)], 2, [(out, inner)])
+    best = hooi(moved, (24, 20), 2)
+    assert error(moved, core, out_list[0], inner_list[0]) <= 1.001 * best + 1e-6 * float(moved.norm())
+
+
+def test_many_at_once_and_empty() -> None:
+    weights = [random(8, 6, 3, 3), random(90, 70, 3, 3), random(20, 30), random(4, 4, 0)]
+    ranks = [(2, 2), (20, 20), (4, 5), (2, 2)]
+    many = tucker2(weights, ranks)
+    for i, (weight, rank) in enumerate(zip(weights, ranks, strict=True)):
+        alone = tucker2([weight], [rank])
+        together = merged(*(part[i] for part in many))
+        torch.testing.assert_close(together, merged(*(part[0] for part in alone)), rtol=1e-4, atol=1e-4)
+    assert tucker2([], []) == ([], [], [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [12, 80])
+def test_half_precision(dtype: torch.dtype, rows: int) -> None:
+    weight = random(rows, 10, 3, 3, dtype=dtype)
+    (core,), (out,), (inner,) = tucker2([weight], [(6, 5)])
+    assert core.dtype == out.dtype == inner.dtype == dtype
+    rounding = 2 * torch.finfo(dtype).eps * float(weight.double().norm())
+    assert error(weight, core, out, inner) <= 1.001 * hooi(weight, (6, 5), 2) + rounding
+
+
+def test_channels_last() -> None:
+    weight = random(16, 8, 3, 3)
+    strided = tucker2([weight.contiguous(memory_format=torch.channels_last)], [(4, 3)])
+    plain = tucker2([weight], [(4, 3)])
+    torch.testing.assert_close(merged(*(t[0] for t in strided)), merged(*(t[0] for t in plain)))
+
+
+def test_other_devices() -> None:
+    """What CUDA runs, run here: the kernel that every device but the CPU has."""
+    weight = random(80, 12, 3, 3)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    op = torch.ops.cctorch.tucker2.default
+    (core,), (out,), (inner,) = op.redispatch(keys, [weight], [20], [6], 2, [], [])
+    assert error(weight, core, out, inner) == pytest.approx(hooi(weight, (20, 6), 2), rel=1e-6)
+
+
+def test_opcheck_and_compile() -> None:
+    weights = [random(12, 6, 3, 3), random(80, 10)]
+    torch.library.opcheck(torch.ops.cctorch.tucker2.default, (weights, [3, 20], [2, 5], 1, [], []))
+
+    def approximate(weight: Tensor) -> Tensor:
+        (core,), (out,), (inner,) = tucker2([weight], [(3, 2)])
+        return torch.einsum("no,oi...,ci->nc...", out, core, inner)
+
+    class Module(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return approximate(weight)
+
+    compiled = torch.compile(approximate, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(weights[0]), approximate(weights[0]))
+    program = torch.export.export(Module(), (weights[0],))
+    torch.testing.assert_close(program.module()(weights[0]), approximate(weights[0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tucker2([torch.ones(4, 4)], []), "one rank of outputs and of inputs for each of the 1"),
+        (lambda: tucker2([torch.ones(4, 4)], [(5, 1)]), r"the ranks of weights\[0\], of shape \[4, 4\]"),
+        (lambda: tucker2([torch.ones(4)], [(1, 1)]), r"weights\[0\] must have at least two dimensions"),
+        (lambda: tucker2([torch.ones(4, 4)], [(1, 1)], -1), "iterations must be at least 0, got -1"),
+        (
+            lambda: tucker2([torch.ones(4, 4)], [(1, 1)], 1, [(torch.ones(4, 2), torch.ones(4, 1))]),
+            r"bases_out\[0\] must be 4 x 1",
+        ),
+    ],
+)
+def test_bad_arguments(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call()
