@@ -121,7 +121,7 @@ void apply(Bits* y, const Bits* weight, const bool* mask, int64_t n) {
 }  // namespace
 
 template <typename Bits>
-MaskLoops<Bits> mask_loops() {
+MaskLoops<Bits> mask_loops() {  // NOLINT(misc-use-internal-linkage): mask.h declares it
   return {&split<Bits>, &mark<Bits>, &prune<Bits>, &apply<Bits>};
 }
 
