@@ -163,8 +163,9 @@ enum class LowRankLayout { channel, spatial };
 class LowRankConv2dImpl : public torch::nn::Cloneable<LowRankConv2dImpl> {
  public:
   // `options` as for a Conv2d without groups and with zero padding given in numbers.
-  LowRankConv2dImpl(torch::nn::Conv2dOptions options, int64_t rank, LowRankLayout layout = LowRankLayout::channel);
-  LowRankConv2dImpl(torch::nn::Conv2dOptions options, std::pair<int64_t, int64_t> ranks);
+  LowRankConv2dImpl(const torch::nn::Conv2dOptions& options, int64_t rank,
+                    LowRankLayout layout = LowRankLayout::channel);
+  LowRankConv2dImpl(const torch::nn::Conv2dOptions& options, std::pair<int64_t, int64_t> ranks);
 
   void reset() override;
   void reset_parameters();
