@@ -18,7 +18,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> fake_quant_weights(
   const c10::cuda::CUDAGuard guard(weights[0].device());
   std::vector<SliceRows> rows;
   std::vector<at::Tensor> scales;
-  std::vector<fake_quant_weights::Entry> entries;
+  std::vector<quantize_rows::Entry> entries;
   int64_t first = 0;
   for (const at::Tensor& weight : weights) {
     rows.emplace_back(weight, axis);
@@ -33,8 +33,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> fake_quant_weights(
   }
   entries.push_back({nullptr, nullptr, nullptr, 0, first});
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weights[0].scalar_type(), "fake_quant_weights", [&] {
-    fake_quant_weights::quantize<scalar_t, at::opmath_type<scalar_t>>(Launch(), entries, symmetric_qmax(bits),
-                                                                      infinity_bits(weights[0].scalar_type()));
+    quantize_rows::quantize<scalar_t, at::opmath_type<scalar_t>>(Launch(), entries, symmetric_qmax(bits),
+                                                                 infinity_bits(weights[0].scalar_type()));
   });
   std::vector<at::Tensor> quantized;
   for (size_t i = 0; i < rows.size(); ++i) quantized.push_back(rows[i].result(weights[i]));
@@ -43,6 +43,6 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> fake_quant_weights(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(cctorch, CUDA, m) { m.impl("fake_quant_weights", &cuda::fake_quant_weights); }
+TORCH_LIBRARY_IMPL(cctorch, CUDA, m) { m.impl("fake_quant_weights", &fake_quant_weights); }
 
 }  // namespace cctorch::cuda

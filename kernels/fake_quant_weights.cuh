@@ -9,7 +9,7 @@
 #include "kernels/block.cuh"
 
 // Rows of a list of weights, each quantized on the grid that its largest magnitude ends.
-namespace cctorch::cuda::fake_quant_weights {
+namespace cctorch::cuda::quantize_rows {
 
 // A weight of `count` rows of `size` elements; `first` is the number of its first row in the concatenation.
 struct Entry {
@@ -82,4 +82,4 @@ void quantize(const Launch& launch, const std::vector<Entry>& entries, int64_t q
   }
 }
 
-}  // namespace cctorch::cuda::fake_quant_weights
+}  // namespace cctorch::cuda::quantize_rows

@@ -41,14 +41,14 @@ std::vector<Weight<S>> random_weights(int64_t count) {
 
 template <typename S>
 void quantize(std::vector<Weight<S>>& weights, int64_t qmax, uint32_t seed) {
-  std::vector<cuda::fake_quant_weights::Entry> entries;
+  std::vector<cuda::quantize_rows::Entry> entries;
   int64_t first = 0;
   for (auto& weight : weights) {
     entries.push_back({weight.from.data(), weight.to.data(), weight.scales.data(), weight.size, first});
     first += static_cast<int64_t>(weight.scales.size());
   }
   entries.push_back({nullptr, nullptr, nullptr, 0, first});
-  cuda::fake_quant_weights::quantize<S, Math<S>>(Launch{seed}, entries, qmax, infinity_bits<S>());
+  cuda::quantize_rows::quantize<S, Math<S>>(Launch{seed}, entries, qmax, infinity_bits<S>());
 }
 
 template <typename S>
