@@ -8,6 +8,7 @@
 #include <limits>
 #include <ostream>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace cctorch::nn {
@@ -24,7 +25,7 @@ at::Tensor mean_magnitude(const at::Tensor& x, std::optional<int64_t> axis, int6
 
 }  // namespace
 
-FakeQuantImpl::FakeQuantImpl(const FakeQuantOptions& options_) : options(options_) {
+FakeQuantImpl::FakeQuantImpl(FakeQuantOptions options_) : options(std::move(options_)) {
   TORCH_CHECK_VALUE(options.bits() >= 2 && options.bits() <= 16, "bits = ", options.bits(), ", expected 2 to 16");
   TORCH_CHECK_VALUE(options.channels() >= 1 && (options.axis() || options.channels() == 1),
                     "channels = ", options.channels(),

@@ -40,7 +40,7 @@ HardConcreteGateImpl::HardConcreteGateImpl(int64_t channels, double open) : chan
 }
 
 void HardConcreteGateImpl::reset() {
-  const double at_zero = hard_concrete_open(torch::zeros({}, torch::kDouble)).item<double>();
+  const auto at_zero = hard_concrete_open(torch::zeros({}, torch::kDouble)).item<double>();
   log_alpha = register_parameter("log_alpha", torch::full({channels_}, logit(open_) - logit(at_zero)));
 }
 

@@ -74,8 +74,8 @@ void LowRankLinearImpl::factorize(const at::Tensor& weight) {
   assign(second, outer);
 }
 
-LowRankConv2dImpl::LowRankConv2dImpl(torch::nn::Conv2dOptions options_, int64_t rank, LowRankLayout layout)
-    : options(std::move(options_)), rank_(rank), layout_(layout) {
+LowRankConv2dImpl::LowRankConv2dImpl(const torch::nn::Conv2dOptions& options_, int64_t rank, LowRankLayout layout)
+    : options(options_), rank_(rank), layout_(layout) {
   check();
   const auto& kernel = *options.kernel_size();
   const bool spatial = layout == LowRankLayout::spatial;
@@ -84,8 +84,8 @@ LowRankConv2dImpl::LowRankConv2dImpl(torch::nn::Conv2dOptions options_, int64_t 
   LowRankConv2dImpl::reset();
 }
 
-LowRankConv2dImpl::LowRankConv2dImpl(torch::nn::Conv2dOptions options_, std::pair<int64_t, int64_t> ranks)
-    : options(std::move(options_)), rank_(ranks.first), ranks_(ranks) {
+LowRankConv2dImpl::LowRankConv2dImpl(const torch::nn::Conv2dOptions& options_, std::pair<int64_t, int64_t> ranks)
+    : options(options_), rank_(ranks.first), ranks_(ranks) {
   check();
   TORCH_CHECK_VALUE(1 <= ranks.first && ranks.first <= options.out_channels() && 1 <= ranks.second &&
                         ranks.second <= options.in_channels(),

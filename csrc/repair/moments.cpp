@@ -135,7 +135,7 @@ void Moments::all_reduce(const std::function<void(at::Tensor)>& sum) {
   // One message: what the means are made of. A mean that is NaN must stay so on every process.
   const at::Tensor totals = at::cat({input_mean_ * own, output_mean_ * own, at::full({1}, own, input_mean_.options())});
   sum(totals);
-  const double all = totals[inputs + outputs].item<double>();
+  const auto all = totals[inputs + outputs].item<double>();
   const double divisor = std::max(all, 1.0);
   const at::Tensor input_mean = totals.narrow(0, 0, inputs) / divisor;
   const at::Tensor output_mean = totals.narrow(0, inputs, outputs) / divisor;

@@ -128,7 +128,7 @@ struct Ranking {
     for (size_t i = 0; i < weights.size(); ++i) {
       const auto begin = equal.begin() + static_cast<int64_t>(i == 0 ? 0 : ends[i - 1]);
       const auto end = equal.begin() + static_cast<int64_t>(ends[i]);
-      const int64_t own = std::accumulate(begin, end, int64_t(0));
+      const int64_t own = std::accumulate(begin, end, int64_t{0});
       if (before < ties && ties < before + own && !results[i].is_contiguous()) {
         keep_in_order(i, threshold, ties - before);
         // Settled, and not to be looked at again.

@@ -132,7 +132,7 @@ simd::Split<Bits> split(const std::vector<Piece<Bits>>& pieces, Bits low, Bits h
       part.at_low += one.at_low;
       part.largest = std::max(part.largest, one.largest);
     }
-    const std::lock_guard lock(mutex);
+    const std::scoped_lock lock(mutex);
     inside.insert(inside.end(), found.begin(), found.begin() + part.inside);
     all = {all.above + part.above, all.at_high + part.at_high, all.inside + part.inside, all.at_low + part.at_low,
            std::max(all.largest, part.largest)};

@@ -31,7 +31,7 @@ struct FakeQuantOptions {
 class FakeQuantImpl : public torch::nn::Cloneable<FakeQuantImpl> {
  public:
   explicit FakeQuantImpl(int64_t bits) : FakeQuantImpl(FakeQuantOptions(bits)) {}
-  explicit FakeQuantImpl(const FakeQuantOptions& options);
+  explicit FakeQuantImpl(FakeQuantOptions options);
 
   void reset() override;
   void load(torch::serialize::InputArchive& archive) override;
@@ -39,9 +39,9 @@ class FakeQuantImpl : public torch::nn::Cloneable<FakeQuantImpl> {
   int64_t qmin() const;
   int64_t qmax() const;
 
-  // "lsq": s = 2 mean|x| / sqrt(qmax) (LSQ, section 2.1), the offsets 0; else as quant_range() and
+  // "lsq": s = 2 mean|input| / sqrt(qmax) (LSQ, section 2.1), the offsets 0; else as quant_range() and
   // quant_range_offset() find them.
-  void initialize(const at::Tensor& x);
+  void initialize(const at::Tensor& input);
   at::Tensor forward(const at::Tensor& x);
 
   FakeQuantOptions options;
@@ -163,8 +163,9 @@ enum class LowRankLayout { channel, spatial };
 class LowRankConv2dImpl : public torch::nn::Cloneable<LowRankConv2dImpl> {
  public:
   // `options` as for a Conv2d without groups and with zero padding given in numbers.
-  LowRankConv2dImpl(torch::nn::Conv2dOptions options, int64_t rank, LowRankLayout layout = LowRankLayout::channel);
-  LowRankConv2dImpl(torch::nn::Conv2dOptions options, std::pair<int64_t, int64_t> ranks);
+  LowRankConv2dImpl(const torch::nn::Conv2dOptions& options, int64_t rank,
+                    LowRankLayout layout = LowRankLayout::channel);
+  LowRankConv2dImpl(const torch::nn::Conv2dOptions& options, std::pair<int64_t, int64_t> ranks);
 
   void reset() override;
   void reset_parameters();

@@ -2,7 +2,7 @@
 
 #include <type_traits>
 
-#if defined(__AVX512F__)
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -45,7 +45,7 @@ int64_t gather(const Bits* weight, int64_t n, Signed<Bits> low, Signed<Bits> hig
   return count;
 }
 
-#if defined(__AVX512F__)
+#ifdef __AVX512F__
 int64_t gather(const uint32_t* weight, int64_t n, int32_t low, int32_t high, uint32_t* inside) {
   constexpr int64_t kGroup = 16;
   const __m512i magnitudes = _mm512_set1_epi32(0x7fffffff);
@@ -121,7 +121,7 @@ void apply(Bits* y, const Bits* weight, const bool* mask, int64_t n) {
 }  // namespace
 
 template <typename Bits>
-MaskLoops<Bits> mask_loops() {
+MaskLoops<Bits> mask_loops() {  // NOLINT(misc-use-internal-linkage): mask.h declares it
   return {&split<Bits>, &mark<Bits>, &prune<Bits>, &apply<Bits>};
 }
 
