@@ -1,25 +1,22 @@
 """Times low-rank projections of all weights of a network, and says how far from the best they are.
 
-    python benchmarks/low_rank.py [--model resnet50] [--repeats 10] [--threads N] [--json FILE]
+    python benchmarks/low_rank.py [--model resnet50] [--seconds 10] [--threads N] [--json FILE]
 
 Every weight of two or more dimensions, as out x (in k k), to a quarter of its smaller side: `truncated_svd` from
 nothing and from the last event's factors (the weights then are the product of these and noise of a tenth of its norm),
 the products of the factors, and the peers. The limit is the multiplications for the lower halves of the Gram matrices
 and for the factors, at the rate of a large product. All take turns; medians. Then Tucker-2 of 512 x 512 x 3 x 3 at
-half ranks. Run with MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000 to keep page faults out.
+half ranks. Freed memory is kept, as cctorch's launcher does it.
 """
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from cctorch import atomic
+from cctorch import _C, atomic
 from cctorch.ops import truncated_svd, tucker2
+from timing import in_turns, machine
 from torch import Tensor
 
 Factors = tuple[list[Tensor], list[Tensor]]
@@ -56,16 +53,6 @@ def excess(matrices: list[Tensor], ranks: list[int], factors: Factors) -> float:
     return worst
 
 
-def in_turns(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            taken[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
-
-
 def weights_of(name: str) -> list[Tensor]:
     import torchvision
 
@@ -77,10 +64,11 @@ def weights_of(name: str) -> list[Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of turns")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    _C.keep_freed_memory()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     matrices = weights_of(arguments.model)
@@ -101,7 +89,7 @@ def main() -> None:
             "Gram + eigh": lambda: by_gram(matrices, ranks),
             "torch.svd_lowrank": lambda: by_lowrank(matrices, ranks),
         },
-        arguments.repeats,
+        arguments.seconds,
     )
     limit = multiply_adds / 1024**3 * milliseconds["a product of 1024 x 1024"]
     errors = {
@@ -118,15 +106,15 @@ def main() -> None:
             "tucker2": lambda: tucker2([weight], [(256, 256)]),
             "tucker2, started": lambda: tucker2([weight], [(256, 256)], 2, pairs),
         },
-        arguments.repeats,
+        arguments.seconds,
     )
     print(f"{arguments.model}, {torch.get_num_threads()} threads; limit {limit:.1f} ms")
     for name, value in milliseconds.items():
         far = f"{100 * errors[name]:8.3f} % above the least error" if name in errors else ""
         print(f"{name:28} {value:9.1f} ms{far}")
     if arguments.json:
-        result = {"threads": torch.get_num_threads(), "limit": limit, "milliseconds": milliseconds, "excess": errors}
-        atomic.write(arguments.json, json.dumps(result, indent=1).encode())
+        result = {**machine(), "limit": limit, "milliseconds": milliseconds, "excess": errors}
+        atomic.write(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

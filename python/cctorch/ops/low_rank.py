@@ -129,10 +129,11 @@ def truncated_svd(
     - otherwise in float32: Chebyshev subspace iteration on the Gram matrix for ranks below m / 3, its eigenvectors for
       the others. Half-precision input is treated as float32.
 
-    Rounding of a Gram matrix, of size eps, loses up to :math:`8 \sqrt{rank}\,\epsilon\,|A|^2` of the squared norm that
-    could be kept. The float32 result stands only where that is at most 0.1 % of the error,
-    :math:`|A - A_r|^2 \ge 4000 \sqrt{rank}\,\epsilon\,|A|^2`; else the float64 Gram matrix is used, and float64 input
-    that fails the same test with float64's epsilon gets a full singular value decomposition. The iteration itself has
+    Rounding of a Gram matrix, of size eps, loses of the squared norm that could be kept no more than
+    :math:`4 \sqrt{rank}\,\epsilon\,|A|^2` and, where the kept eigenvalues of :math:`A A^T` are off the rest by a gap,
+    no more than :math:`(4 \epsilon |A|^2 / gap)^2 \lambda_1` (the sin-theta theorem of Davis and Kahan 1970). The
+    float32 result stands only where that is at most 0.1 % of the error; else the float64 Gram matrix is used, and
+    float64 input that fails the same test with float64's epsilon gets a full singular value decomposition. The iteration itself has
     no bound that holds for every matrix: it was fitted to be within 0.1 % of the least error for spectra without a
     gap. Where that is not near enough, pass float64.
 

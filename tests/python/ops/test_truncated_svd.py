@@ -189,6 +189,17 @@ def test_many_at_once_are_what_each_alone_is() -> None:
     assert truncated_svd([], []) == ([], [])
 
 
+@pytest.mark.parametrize("noise", [3e-2, 3e-3, 3e-4])
+def test_nearly_low_rank_matrices_cold_and_started(noise: float) -> None:
+    """What a regularization event meets: the last event's result, and small steps since."""
+    before = random(200, 40) @ random(40, 300, seed=1)
+    left, right = one(before, 40)
+    step = random(200, 300, seed=2)
+    matrix = before + noise * before.norm() / step.norm() * step
+    for basis in ((), (left,)):
+        assert error(matrix, *one(matrix, 40, *basis)) <= 1.001 * least(matrix, 40) + resolved(matrix)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.data(), st.integers(1, 90), st.integers(1, 90), st.sampled_from([1e-30, 1e-6, 1.0, 1e6, 1e15]))
 def test_any_values(data: Any, rows: int, columns: int, scale: float) -> None:
