@@ -70,6 +70,7 @@ class Ablation:
                 trace(self.model, self.example),
                 self.gradients,
                 _C.SolverOptions(target=self.target, **SEARCHES[name]),
+                count="nominal",
             )
             plan, final = found.plan, found.final_macs
         return {"name": name, **self.figures(apply(copy.deepcopy(self.model), plan), plan, final)}

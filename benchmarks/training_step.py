@@ -68,6 +68,7 @@ def main() -> None:
             trace(prepared.model, prepared.example),
             prepared.gradients,
             _C.SolverOptions(target=arguments.target, multiple=multiple),
+            count="nominal",
         )
         networks[f"multiples of {multiple}"] = (apply(copy.deepcopy(prepared.model), found.plan), found.final_macs)
     contestants = [
