@@ -133,9 +133,9 @@ def truncated_svd(
     :math:`4 \sqrt{rank}\,\epsilon\,|A|^2` and, where the kept eigenvalues of :math:`A A^T` are off the rest by a gap,
     no more than :math:`(4 \epsilon |A|^2 / gap)^2 \lambda_1` (the sin-theta theorem of Davis and Kahan 1970). The
     float32 result stands only where that is at most 0.1 % of the error; else the float64 Gram matrix is used, and
-    float64 input that fails the same test with float64's epsilon gets a full singular value decomposition. The iteration itself has
-    no bound that holds for every matrix: it was fitted to be within 0.1 % of the least error for spectra without a
-    gap. Where that is not near enough, pass float64.
+    float64 input that fails the same test with float64's epsilon gets a full singular value decomposition. The
+    iteration itself has no bound that holds for every matrix: it was fitted to be within 0.1 % of the least error for
+    spectra without a gap. Where that is not near enough, pass float64.
 
     With ``bases``, one half-step of subspace iteration replaces all that, if by an estimate (the angles by which
     the basis turned) the result is within the same 0.1 %; after a second half-step without success the bases are

@@ -193,7 +193,7 @@ def test_many_at_once_are_what_each_alone_is() -> None:
 def test_nearly_low_rank_matrices_cold_and_started(noise: float) -> None:
     """What a regularization event meets: the last event's result, and small steps since."""
     before = random(200, 40) @ random(40, 300, seed=1)
-    left, right = one(before, 40)
+    left, _ = one(before, 40)
     step = random(200, 300, seed=2)
     matrix = before + noise * before.norm() / step.norm() * step
     for basis in ((), (left,)):
