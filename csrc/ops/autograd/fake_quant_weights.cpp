@@ -4,8 +4,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
-
 #include "csrc/ops/autograd/needs_graph.h"
 
 namespace cctorch::autograd {
@@ -38,7 +36,7 @@ class FakeQuantWeights : public torch::autograd::Function<FakeQuantWeights> {
 };
 
 Result straight_through(at::TensorList weights, int64_t bits, int64_t axis) {
-  if (std::none_of(weights.begin(), weights.end(), [](const at::Tensor& weight) { return needs_graph(weight); })) {
+  if (!any_needs_graph(weights)) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return fake_quant_weights(weights, bits, axis);
   }

@@ -3,6 +3,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <vector>
+
 #include "csrc/ops/autograd/needs_graph.h"
 
 namespace cctorch::autograd {
@@ -35,6 +37,34 @@ class StraightThrough<kForward> : public torch::autograd::Function<StraightThrou
     torch::autograd::variable_list results(1 + sizeof...(Rest));
     results[0] = grads[0];
     return results;
+  }
+};
+
+// The same for a list: each result has the gradient of the tensor at its place. One that is not used has none.
+template <typename... Rest, std::vector<at::Tensor> (*kForward)(at::TensorList, Rest...)>
+class StraightThrough<kForward> : public torch::autograd::Function<StraightThrough<kForward>> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static std::vector<at::Tensor> call(at::TensorList xs, Rest... rest) {
+    if (!any_needs_graph(xs)) {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      return kForward(xs, rest...);
+    }
+    return StraightThrough::apply(xs, rest...);
+  }
+
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, at::TensorList xs,
+                                                Rest... rest) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    context->set_materialize_grads(false);
+    return kForward(xs, rest...);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 torch::autograd::variable_list grads) {
+    grads.resize(grads.size() + sizeof...(Rest));
+    return grads;
   }
 };
 

@@ -361,3 +361,10 @@ def test_vmap() -> None:
         torch.vmap(apply_mask, (None, 2), 1)(weights[0], masks[0].expand(2, 3, 5).permute(1, 2, 0)),
         (weights[0] * masks[0]).expand(2, 3, 5).movedim(0, 1),
     )
+
+
+def test_pruned_weights_that_are_not_used_have_no_gradient() -> None:
+    weights = [torch.randn(4, 3, requires_grad=True), torch.randn(5, requires_grad=True)]
+    magnitude_prune(weights, 0.5)[1].sum().backward()
+    assert weights[0].grad is None
+    assert torch.equal(weights[1].grad, torch.ones(5))
