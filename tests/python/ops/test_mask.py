@@ -158,7 +158,9 @@ def test_nm_masks_equal_brute_force(n: int, m: int, axis: int, dtype: torch.dtyp
 
 
 def test_nm_masks_of_large_weights_do_not_depend_on_threads() -> None:
-    weights = [torch.randn(300, 200, 3), torch.randn(40, 40_000), torch.randn(8, 8)]
+    # No two of one magnitude: topk decides ties in its own way.
+    shapes = [(300, 200, 3), (40, 40_000), (8, 8)]
+    weights = [torch.randperm(math.prod(s)).reshape(s) - math.prod(s) / 2 + 0.25 for s in shapes]
     for axis in (0, 1):
         one, two = (with_threads(n, lambda: nm_masks(weights, 2, 4, axis)) for n in (1, 2))  # noqa: B023
         for weight, mask, other in zip(weights, one, two, strict=True):
@@ -264,7 +266,7 @@ def test_pruning_is_straight_through() -> None:
     assert [p.requires_grad for p in pruned] == [True, True, True]
     grads = torch.autograd.grad(sum(3 * p.sum() for p in pruned[:2]), (weights[0], weights[2]), allow_unused=True)
     assert torch.equal(grads[0], torch.full((4, 3), 3.0))
-    assert torch.equal(grads[1], torch.zeros(2, 2, 2))
+    assert grads[1] is None
     assert not magnitude_prune([weights[1]], 0.5)[0].requires_grad
     with torch.no_grad():
         assert not magnitude_prune(weights, 0.5)[0].requires_grad
@@ -361,10 +363,3 @@ def test_vmap() -> None:
         torch.vmap(apply_mask, (None, 2), 1)(weights[0], masks[0].expand(2, 3, 5).permute(1, 2, 0)),
         (weights[0] * masks[0]).expand(2, 3, 5).movedim(0, 1),
     )
-
-
-def test_pruned_weights_that_are_not_used_have_no_gradient() -> None:
-    weights = [torch.randn(4, 3, requires_grad=True), torch.randn(5, requires_grad=True)]
-    magnitude_prune(weights, 0.5)[1].sum().backward()
-    assert weights[0].grad is None
-    assert torch.equal(weights[1].grad, torch.ones(5))
