@@ -23,9 +23,10 @@ struct FakeQuantWeights {
     return {{static_cast<T>(-qmax), static_cast<T>(qmax)}};
   }
 
-  // Kept in the normal range, so that it is positive and finite.
+  // In the normal range, so that it is positive; and such that qmax times it is finite, also once rounded.
   CCTORCH_HOST_DEVICE T scale(T largest) const {
-    return clamp(largest / grid.qmax, std::numeric_limits<T>::min(), std::numeric_limits<T>::max());
+    const T high = (1 - 2 * std::numeric_limits<T>::epsilon()) * std::numeric_limits<T>::max() / grid.qmax;
+    return clamp(largest / grid.qmax, std::numeric_limits<T>::min(), high);
   }
 };
 
