@@ -33,16 +33,15 @@ def fake_quant_weights(weights: Sequence[Tensor], bits: int, axis: int = 0) -> t
     Returns:
         ``(quantized, scales)``: tensors of the shape, type and dense layout of their weight, and the scales of shape
         ``(weight.size(axis),)`` in float64 for float64 weights, float32 for the other types. NaN stays NaN and has no
-        say in the scale of its slice; the scale of a slice with an infinity is the largest number of its type.
+        say in the scale of its slice; an infinity becomes the end of the largest grid that its type holds.
 
     Raises:
         RuntimeError: for bits or an axis out of range, or mixed types or devices; the message names the weight.
 
     Example:
         >>> quantized, scales = fake_quant_weights([torch.tensor([[3.0, -0.4], [0.5, 1.5]])], bits=3)
-        >>> quantized[0], scales[0]
-        (tensor([[ 3.0000, -0.0000],
-                [ 0.5000,  1.5000]]), tensor([1.0000, 0.5000]))
+        >>> quantized[0].tolist(), scales[0].tolist()
+        ([[3.0, -0.0], [0.5, 1.5]], [1.0, 0.5])
     """
     quantized, scales = torch.ops.cctorch.fake_quant_weights(weights, bits, axis)
     return quantized, scales
