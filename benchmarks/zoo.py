@@ -139,7 +139,7 @@ def examine(name: str, path: Path) -> None:
         batches = [(images, torch.arange(2))]
         batch_norm.reestimate(dense, [(torch.randn(8, *images.shape[1:]), torch.zeros(8))])
         row["parameters"] = sum(p.numel() for p in dense.parameters())
-        compression = cctorch.compress(dense, batches, images[:1], target=TARGET)
+        compression = cctorch.compress(dense, batches, images[:1], target=TARGET, count="nominal")
         plan = compression.plan
         row |= {
             "macs": compression.dense_macs,
