@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "csrc/ops/checks.h"
+#include "csrc/ops/rows.h"
 
 namespace cctorch {
 
@@ -59,7 +60,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, c
   check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}});
   check_not_empty(x);
   auto [y, mean, inverse] = at::native_batch_norm(x, weight, bias, {}, {}, /*training=*/true, /*momentum=*/0.0, eps);
-  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = math_type(x);
   return {y, mean.to(type), inverse.to(type)};
 }
 

@@ -9,6 +9,7 @@
 
 #include "csrc/ops/channelwise.h"
 #include "csrc/ops/checks.h"
+#include "csrc/ops/rows.h"
 
 namespace cctorch {
 
@@ -30,8 +31,7 @@ void check_fake_quant_weights(at::TensorList weights, int64_t bits, int64_t axis
 }
 
 at::Tensor empty_scales(const at::Tensor& weight, int64_t axis) {
-  const auto type = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return at::empty_symint({weight.sym_size(axis)}, weight.options().dtype(type));
+  return at::empty_symint({weight.sym_size(axis)}, weight.options().dtype(math_type(weight)));
 }
 
 SliceRows::SliceRows(const at::Tensor& weight, int64_t axis_)

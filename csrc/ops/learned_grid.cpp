@@ -1,11 +1,13 @@
 #include "csrc/ops/learned_grid.h"
 
+#include "csrc/ops/rows.h"
+
 namespace cctorch {
 
 std::optional<int64_t> check_grid_parameter(const char* op, const at::Tensor& x, const at::Tensor& parameter,
                                             const char* name, std::optional<int64_t> axis) {
   check_floating(x, op, "x");
-  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = math_type(x);
   TORCH_CHECK(parameter.scalar_type() == type, op, ": ", name, " must be ", type, " for ", x.scalar_type(), " x, got ",
               parameter.scalar_type(), "; convert it with ", name, ".to(...)");
   check_same_device(x, op, "x", parameter, name);

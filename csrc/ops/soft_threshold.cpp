@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "csrc/ops/checks.h"
+#include "csrc/ops/rows.h"
 
 namespace cctorch {
 
@@ -25,7 +26,7 @@ std::optional<int64_t> check_soft_threshold(const at::Tensor& x, const at::Tenso
                                             std::optional<int64_t> axis) {
   constexpr auto op = "soft_threshold";
   check_floating(x, op, "x");
-  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = math_type(x);
   TORCH_CHECK(threshold.scalar_type() == type, op, ": threshold must be ", type, " for ", x.scalar_type(), " x, got ",
               threshold.scalar_type(), "; convert it with threshold.to(...)");
   check_same_device(x, op, "x", threshold, "threshold");
