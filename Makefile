@@ -6,7 +6,7 @@ BUILD := build
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test build test-build test-cpp test-python lint format tidy wheel gpu sanitize clean help
+.PHONY: demo test build test-build test-cpp test-python explore lint format tidy wheel gpu sanitize clean help
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test-cpp: test-build
 test-python: test-build
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --doctest-modules python/cctorch -o testpaths=python
+
+explore: test-build  ## new random examples for the tests of properties; `make test` always draws the same
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=default
 
 lint: test-build
 	$(BIN)/ruff check .

@@ -30,12 +30,19 @@ at::Tensor binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view
   return like(x, method == "greedy" ? greedy_code(rows, bits) : fitted_code(rows, bits), axis);
 }
 
-// What lies halfway between two values rounds down to the type of x: whether x is above stays exactly the same.
+// What lies halfway between two values rounds down to the type of x: whether x is above stays exactly the same. The sum
+// of the halves rounds in float64 too, to `near`; `missed` is what that left out (Knuth's TwoSum).
 at::Tensor bounds_between(const at::Tensor& ascending) {
-  const at::Tensor exact = midpoints(ascending.to(at::kDouble));
-  const at::Tensor bounds = exact.to(ascending.scalar_type());
+  const int64_t gaps = ascending.size(0) - 1;
+  const at::Tensor halves = ascending.to(at::kDouble) / 2;
+  const at::Tensor low = halves.narrow(0, 0, gaps), high = halves.narrow(0, 1, gaps);
+  const at::Tensor near = low + high;
+  const at::Tensor of_high = near - low;
+  const at::Tensor missed = (low - (near - of_high)) + (high - of_high);
+  const at::Tensor bounds = near.to(ascending.scalar_type());
+  const at::Tensor excess = bounds.to(at::kDouble) - near;
   const at::Tensor below = at::nextafter(bounds, at::full_like(bounds, -std::numeric_limits<double>::infinity()));
-  return at::where(bounds.to(at::kDouble) > exact, below, bounds).contiguous();
+  return at::where((excess > 0).logical_or((excess == 0).logical_and(missed < 0)), below, bounds).contiguous();
 }
 
 at::Tensor codebook_indices(const at::Tensor& x, const at::Tensor& codebook) {
