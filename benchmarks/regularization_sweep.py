@@ -1,15 +1,18 @@
-"""Which period is best? Accuracy right after the last event, over period and strength of Q, on CIFAR-10.
+"""Which period is best? Accuracy after the last event, over period and strength of Q, on CIFAR-10.
 
     CCTORCH_DATA=... CCTORCH_WEIGHTS=... python benchmarks/regularization_sweep.py OUT [--steps 400] [--batch 32]
 
 Every run starts from the published weights, trains for the same number of steps at one cycle of the learning rate, ends
-on an event, and is measured once on the test set. OUT/runs.jsonl gets a line for each finished run; runs that are in it
-are not repeated, so the same command goes on where it stopped, and redraws OUT/sweep.svg and OUT/sweep.md.
+on an event, and is measured on the test set right after it, and again with the batch normalizations re-estimated: their
+running averages are of the weights between events. OUT/runs.jsonl gets a line for each finished run; runs that are in
+it are not repeated, so the same command goes on where it stopped, and draws OUT/sweep.svg and OUT/sweep.md anew.
+
+Schedules are compared at an equal budget: "inverse" has as many events as a constant period, by the mean of the
+learning rate, and "adaptive" holds the update per mini-batch that the constant period's runs had on average.
 """
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections import defaultdict
@@ -18,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cctorch import _C, data, measure, models
+from cctorch import _C, batch_norm, data, measure, models
 from cctorch import regularize as r
 from cctorch.config import Data, Training, expand
 from cctorch.regularize_stage import located, select
-from cctorch.train import make_optimizer, train_epoch
+from cctorch.train import learning_rate, make_optimizer, train_epoch
 from matplotlib.figure import Figure
 
 WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th"}
@@ -33,30 +36,43 @@ QUANTITIES: dict[str, dict[str, r.Regularizer]] = {
     "SVD": {f"{ratio:g} to 1": r.SVD(ratio=ratio) for ratio in (1.5, 2.0, 4.0)},
     "Tucker-2": {f"{ratio:g} to 1": r.Tucker2(ratio=ratio) for ratio in (1.6, 2.8, 4.3)},
 }
+SETTING = ("model", "batch", "steps", "lr", "q", "strength", "schedule", "period", "seed")
+Run = dict[str, Any]
 
 
-def settings(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def settings(arguments: argparse.Namespace) -> list[Run]:
     """All runs, one seed after the other, so that a sweep that is stopped has seen every setting equally often."""
-    return [
-        {
-            "q": q,
-            "strength": strength,
-            "period": period,
-            "seed": seed,
-            "batch": arguments.batch,
-            "steps": arguments.steps,
-            "lr": arguments.lr,
-            "model": arguments.model,
-        }
-        for seed in range(arguments.seeds)
-        for q, strengths in QUANTITIES.items()
-        for strength in strengths
+    every = [
+        (arguments.model, batch, arguments.steps, arguments.lr, q, strength, schedule, period, seed)
+        for batch in arguments.batches
+        for seed in arguments.seeds
+        for schedule in arguments.schedules
+        for q in arguments.only
+        for strength in list(QUANTITIES[q])[-arguments.strengths :]
         for period in arguments.periods
         if period <= arguments.steps
     ]
+    return [dict(zip(SETTING, values, strict=True)) for values in every]
 
 
-def train(setting: dict[str, Any], images: data.Dataset) -> dict[str, Any]:
+def same(run: Run, setting: Run, *but: str) -> bool:
+    return all(run[key] == setting[key] for key in SETTING if key not in but)
+
+
+def make_schedule(setting: Run, training: Training, runs: list[Run]) -> r.FrequencySchedule:
+    period, steps = setting["period"], setting["steps"]
+    if setting["schedule"] == "constant":
+        return r.ConstantPeriod(period)
+    if setting["schedule"] == "inverse":
+        return r.InverseLearningRate(period * statistics.mean(learning_rate(training, i, steps) for i in range(steps)))
+    constant = {**setting, "schedule": "constant"}
+    updates = [run["update"] for run in runs if same(run, constant, "seed")]
+    if not updates:
+        raise SystemExit(f"adaptive: the constant period {period} has to run first: --schedules constant adaptive")
+    return r.AdaptivePeriod(statistics.mean(updates) / period)
+
+
+def train(setting: Run, images: data.Dataset, runs: list[Run]) -> Run:
     torch.manual_seed(setting["seed"])
     model = models.create(setting["model"])
     models.load_weights(model, expand("${CCTORCH_WEIGHTS}/" + WEIGHTS[setting["model"]]))
@@ -64,12 +80,13 @@ def train(setting: dict[str, Any], images: data.Dataset) -> dict[str, Any]:
     training = Training(epochs=1, batch_size=setting["batch"], lr=setting["lr"])
     optimizer = make_optimizer(model, training)
     quantity = QUANTITIES[setting["q"]][setting["strength"]]
-    events = r.Events(located(model, select(model, None)), quantity, setting["period"], optimizer)
-    trace = []
+    schedule = make_schedule(setting, training, runs)
+    events = r.Events(located(model, select(model, None)), quantity, schedule, optimizer)
+    updates = []
 
     def after_step() -> None:
         if event := events.step():
-            trace.append(event.relative_update)
+            updates.append(event.relative_update)
 
     count = setting["steps"] * setting["batch"]
     batches = data.Batches(images.train, setting["batch"], images.mean, images.std, channels_last=True)
@@ -86,86 +103,122 @@ def train(setting: dict[str, Any], images: data.Dataset) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     if event := events.finish():
-        trace.append(event.relative_update)
-    top1 = measure.accuracy(model, data.Batches(images.test, 500, images.mean, images.std, channels_last=True))
-    update = statistics.mean(trace)
-    return {**setting, "top1": top1, "events": len(trace), "update": update, "seconds": round(seconds, 1)}
+        updates.append(event.relative_update)
+    test = data.Batches(images.test, 500, images.mean, images.std, channels_last=True)
+    top1 = measure.accuracy(model, test)
+    batch_norm.reestimate(model, batches.head(2000, setting["seed"]))
+    return {
+        **setting,
+        "top1": top1,
+        "top1_reestimated": measure.accuracy(model, test),
+        "events": len(updates),
+        "update": statistics.mean(updates),
+        "seconds": round(seconds, 1),
+    }
 
 
-def read(file: Path) -> list[dict[str, Any]]:
+def read(file: Path) -> list[Run]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def groups(runs: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[int, list[float]]]]:
-    """Accuracies by period, of each strength of each Q."""
-    for q, strengths in QUANTITIES.items():
-        for strength in strengths:
-            by_period: dict[int, list[float]] = defaultdict(list)
-            for run in runs:
-                if (run["q"], run["strength"]) == (q, strength):
-                    by_period[run["period"]].append(run["top1"])
-            if by_period:
-                yield q, strength, dict(sorted(by_period.items()))
+def groups(
+    runs: list[Run], measured: str, schedule: str = "constant"
+) -> Iterator[tuple[int, str, str, dict[int, list[float]]]]:
+    """Accuracies by period, of each strength of each Q at each batch size."""
+    for batch in sorted({run["batch"] for run in runs}):
+        for q, strengths in QUANTITIES.items():
+            for strength in strengths:
+                by_period: dict[int, list[float]] = defaultdict(list)
+                for run in runs:
+                    if (run["batch"], run["q"], run["strength"], run["schedule"]) == (batch, q, strength, schedule):
+                        by_period[run["period"]].append(run[measured])
+                if by_period:
+                    yield batch, q, strength, dict(sorted(by_period.items()))
 
 
-def draw(runs: list[dict[str, Any]], target: Path) -> None:
-    figure = Figure(figsize=(9, 6.4), layout="constrained")
-    for axes, q in zip(figure.subplots(2, 2).flat, QUANTITIES, strict=True):
-        for name, strength, by_period in groups(runs):
-            if name == q:
-                means = [statistics.mean(values) for values in by_period.values()]
-                spread = [max(values) - min(values) for values in by_period.values()]
-                axes.errorbar(list(by_period), means, [s / 2 for s in spread], marker=".", capsize=2, label=strength)
+def draw(runs: list[Run], target: Path) -> None:
+    batches = sorted({run["batch"] for run in runs})
+    shown = [q for q in QUANTITIES if any(run["q"] == q for run in runs)]
+    figure = Figure(figsize=(3.4 * len(shown), 3.2 * len(batches)), layout="constrained")
+    panels = figure.subplots(len(batches), len(shown), squeeze=False)
+    for batch, q, strength, by_period in groups(runs, "top1"):
+        axes = panels[batches.index(batch)][shown.index(q)]
+        means = [statistics.mean(values) for values in by_period.values()]
+        spread = [(max(values) - min(values)) / 2 for values in by_period.values()]
+        axes.errorbar(list(by_period), means, spread, marker=".", capsize=2, label=strength)
         axes.set_xscale("log")
-        axes.set_title(q, loc="left", fontsize=10)
+        axes.set_title(f"{q}, batch {batch}", loc="left", fontsize=10)
         axes.set_xlabel("period pNR")
         axes.set_ylabel("top-1 after the last event, %")
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(target, format="svg", metadata={"Date": None})
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    periods = sorted({run["period"] for run in runs})
-    lines = ["| Q | strength | " + " | ".join(f"pNR {period}" for period in periods) + " | best |"]
-    lines.append("|---" * (len(periods) + 3) + "|")
-    for q, strength, by_period in groups(runs):
-        means = {period: statistics.mean(values) for period, values in by_period.items()}
-        cells = []
-        for period in periods:
-            values = by_period.get(period, [])
-            deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-            spread = "" if math.isnan(deviation) else f" ± {deviation:.2f}"
-            cells.append(f"{means[period]:.2f}{spread}" if values else "")
-        lines.append(f"| {q} | {strength} | {' | '.join(cells)} | {max(means, key=lambda p: means[p])} |")
+def cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def table(runs: list[Run], measured: str) -> str:
+    """Mean and standard deviation over the seeds; in the second table at equal budgets, only where all were run."""
+    periods = sorted({run["period"] for run in runs if run["schedule"] == "constant"})
+    lines = ["| batch | Q | strength | " + " | ".join(f"pNR {period}" for period in periods) + " | best |"]
+    lines.append("|---" * (len(periods) + 4) + "|")
+    for batch, q, strength, by_period in groups(runs, measured):
+        best = max(by_period, key=lambda period: statistics.mean(by_period[period]))
+        cells = " | ".join(cell(by_period.get(period, [])) for period in periods)
+        lines.append(f"| {batch} | {q} | {strength} | {cells} | {best} |")
+    modulated = [schedule for schedule in ("inverse", "adaptive") if any(run["schedule"] == schedule for run in runs)]
+    if modulated:
+        lines += ["", "| batch | Q | strength | pNR | constant | " + " | ".join(modulated) + " |"]
+        lines.append("|---" * (len(modulated) + 5) + "|")
+        others = [{group[:3]: group[3] for group in groups(runs, measured, schedule)} for schedule in modulated]
+        for batch, q, strength, by_period in groups(runs, measured):
+            for period, values in by_period.items():
+                found = [other.get((batch, q, strength), {}).get(period, []) for other in others]
+                if all(found):
+                    cells = " | ".join(cell(accuracies) for accuracies in [values, *found])
+                    lines.append(f"| {batch} | {q} | {strength} | {period} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", choices=WEIGHTS, default="resnet20")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batches", type=int, nargs="+", default=[32], help="batch sizes")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--periods", type=int, nargs="+", default=[1, 10, 50, 200, 1000])
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
+    parser.add_argument("--schedules", nargs="+", choices=["constant", "inverse", "adaptive"], default=["constant"])
+    parser.add_argument("--only", nargs="+", choices=QUANTITIES, default=list(QUANTITIES), help="these Q")
+    parser.add_argument("--strengths", type=int, default=3, help="how many, from the strongest")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
     _C.keep_freed_memory()
     arguments.out.mkdir(parents=True, exist_ok=True)
     images = data.load(Data(kind="cifar10", validation=0), seed=0)
     file = arguments.out / "runs.jsonl"
-    keys = ("q", "strength", "period", "seed", "batch", "steps", "lr", "model")
-    done = {tuple(run[key] for key in keys) for run in read(file)}
-    open_settings = [s for s in settings(arguments) if tuple(s[key] for key in keys) not in done]
-    for number, setting in enumerate(open_settings, start=1):
-        run = train(setting, images)
+    runs = read(file)
+    missing = [setting for setting in settings(arguments) if not any(same(run, setting) for run in runs)]
+    for number, setting in enumerate(missing, start=1):
+        runs.append(run := train(setting, images, runs))
         with file.open("a") as stream:
             stream.write(json.dumps(run) + "\n")
-        print(f"{number}/{len(open_settings)}  {run['q']} {run['strength']}, pNR {run['period']}: {run['top1']:.2f} %")
-    runs = [run for run in read(file) if (run["batch"], run["steps"]) == (arguments.batch, arguments.steps)]
-    draw(runs, arguments.out / "sweep.svg")
-    (arguments.out / "sweep.md").write_text(table(runs))
-    print(table(runs))
+        about = f"{run['q']} {run['strength']}, {run['schedule']} pNR {run['period']}, batch {run['batch']}"
+        print(f"{number}/{len(missing)}  {about}: {run['top1']:.2f} %", flush=True)
+    comparable = [run for run in runs if all(run[key] == getattr(arguments, key) for key in ("model", "steps", "lr"))]
+    draw(comparable, arguments.out / "sweep.svg")
+    text = f"Right after the last event:\n\n{table(comparable, 'top1')}\n"
+    text += f"Batch normalizations re-estimated:\n\n{table(comparable, 'top1_reestimated')}"
+    (arguments.out / "sweep.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":
