@@ -1,27 +1,30 @@
 """Times regularization events: each Q against the same projection composed of PyTorch operators, and their share of a
 training step at several periods.
 
-    python benchmarks/regularize.py [--model resnet20] [--device cuda] [--json FILE]
+    python benchmarks/regularize.py [--model resnet56] [--batch 128] [--device cuda] [--json FILE]
 
-Medians. The overhead at period p is (event + (p - 1) steps without one) / (p training steps).
+Medians of runs taken in turns. Before each, the weights are set to what an event of a period of 1 finds: the last
+event's result and a drift of a hundredth of its norm, at random, another one each time. "first" is an event on weights
+that no event has seen. The share at period p is (event + (p - 1) steps without one) / (p training steps). Freed memory
+is kept, as cctorch's launcher does it.
 """
 
 import argparse
 import json
-import os
-import statistics
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import torch
-from cctorch import _C, models
+from cctorch import _C, atomic, models
 from cctorch import regularize as r
+from timing import in_turns, machine
 from torch import Tensor, nn
 
 PERIODS = (1, 10, 100, 1000)
 Weights = list[Tensor]
+Named = list[tuple[str, nn.Parameter]]
 
 
 def global_topk(weights: Weights) -> None:
@@ -72,12 +75,21 @@ def greedy_binary(weights: Weights) -> None:
         weight.sub_(rest.view(weight.shape))
 
 
+def leading(matrix: Tensor, rank: int) -> Tensor:
+    """The first left singular vectors, by eigenvectors of the Gram matrix: several times faster than linalg.svd."""
+    return torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]
+
+
 def svd(weights: Weights) -> None:
     for weight in weights:
         matrix = weight.flatten(1)
         rank = max(1, int(matrix.numel() / (2 * sum(matrix.shape))))
-        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        weight.copy_(((u[:, :rank] * s[:rank]) @ v[:rank]).view(weight.shape))
+        if matrix.shape[0] <= matrix.shape[1]:
+            u = leading(matrix, rank)
+            weight.copy_((u @ (u.T @ matrix)).view(weight.shape))
+        else:
+            v = leading(matrix.T, rank)
+            weight.copy_(((matrix @ v) @ v.T).view(weight.shape))
 
 
 def tiled_svd(weights: Weights) -> None:
@@ -94,10 +106,23 @@ def tucker(weights: Weights) -> None:
     for weight in weights:
         result = weight
         for mode in (0, 1):
-            unfolded = weight.movedim(mode, 0).flatten(1)
-            u = torch.linalg.svd(unfolded, full_matrices=False)[0][:, : max(1, weight.shape[mode] // 2)]
+            u = leading(weight.movedim(mode, 0).flatten(1), max(1, weight.shape[mode] // 2))
             result = torch.tensordot(u @ u.T, result, ([1], [mode])).movedim(0, mode)
         weight.copy_(result)
+
+
+def least_squares_range(weights: Weights) -> None:
+    """The best of 31 clip ratios by squared error."""
+    for weight in weights:
+        flat = weight.flatten(1)
+        largest = flat.abs().amax(1, keepdim=True)
+        best, smallest = torch.empty_like(flat), torch.full_like(largest, torch.inf)
+        for k in range(31):
+            scale = largest * 0.9**k / 7
+            levels = torch.round(flat / scale).clamp_(-7, 7).mul_(scale)
+            error = (levels - flat).square_().sum(1, keepdim=True)
+            best, smallest = torch.where(error < smallest, levels, best), torch.minimum(error, smallest)
+        weight.copy_(best.view(weight.shape))
 
 
 CASES: list[tuple[str, r.Regularizer, Callable[[Weights], None] | None]] = [
@@ -107,7 +132,7 @@ CASES: list[tuple[str, r.Regularizer, Callable[[Weights], None] | None]] = [
     ("2:4", r.NMPruning(2, 4), two_of_four),
     ("channels 0.5", r.ChannelPruning(0.5), ln_structured),
     ("uniform 4 absmax", r.UniformQuantization(4, range="absmax"), absmax),
-    ("uniform 4 mse", r.UniformQuantization(4), None),
+    ("uniform 4 mse", r.UniformQuantization(4), least_squares_range),
     ("codebook 4", r.CodebookQuantization(4), dense_lloyd),
     ("binary 2", r.BinaryCodeQuantization(2), greedy_binary),
     ("binary 3", r.BinaryCodeQuantization(3), None),
@@ -117,24 +142,11 @@ CASES: list[tuple[str, r.Regularizer, Callable[[Weights], None] | None]] = [
 ]
 
 
-def median_ms(function: Callable[[], Any], device: str, repeats: int, reset: Callable[[], None]) -> float:
-    times = []
-    for i in range(repeats + 1):
-        reset()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if i > 0:
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def training_step(model: nn.Module, batch: int, device: str) -> Callable[[], None]:
+def training_step(model: nn.Module, batch: int, side: int, device: str) -> Callable[[], None]:
+    """A step in channels_last, on CPU the faster layout."""
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
-    x = torch.randn(batch, 3, 32, 32, device=device)
+    x = torch.randn(batch, 3, side, side, device=device).to(memory_format=torch.channels_last)
     y = torch.arange(batch, device=device) % 10
 
     def step() -> None:
@@ -145,7 +157,7 @@ def training_step(model: nn.Module, batch: int, device: str) -> Callable[[], Non
     return step
 
 
-def microseconds_between_events(named: list[tuple[str, nn.Parameter]]) -> float:
+def microseconds_between_events(named: Named) -> float:
     events = r.Events(named, r.WeightDecay(0.0), 10**9)
     steps = 20_000
     start = time.perf_counter()
@@ -154,44 +166,87 @@ def microseconds_between_events(named: list[tuple[str, nn.Parameter]]) -> float:
     return 1e6 * (time.perf_counter() - start) / steps
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", default="resnet20")
+def create(name: str) -> tuple[nn.Module, int]:
+    """A model, and the side of its images."""
+    if name in {"resnet20", "resnet32", "resnet56"}:
+        return models.create(name), 32
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None), 224
+
+
+def measure(
+    q: r.Regularizer, composed: Callable[[Weights], object] | None, named: Named, seconds: float, device: str
+) -> dict[str, float]:
+    """Milliseconds of an event at a period of 1, of the first event, and of the composed projection."""
+    weights = [weight.detach() for _, weight in named]
+    originals = [weight.clone() for weight in weights]
+    first = r.Events(named, q, 1)
+    fresh = first.state_dict()
+    following = r.Events(named, q, 1)
+    following.step()
+    projected = [weight.clone() for weight in weights]
+    moved = cycle([[w + 0.01 * torch.randn_like(w) * w.norm() / w.numel() ** 0.5 for w in projected] for _ in "ab"])
+
+    def first_event() -> None:
+        first.load_state_dict(fresh)
+        first.step()
+
+    functions: dict[str, Callable[[], object]] = {"event": following.step, "first": first_event}
+    if composed:
+        functions["composed"] = lambda: composed(weights)
+
+    def before(name: str) -> None:
+        torch._foreach_copy_(weights, originals if name == "first" else next(moved))
+
+    taken = in_turns(functions, seconds, device, before=before)
+    torch._foreach_copy_(weights, originals)
+    return taken
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet56", help="a model of cctorch or torchvision")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of turns for each Q")
+    parser.add_argument("--only", nargs="+", choices=[name for name, _, _ in CASES], help="these Q")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
     _C.keep_freed_memory()
     torch.manual_seed(0)
-    device, repeats = arguments.device, arguments.repeats
-    model = models.create(arguments.model).to(device)
+    device = arguments.device
+    model, side = create(arguments.model)
+    model = model.to(device)
     # Without the first convolution, whose 3 input channels 2:4 does not fit.
     named = [(name, w) for name, w in model.named_parameters() if w.dim() == 4 and w.shape[1] % 4 == 0]
-    values = [weight.detach() for _, weight in named]
-    originals = [value.clone() for value in values]
-
-    def reset() -> None:
-        torch._foreach_copy_(values, originals)
-
-    step_ms = median_ms(training_step(model, arguments.batch, device), device, repeats, reset)
-    between_us = microseconds_between_events(named)
-    print(f"{arguments.model}, batch {arguments.batch}, {device}: training step {step_ms:.1f} ms, ", end="")
-    print(f"events.step() between events {between_us:.2f} us, load {os.getloadavg()[0]:.1f}")
-    print(f"{'Q':18} {'event ms':>9} {'composed ms':>12}   share of a step at period {PERIODS}")
     rows = []
+    between_us = microseconds_between_events(named)
     for name, q, composed in CASES:
-        event_ms = median_ms(r.Events(named, q, 1).step, device, repeats, reset)
-        theirs = median_ms(lambda composed=composed: composed(values), device, repeats, reset) if composed else None
-        share = {p: (event_ms + (p - 1) * 1e-3 * between_us) / (p * step_ms) for p in PERIODS}
-        rows.append({"q": name, "event_ms": event_ms, "composed_ms": theirs, "share": share})
-        cells = "  ".join(f"{100 * share[p]:.3f} %" for p in PERIODS)
-        print(f"{name:18} {event_ms:9.2f} {f'{theirs:12.2f}' if theirs is not None else 12 * ' '}   {cells}")
+        if arguments.only and name not in arguments.only:
+            continue
+        rows.append({"q": name, **measure(q, composed, named, arguments.seconds, device)})
+        print(json.dumps(rows[-1]), flush=True)
+    step = training_step(model, arguments.batch, side, device)
+    step_ms = in_turns({"step": step}, arguments.seconds, device)["step"]
+    title = f"{arguments.model}, batch {arguments.batch}: a training step takes {step_ms:.1f} ms"
+    print(f"{title}, events.step() between events {between_us:.2f} us")
+    print("| Q | event, ms | first, ms | composed, ms | composed / event |", end="")
+    print(*[f" share at pNR {p} |" for p in PERIODS], sep="")
+    print("|---" * (5 + len(PERIODS)) + "|")
+    for row in rows:
+        row["share"] = {p: (row["event"] + (p - 1) * 1e-3 * between_us) / (p * step_ms) for p in PERIODS}
+        theirs = (f"{row['composed']:.2f}", f"{row['composed'] / row['event']:.1f}") if "composed" in row else ("", "")
+        shares = " | ".join(f"{100 * row['share'][p]:.3g} %" for p in PERIODS)
+        print(f"| {row['q']} | {row['event']:.2f} | {row['first']:.2f} | {' | '.join(theirs)} | {shares} |")
     if arguments.json:
-        where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-        head = {"device": where, "model": arguments.model, "batch": arguments.batch, "load": os.getloadavg()[0]}
-        measured = {"step_ms": step_ms, "between_us": between_us, "rows": rows}
-        arguments.json.write_text(json.dumps(head | measured, indent=2))
+        head = {**machine(device), "model": arguments.model, "batch": arguments.batch}
+        result = {**head, "step_ms": step_ms, "between_us": between_us, "rows": rows}
+        atomic.write(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -11,17 +11,24 @@ import torch
 
 
 def in_turns(
-    functions: Mapping[str, Callable[[], object]], seconds: float = 3.0, device: str = "cpu", warmup: int = 2
+    functions: Mapping[str, Callable[[], object]],
+    seconds: float = 3.0,
+    device: str = "cpu",
+    warmup: int = 2,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, float]:
     """Median milliseconds of each function; all take turns, so that what else the machine does hits them alike.
 
     Runs until ``seconds`` are over and every function had three turns; one that alone takes longer than ``seconds`` has
-    one turn.
+    one turn. ``before`` is called with a function's name ahead of each run, and not timed.
     """
     runs: dict[str, list[float]] = {name: [] for name in functions}
     slow = set()
 
     def run(name: str) -> float:
+        before(name)
+        if device == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         functions[name]()
         if device == "cuda":
@@ -29,6 +36,7 @@ def in_turns(
         return 1e3 * (time.perf_counter() - start)
 
     for name, function in functions.items():
+        before(name)
         function()  # what is compiled or allocated once
         first = run(name)
         if first > 1e3 * seconds:

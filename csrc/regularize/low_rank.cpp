@@ -40,18 +40,30 @@ at::Tensor recall(const State& bases, const std::string& key, at::IntArrayRef si
   return fits ? *basis : at::empty({0}, like.options());
 }
 
-}  // namespace low_rank
-
-namespace {
-
-int64_t rank_of(const RankOrRatio& size, int64_t rows, int64_t columns) {
-  if (size.rank) return *size.rank;
-  TORCH_INTERNAL_ASSERT(size.ratio.has_value());
-  const double entries = static_cast<double>(rows * columns) / *size.ratio;
+int64_t rank_for(double ratio, int64_t rows, int64_t columns) {
+  const double entries = static_cast<double>(rows * columns) / ratio;
   return std::max<int64_t>(1, static_cast<int64_t>(entries / static_cast<double>(rows + columns)));
 }
 
-}  // namespace
+void truncate(const std::vector<Weight*>& weights, const Unfolding& unfolding, const std::vector<int64_t>& ranks,
+              State& state) {
+  std::vector<at::Tensor> matrices, bases;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const at::Tensor& matrix = matrices.emplace_back(unfolding.to_matrix(weights[i]->value));
+    const int64_t rows = matrix.size(0), columns = matrix.size(1);
+    const std::vector<int64_t> sizes =
+        rows <= columns ? std::vector<int64_t>{rows, ranks[i]} : std::vector<int64_t>{ranks[i], columns};
+    bases.push_back(recall(state, "basis." + weights[i]->name, sizes, matrix));
+  }
+  const auto [left, right] = truncated_svd(matrices, ranks, bases);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    weights[i]->value = unfolding.to_weight(at::mm(left[i], right[i]), weights[i]->value.sizes());
+    if (!starts_from_bases(matrices[i])) continue;
+    state["basis." + weights[i]->name] = matrices[i].size(0) <= matrices[i].size(1) ? left[i] : right[i];
+  }
+}
+
+}  // namespace low_rank
 
 SVD::SVD(RankOrRatio size, MatrixView view) : size_(size), view_(view) {
   TORCH_CHECK_VALUE(size.rank.has_value() != size.ratio.has_value(), "SVD: expected either a rank or a ratio, got ",
@@ -61,28 +73,19 @@ SVD::SVD(RankOrRatio size, MatrixView view) : size_(size), view_(view) {
 }
 
 void SVD::replace(std::vector<Weight>& weights) {
-  const Unfolding unfolding = as_matrix(view_);
+  const auto rows_of = [&](const at::Tensor& weight) {
+    return weight.size(0) * (view_ == MatrixView::spatial && weight.dim() == 4 ? weight.size(2) : 1);
+  };
+  const auto rank_of = [&](const at::Tensor& weight) {
+    const int64_t rows = rows_of(weight);
+    return size_.rank ? *size_.rank : low_rank::rank_for(size_.ratio.value(), rows, weight.numel() / rows);
+  };
   const auto chosen = low_rank::factored(weights, [&](const at::Tensor& weight) {
-    const int64_t rows = weight.size(0) * (view_ == MatrixView::spatial && weight.dim() == 4 ? weight.size(2) : 1);
-    const int64_t columns = weight.numel() / rows;
-    return rank_of(size_, rows, columns) * (rows + columns);
+    return rank_of(weight) * (rows_of(weight) + weight.numel() / rows_of(weight));
   });
-  std::vector<at::Tensor> matrices, bases;
   std::vector<int64_t> ranks;
-  for (const Weight* weight : chosen) {
-    const at::Tensor& matrix = matrices.emplace_back(unfolding.to_matrix(weight->value));
-    const int64_t rows = matrix.size(0), columns = matrix.size(1), rank = rank_of(size_, rows, columns);
-    ranks.push_back(rank);
-    const std::vector<int64_t> sizes =
-        rows <= columns ? std::vector<int64_t>{rows, rank} : std::vector<int64_t>{rank, columns};
-    bases.push_back(low_rank::recall(bases_, "basis." + weight->name, sizes, matrix));
-  }
-  const auto [left, right] = truncated_svd(matrices, ranks, bases);
-  for (size_t i = 0; i < chosen.size(); ++i) {
-    chosen[i]->value = unfolding.to_weight(at::mm(left[i], right[i]), chosen[i]->value.sizes());
-    if (!starts_from_bases(matrices[i])) continue;
-    bases_["basis." + chosen[i]->name] = matrices[i].size(0) <= matrices[i].size(1) ? left[i] : right[i];
-  }
+  for (const Weight* weight : chosen) ranks.push_back(rank_of(weight->value));
+  low_rank::truncate(chosen, as_matrix(view_), ranks, bases_);
 }
 
 }  // namespace cctorch::regularize

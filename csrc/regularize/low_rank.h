@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <string>
+#include <vector>
+
+#include "csrc/regularize/matrices.h"
 
 namespace cctorch::regularize::low_rank {
 
@@ -13,6 +17,13 @@ void check_ratio(const char* who, const std::optional<double>& ratio);
 // Those of `weights` whose factors, of so many `entries`, are smaller than they are: factored from now on.
 std::vector<Weight*> factored(std::vector<Weight>& weights,
                               const std::function<int64_t(const at::Tensor& weight)>& entries);
+
+// The largest rank with rank (rows + columns) <= rows columns / ratio, at least 1.
+int64_t rank_for(double ratio, int64_t rows, int64_t columns);
+
+// Truncated SVD of weights seen as matrices; `bases` remembers where the next event starts.
+void truncate(const std::vector<Weight*>& weights, const Unfolding& unfolding, const std::vector<int64_t>& ranks,
+              State& bases);
 
 // The bases that an event leaves for the next one, by what they are of which weight.
 at::Tensor recall(const State& bases, const std::string& key, at::IntArrayRef sizes, const at::Tensor& like);

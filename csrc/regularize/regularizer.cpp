@@ -5,17 +5,12 @@
 #include <cmath>
 #include <map>
 
+#include "csrc/regularize/norms.h"
 #include "csrc/regularize/projection.h"
 
 namespace cctorch::regularize {
 
 namespace {
-
-// One norm for each tensor and their root of the sum of squares, in float64.
-at::Tensor total_norm(at::TensorList tensors) {
-  if (tensors.empty()) return at::zeros({}, at::kDouble);
-  return at::linalg_vector_norm(at::stack(at::_foreach_norm(tensors, 2, at::kDouble)));
-}
 
 std::vector<at::Tensor> tensors_of(const NamedParameters& parameters) {
   std::vector<at::Tensor> tensors;
@@ -30,8 +25,7 @@ Storage Storage::dense(const at::Tensor& parameter) {
 }
 
 at::Tensor update_norm(const Projection& projection) {
-  if (projection.values.empty()) return total_norm({});
-  return total_norm(at::_foreach_sub(projection.values, tensors_of(projection.parameters)));
+  return total_distance(projection.values, tensors_of(projection.parameters));
 }
 
 void write(const Projection& projection) {

@@ -19,12 +19,20 @@ struct Shape {
 };
 
 // `ratio`: the same fraction f of both channel counts, from
-//   f (N^2 + C^2) + f^2 N C k = N C k / ratio.
+//   f (N^2 + C^2) + f^2 N C k = N C k / ratio;
+// of a matrix, whose core the factors absorb, one rank.
 std::pair<int64_t, int64_t> ranks_of(const RanksOrRatio& size, const Shape& shape) {
   if (size.ranks) {
-    return {std::min(size.ranks->first, shape.outputs), std::min(size.ranks->second, shape.inputs)};
+    const auto [out, in] = *size.ranks;
+    const int64_t rank = std::min({out, in, shape.outputs, shape.inputs});
+    return shape.kernel == 1 ? std::pair(rank, rank)
+                             : std::pair(std::min(out, shape.outputs), std::min(in, shape.inputs));
   }
   TORCH_INTERNAL_ASSERT(size.ratio.has_value());
+  if (shape.kernel == 1) {
+    const int64_t rank = low_rank::rank_for(*size.ratio, shape.outputs, shape.inputs);
+    return {rank, rank};
+  }
   const auto outputs = static_cast<double>(shape.outputs), inputs = static_cast<double>(shape.inputs);
   const double core = outputs * inputs * static_cast<double>(shape.kernel);
   const double factors = outputs * outputs + inputs * inputs;
@@ -47,14 +55,25 @@ Tucker2::Tucker2(RanksOrRatio size, int64_t iterations) : size_(size), iteration
 }
 
 void Tucker2::replace(std::vector<Weight>& weights) {
+  const auto is_matrix = [](const Weight& weight) { return Shape(weight.value.sizes()).kernel == 1; };
   const auto chosen = low_rank::factored(weights, [&](const at::Tensor& weight) {
     const Shape shape(weight.sizes());
     const auto [out, in] = ranks_of(size_, shape);
-    return out * shape.outputs + in * shape.inputs + out * in * shape.kernel;
+    const int64_t core = shape.kernel == 1 ? 0 : out * in * shape.kernel;
+    return out * shape.outputs + in * shape.inputs + core;
   });
+  std::vector<Weight*> matrices, kernels;
+  for (Weight* weight : chosen) (is_matrix(*weight) ? matrices : kernels).push_back(weight);
+  std::vector<int64_t> ranks;
+  for (const Weight* weight : matrices) ranks.push_back(ranks_of(size_, Shape(weight->value.sizes())).first);
+  if (!matrices.empty()) low_rank::truncate(matrices, as_matrix(MatrixView::channel), ranks, bases_);
+  if (!kernels.empty()) truncate(kernels);
+}
+
+void Tucker2::truncate(const std::vector<Weight*>& weights) {
   std::vector<at::Tensor> values, start_out, start_in;
   std::vector<int64_t> ranks_out, ranks_in;
-  for (const Weight* weight : chosen) {
+  for (const Weight* weight : weights) {
     const at::Tensor& value = values.emplace_back(weight->value);
     const auto [out, in] = ranks_of(size_, Shape(value.sizes()));
     ranks_out.push_back(out);
@@ -63,12 +82,12 @@ void Tucker2::replace(std::vector<Weight>& weights) {
     start_in.push_back(low_rank::recall(bases_, "in." + weight->name, {value.size(1), in}, value));
   }
   const auto [cores, out, in] = tucker2(values, ranks_out, ranks_in, iterations_, start_out, start_in);
-  for (size_t i = 0; i < chosen.size(); ++i) {
+  for (size_t i = 0; i < weights.size(); ++i) {
     const at::Tensor narrow = at::matmul(in[i], cores[i].reshape({ranks_out[i], ranks_in[i], -1}));
-    chosen[i]->value = at::mm(out[i], narrow.flatten(1)).view(values[i].sizes());
+    weights[i]->value = at::mm(out[i], narrow.flatten(1)).view(values[i].sizes());
     if (!tucker2_starts_from_bases(values[i])) continue;
-    bases_["out." + chosen[i]->name] = out[i];
-    bases_["in." + chosen[i]->name] = in[i];
+    bases_["out." + weights[i]->name] = out[i];
+    bases_["in." + weights[i]->name] = in[i];
   }
 }
 

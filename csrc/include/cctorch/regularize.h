@@ -256,6 +256,8 @@ class Tucker2 final : public Regularizer {
   void load_state_dict(const State& state) override { bases_ = state; }
 
  private:
+  void truncate(const std::vector<Weight*>& weights);
+
   RanksOrRatio size_;
   int64_t iterations_;
   State bases_;

@@ -164,6 +164,10 @@ double turn(const at::Tensor& before, const at::Tensor& after) {
 bool near(double turn, int64_t rest) { return turn * 3 <= 0.002 * static_cast<double>(rest); }
 
 at::Tensor leading(const at::Tensor& a, int64_t rank) {
+  if (a.size(0) > a.size(1) && rank <= a.size(1)) {
+    const at::Tensor columns = at::mm(a, leading(a.t(), rank).t());
+    return std::get<0>(at::linalg_qr(columns)).t();
+  }
   if (a.scalar_type() == at::kDouble || a.size(0) <= exact_rows) return exact_basis(a, rank).to(a.scalar_type());
   // All directions: rounded eigenvectors would lose some of what an identity keeps.
   if (rank == a.size(0)) return at::eye(rank, a.options());

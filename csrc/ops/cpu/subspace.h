@@ -6,8 +6,7 @@
 #include <optional>
 #include <utility>
 
-// Dominant subspaces of matrices in float32 or float64 that have no more rows than columns. A basis is a matrix of
-// orthonormal rows.
+// Dominant subspaces of matrices in float32 or float64. A basis is a matrix of orthonormal rows.
 namespace cctorch::cpu::subspace {
 
 // Up to this many rows everything is exact and in float64: batches of small matrices are its common case.
@@ -25,7 +24,7 @@ at::Tensor gram(const at::Tensor& a);
 // where the Gram matrix could not resolve what is left.
 at::Tensor exact_basis(const at::Tensor& a, int64_t rank);
 
-// The basis that keeps the most of A, by the route that truncated_svd documents.
+// The basis that keeps the most of A, by the route that truncated_svd documents; of a tall A from that of its rows.
 at::Tensor leading(const at::Tensor& a, int64_t rank);
 
 // The next basis of the subspace iteration, or the best one where that is cheap.
@@ -39,7 +38,7 @@ double turn(const at::Tensor& before, const at::Tensor& after);
 // left out.
 bool near(double turn, int64_t rest);
 
-// A's best approximation in the rows that A^T `basis` spans, as a product of a rows x rank and a rank x columns
+// Of an A with no more rows than columns: its best approximation in the rows that A^T `basis` spans, as a product of a rows x rank and a rank x columns
 // matrix; nothing where that may be more than 0.1 % from the best error.
 std::optional<std::pair<at::Tensor, at::Tensor>> warm(const at::Tensor& a, const at::Tensor& basis);
 

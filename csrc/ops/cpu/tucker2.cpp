@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "csrc/largest_first.h"
 #include "csrc/ops/cpu/subspace.h"
@@ -32,17 +33,35 @@ std::optional<Tucker2Bases> from(const at::Tensor& w, const Tucker2Bases& start,
   return near_out && near_in ? std::optional(bases) : std::nullopt;
 }
 
+// No more outputs than what is left of inputs and kernel can tell apart, nor the other way round: more change nothing.
+std::pair<int64_t, int64_t> useful_ranks(const at::Tensor& w, int64_t out, int64_t in, int64_t iterations) {
+  const int64_t kernel = w.size(2);
+  if (iterations == 0) return {std::min(out, w.size(1) * kernel), std::min(in, w.size(0) * kernel)};
+  out = std::min(out, in * kernel);
+  return {out, std::min(in, out * kernel)};
+}
+
+// `basis` and any directions beside it.
+at::Tensor completed(const at::Tensor& basis, int64_t rank) {
+  if (rank == basis.size(0)) return basis;
+  return at::cat(
+      {basis, std::get<0>(at::linalg_qr(basis.t(), "complete")).t().narrow(0, basis.size(0), rank - basis.size(0))});
+}
+
 void factor(const at::Tensor& weight, const Tucker2Bases& start, int64_t iterations, const Tucker2Factors& factors) {
   // Small ones in float64, which costs little and resolves all that float32 can show.
   const auto type = tucker2_starts_from_bases(weight) ? at::kFloat : at::kDouble;
   const at::Tensor w = weight.to(type).reshape({weight.size(0), weight.size(1), -1});
+  const int64_t rank_out = factors[1].size(1), rank_in = factors[2].size(1);
+  const auto useful = useful_ranks(w, rank_out, rank_in, iterations);
   std::optional<Tucker2Bases> bases;
-  if (start.out.defined() && type == at::kFloat) {
+  if (start.out.defined() && type == at::kFloat && useful == std::pair(rank_out, rank_in)) {
     bases = from(w, {start.out.to(type).t(), start.in.to(type).t()}, iterations);
   }
   const auto best = [](const at::Tensor& a, const at::Tensor& basis) { return subspace::leading(a, basis.size(0)); };
   const Tucker2Steps steps{&subspace::leading, best};
-  if (!bases) bases = improved(w, hosvd(w, factors[1].size(1), factors[2].size(1), steps), iterations, steps);
+  if (!bases) bases = improved(w, hosvd(w, useful.first, useful.second, steps), iterations, steps);
+  bases = {completed(bases->out, rank_out), completed(bases->in, rank_in)};
   factors[0].copy_(tucker2_core(w, *bases).view(factors[0].sizes()));
   factors[1].copy_(bases->out.t());
   factors[2].copy_(bases->in.t());

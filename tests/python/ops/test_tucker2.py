@@ -42,9 +42,11 @@ def error(weight: Tensor, core: Tensor, out: Tensor, inner: Tensor) -> float:
 
 SHAPES = [((16, 8, 3, 3), (4, 3)), ((8, 16, 3), (8, 5)), ((30, 24), (5, 5)), ((128, 96, 3, 3), (64, 48))]
 LARGE = [((100, 20, 3, 3), (20, 10)), ((96, 128, 3, 3), (20, 30)), ((128, 3, 3, 3), (20, 3))]
+# More outputs than the inputs and the kernel span, of a weight that has fewer inputs than outputs, and matrices.
+TALL = [((200, 10, 3, 3), (60, 4)), ((200, 10, 3, 3), (30, 4)), ((300, 90), (100, 40)), ((90, 300, 1, 1), (20, 150))]
 
 
-@pytest.mark.parametrize(("shape", "ranks"), SHAPES + LARGE)
+@pytest.mark.parametrize(("shape", "ranks"), SHAPES + LARGE + TALL)
 def test_no_farther_than_hooi(shape: tuple[int, ...], ranks: tuple[int, int]) -> None:
     weight = random(*shape)
     (core,), (out,), (inner,) = tucker2([weight], [ranks], iterations=2)
@@ -54,7 +56,7 @@ def test_no_farther_than_hooi(shape: tuple[int, ...], ranks: tuple[int, int]) ->
         torch.testing.assert_close(basis.T @ basis, torch.eye(rank), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("shape", "ranks"), SHAPES)
+@pytest.mark.parametrize(("shape", "ranks"), SHAPES + TALL)
 @pytest.mark.parametrize("iterations", [0, 1, 5])
 def test_exactly_hooi_in_float64(shape: tuple[int, ...], ranks: tuple[int, int], iterations: int) -> None:
     weight = random(*shape, dtype=torch.float64)

@@ -210,4 +210,6 @@ def test_tucker_recovers_what_has_these_ranks_and_equals_svd_for_matrices() -> N
     torch.testing.assert_close(value, weight, rtol=1e-5, atol=1e-5)
     matrix = random(30, 24)
     best = eckart_young(matrix.double().numpy(), 5)
-    assert error(r.Tucker2(ranks=(5, 5), iterations=40), matrix) == pytest.approx(best, rel=1e-6)
+    assert error(r.Tucker2(ranks=(5, 7)), matrix) == pytest.approx(best, rel=1e-6)
+    assert error(r.Tucker2(ranks=(6, 5)), matrix.view(30, 24, 1, 1)) == pytest.approx(best, rel=1e-6)
+    assert error(r.Tucker2(ratio=2.4), matrix) == pytest.approx(best, rel=1e-6)  # 5 (30 + 24) <= 30 * 24 / 2.4

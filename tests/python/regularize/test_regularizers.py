@@ -187,8 +187,24 @@ def test_sizes_of_factored_weights() -> None:
     tiles = sum(min(2 * (h + w), h * w) for h in (8, 8, 1) for w in (8, 8, 4))
     assert stored(r.TiledSVD(8, 2), 17, 20)[0] == 32 * tiles
     assert stored(r.Tucker2(ranks=(5, 3)), 16, 8, 3, 3)[0] == 32 * (16 * 5 + 8 * 3 + 5 * 3 * 9)
+    assert stored(r.Tucker2(ranks=(5, 3)), 16, 8, 1, 1)[0] == 32 * 3 * (16 + 8)
     assert stored(r.Tucker2(ratio=4.0), 32, 16, 3, 3)[0] <= 32 * 32 * 16 * 9 / 4
     assert stored(r.Tucker2(ranks=(16, 8)), 16, 8, 3, 3)[0] == 32 * 16 * 72
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_norms_of_every_type_and_layout_in_float64(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(*shape, generator=generator).to(dtype) for shape in [(300, 70, 3, 3), (5, 7), (1, 1)]]
+    weights[0] = weights[0].to(memory_format=torch.channels_last)
+    weights[1] = weights[1].t()
+    weights.append(torch.randn(40, 60, generator=generator).to(dtype)[::2, 3:])
+    before = [weight.double().clone() for weight in weights]
+    outcome = r.MagnitudePruning(0.5).apply([(str(i), weight) for i, weight in enumerate(weights)])
+    changes = [weight.double() - old for weight, old in zip(weights, before, strict=True)]
+    for norm, tensors in [(outcome.update_norm, changes), (outcome.weight_norm, before)]:
+        expected = torch.cat([tensor.flatten() for tensor in tensors]).norm()
+        assert float(norm) == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_sizes_of_compositions() -> None:
