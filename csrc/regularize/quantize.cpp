@@ -1,9 +1,14 @@
 #include <ATen/ATen.h>
 #include <cctorch/regularize.h>
 
+#include <algorithm>
 #include <cmath>
 
+#include "csrc/largest_first.h"
 #include "csrc/ops/best_grids.h"
+#include "csrc/ops/cpu/channelwise.h"
+#include "csrc/ops/cpu/simd/uniform_grid.h"
+#include "csrc/ops/fake_quant_weights.h"
 #include "csrc/regularize/matrices.h"
 
 namespace cctorch::regularize {
@@ -71,6 +76,52 @@ at::Tensor quantize(const at::Tensor& rows, at::ScalarType type, double q, Range
   return at::where(error(searched) < error(plain) - kNoise * grid.energy(), searched, plain);
 }
 
+simd::UniformGrid uniform_grid(at::ScalarType type) {
+  const auto storage = channelwise::storage(type);
+  switch (isa()) {
+    case Isa::kAvx512:
+      return simd::avx512::uniform_grid(storage);
+    case Isa::kAvx2:
+      return simd::avx2::uniform_grid(storage);
+    default:
+      return simd::baseline::uniform_grid(storage);
+  }
+}
+
+// Some rows of one weight.
+struct Task {
+  size_t weight;
+  int64_t begin, end;
+};
+
+// The same grids row by row, each in a thread's cache.
+void quantize_on_cpu(std::vector<Weight>& weights, bool per_channel, double q, bool search) {
+  std::vector<SliceRows> rows;
+  std::vector<Task> tasks;
+  std::vector<double> costs;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    rows.emplace_back(per_channel ? weights[i].value : weights[i].value.unsqueeze(0), 0);
+    const int64_t step = std::max<int64_t>(1, 16384 / rows[i].size());
+    for (int64_t begin = 0; begin < rows[i].count(); begin += step) {
+      tasks.push_back({i, begin, std::min(begin + step, rows[i].count())});
+      costs.push_back(static_cast<double>((tasks.back().end - begin) * rows[i].size()));
+    }
+  }
+  largest_first(costs, [&](size_t i) {
+    const SliceRows& matrix = rows[tasks[i].weight];
+    const auto quantize_row = uniform_grid(matrix.from.scalar_type());
+    const auto* from = static_cast<const char*>(matrix.from.const_data_ptr());
+    auto* to = static_cast<char*>(matrix.to.mutable_data_ptr());
+    for (int64_t row = tasks[i].begin; row < tasks[i].end; ++row) {
+      const int64_t offset = row * matrix.size() * matrix.from.element_size();
+      quantize_row(from + offset, to + offset, matrix.size(), q, search);
+    }
+  });
+  for (size_t i = 0; i < weights.size(); ++i) {
+    weights[i].value = rows[i].result(weights[i].value).view_as(weights[i].value);
+  }
+}
+
 }  // namespace
 
 UniformQuantization::UniformQuantization(int64_t bits, bool per_channel, Range range)
@@ -81,8 +132,13 @@ UniformQuantization::UniformQuantization(int64_t bits, bool per_channel, Range r
 
 void UniformQuantization::replace(std::vector<Weight>& weights) {
   const auto q = static_cast<double>((int64_t{1} << (bits_ - 1)) - 1);
-  replace_rows(weights, per_channel_,
-               [&](const at::Tensor& rows, at::ScalarType type) { return quantize(rows, type, q, range_); });
+  const bool search = range_ == Range::mse;
+  if (weights.front().value.is_cpu() && !(search && q == 1)) {
+    quantize_on_cpu(weights, per_channel_, q, search);
+  } else {
+    replace_rows(weights, per_channel_,
+                 [&](const at::Tensor& rows, at::ScalarType type) { return quantize(rows, type, q, range_); });
+  }
   for (Weight& weight : weights) {
     // Zero is a level, so what was pruned stays pruned.
     if (weight.storage.factored) weight.storage = Storage::dense(weight.value);
