@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <map>
 
 #include "csrc/ops/mask.h"
 
@@ -72,9 +73,16 @@ void NMPruning::check_shapes(const NamedParameters& selected) const {
 
 void NMPruning::replace(std::vector<Weight>& weights) {
   const int64_t bits_per_position = n_ == m_ ? 0 : static_cast<int64_t>(std::bit_width(static_cast<uint64_t>(m_ - 1)));
-  for (Weight& weight : weights) {
-    const int64_t kept = weight.value.numel() / m_ * n_;
-    prune(weight, nm_masks({weight.value}, n_, m_, axis_)[0], kept, kept * bits_per_position);
+  std::map<at::ScalarType, std::vector<Weight*>> by_type;
+  for (Weight& weight : weights) by_type[weight.value.scalar_type()].push_back(&weight);
+  for (const auto& [type, members] : by_type) {
+    std::vector<at::Tensor> values;
+    for (const Weight* weight : members) values.push_back(weight->value);
+    const auto masks = nm_masks(values, n_, m_, axis_);
+    for (size_t i = 0; i < members.size(); ++i) {
+      const int64_t kept = values[i].numel() / m_ * n_;
+      prune(*members[i], masks[i], kept, kept * bits_per_position);
+    }
   }
 }
 

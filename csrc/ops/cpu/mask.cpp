@@ -188,15 +188,6 @@ struct Groups {
   int64_t inner;
 };
 
-template <typename Bits>
-void mark_groups(const Groups<Bits>& groups, int64_t n, int64_t m) {
-  for (int64_t group = 0; group < groups.count; ++group) {
-    const int64_t offset = group / groups.inner * m * groups.inner + group % groups.inner;
-    formula::mark_group(groups.weight + offset, groups.mask + offset, n, m, groups.inner,
-                        [](Bits bits) { return magnitude(bits); });
-  }
-}
-
 // Groups do not see the order of memory: any dense layout is taken as it is.
 std::vector<at::Tensor> nm_masks(at::TensorList weights, int64_t n, int64_t m, int64_t axis) {
   check_nm_masks(weights, n, m, axis);
@@ -221,8 +212,9 @@ std::vector<at::Tensor> nm_masks(at::TensorList weights, int64_t n, int64_t m, i
                          std::min(step, dense.numel() / m - begin), layout.inner});
       }
     }
+    const auto mark = select::loops<Bits>().groups;
     at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) mark_groups(parts[i], n, m);
+      for (int64_t i = begin; i < end; ++i) mark(parts[i].mask, parts[i].weight, parts[i].count, n, m, parts[i].inner);
     });
   });
   return masks;

@@ -118,11 +118,67 @@ void apply(Bits* y, const Bits* weight, const bool* mask, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = weight[i] & static_cast<Bits>(-static_cast<Signed<Bits>>(mask[i]));
 }
 
+// The first elements of many groups beside each other, then the second ones, and so on: comparisons fill vectors.
+template <typename Bits>
+struct Planes {
+  static constexpr int64_t kMost = 16;
+  static constexpr int64_t kGroups = 64 / sizeof(Bits) * 4;
+  Signed<Bits> keys[kMost][kGroups];
+  bool kept[kMost][kGroups];
+
+  // As formula::mark_group, of all of them.
+  void mark(int64_t n, int64_t m) {
+    for (int64_t i = 0; i < m; ++i) {
+      Signed<Bits> before[kGroups] = {};
+      for (int64_t j = 0; j < m; ++j) {
+        // A key is no larger than another minus one just where it is smaller: keys are not negative.
+        const Signed<Bits> tie = j < i ? 1 : 0;
+#pragma omp simd
+        for (int64_t g = 0; g < kGroups; ++g) before[g] += keys[j][g] > keys[i][g] - tie ? 1 : 0;
+      }
+#pragma omp simd
+      for (int64_t g = 0; g < kGroups; ++g) kept[i][g] = before[g] < static_cast<Signed<Bits>>(n);
+    }
+  }
+};
+
+template <typename Bits>
+void groups(bool* mask, const Bits* weight, int64_t count, int64_t n, int64_t m, int64_t inner) {
+  if (m > Planes<Bits>::kMost) {
+    for (int64_t group = 0; group < count; ++group) {
+      const int64_t offset = group / inner * m * inner + group % inner;
+      formula::mark_group(weight + offset, mask + offset, n, m, inner,
+                          [](Bits bits) { return formula::magnitude(bits); });
+    }
+    return;
+  }
+  Planes<Bits> planes = {};
+  int64_t outer = 0;
+  int64_t within = 0;
+  for (int64_t begin = 0; begin < count; begin += Planes<Bits>::kGroups) {
+    const int64_t size = count - begin < Planes<Bits>::kGroups ? count - begin : Planes<Bits>::kGroups;
+    int64_t offsets[Planes<Bits>::kGroups];
+    for (int64_t g = 0; g < size; ++g) {
+      offsets[g] = outer + within;
+      if (++within < inner) continue;
+      within = 0;
+      outer += m * inner;
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t g = 0; g < size; ++g) planes.keys[i][g] = key(weight[offsets[g] + i * inner]);
+    }
+    planes.mark(n, m);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t g = 0; g < size; ++g) mask[offsets[g] + i * inner] = planes.kept[i][g];
+    }
+  }
+}
+
 }  // namespace
 
 template <typename Bits>
 MaskLoops<Bits> mask_loops() {  // NOLINT(misc-use-internal-linkage): mask.h declares it
-  return {&split<Bits>, &mark<Bits>, &prune<Bits>, &apply<Bits>};
+  return {&split<Bits>, &mark<Bits>, &prune<Bits>, &apply<Bits>, &groups<Bits>};
 }
 
 template MaskLoops<uint16_t> mask_loops();
