@@ -6,6 +6,7 @@
 #include <bit>
 #include <map>
 
+#include "csrc/ops/cpu/select.h"
 #include "csrc/ops/mask.h"
 
 namespace cctorch::regularize {
@@ -18,11 +19,41 @@ void check_sparsity(const char* who, double sparsity) {
 }
 
 // Zeros stay where a quantization put them or an earlier pruning, so the smaller number of values counts.
-void prune(Weight& weight, const at::Tensor& mask, int64_t kept, int64_t index_bits) {
-  weight.value = apply_mask(weight.value, mask);
+void pruned(Weight& weight, int64_t kept, int64_t index_bits) {
   if (weight.storage.factored) weight.storage = Storage::dense(weight.value);
   weight.storage.values = std::min(weight.storage.values, kept);
   weight.storage.index_bits += index_bits;
+}
+
+void prune(Weight& weight, const at::Tensor& mask, int64_t kept, int64_t index_bits) {
+  weight.value = apply_mask(weight.value, mask);
+  pruned(weight, kept, index_bits);
+}
+
+// Of each tensor, all of one type on one device.
+std::vector<int64_t> nonzeros(at::TensorList tensors) {
+  std::vector<int64_t> counts(tensors.size());
+  if (!tensors[0].is_cpu()) {
+    std::vector<at::Tensor> each;
+    for (const at::Tensor& tensor : tensors) each.push_back(at::count_nonzero(tensor));
+    const at::Tensor all = at::stack(each).cpu();
+    std::copy_n(all.const_data_ptr<int64_t>(), counts.size(), counts.begin());
+    return counts;
+  }
+  with_bits(tensors[0].scalar_type(), [&](auto bits) {
+    using Bits = decltype(bits);
+    const auto count = cpu::select::loops<Bits>().nonzero;
+    at::parallel_for(0, static_cast<int64_t>(tensors.size()), 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const auto* values = static_cast<const Bits*>(tensors[i].const_data_ptr());
+        const int64_t size = tensors[i].numel();
+        for (int64_t begin = 0; begin < size; begin += simd::kMostMagnitudes) {
+          counts[i] += count(values + begin, std::min(simd::kMostMagnitudes, size - begin));
+        }
+      }
+    });
+  });
+  return counts;
 }
 
 }  // namespace
@@ -49,13 +80,13 @@ void MagnitudePruning::replace(std::vector<Weight>& weights) {
     }
     return;
   }
-  std::vector<at::Tensor> values, counts;
+  std::vector<at::Tensor> values;
   for (const Weight& weight : weights) values.push_back(weight.value);
-  const auto masks = magnitude_masks(values, sparsity_);
-  for (const at::Tensor& mask : masks) counts.push_back(mask.sum());
-  const at::Tensor kept = at::stack(counts).cpu();
+  values = magnitude_prune(values, sparsity_);
+  const std::vector<int64_t> kept = nonzeros(values);
   for (size_t i = 0; i < weights.size(); ++i) {
-    prune(weights[i], masks[i], kept.const_data_ptr<int64_t>()[i], values[i].numel());
+    weights[i].value = values[i];
+    pruned(weights[i], kept[i], values[i].numel());
   }
 }
 

@@ -118,6 +118,14 @@ void apply(Bits* y, const Bits* weight, const bool* mask, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = weight[i] & static_cast<Bits>(-static_cast<Signed<Bits>>(mask[i]));
 }
 
+template <typename Bits>
+int64_t nonzero(const Bits* weight, int64_t n) {
+  Bits count = 0;
+#pragma omp simd reduction(+ : count)
+  for (int64_t i = 0; i < n; ++i) count += key(weight[i]) != 0 ? Bits(1) : Bits(0);
+  return static_cast<int64_t>(count);
+}
+
 // The first elements of many groups beside each other, then the second ones, and so on: comparisons fill vectors.
 template <typename Bits>
 struct Planes {
@@ -178,7 +186,7 @@ void groups(bool* mask, const Bits* weight, int64_t count, int64_t n, int64_t m,
 
 template <typename Bits>
 MaskLoops<Bits> mask_loops() {  // NOLINT(misc-use-internal-linkage): mask.h declares it
-  return {&split<Bits>, &mark<Bits>, &prune<Bits>, &apply<Bits>, &groups<Bits>};
+  return {&split<Bits>, &mark<Bits>, &prune<Bits>, &apply<Bits>, &nonzero<Bits>, &groups<Bits>};
 }
 
 template MaskLoops<uint16_t> mask_loops();

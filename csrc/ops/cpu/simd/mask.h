@@ -28,6 +28,8 @@ struct MaskLoops {
   int64_t (*prune)(Bits* pruned, const Bits* weight, int64_t n, Bits least);
   // y = weight where mask, else 0; any number of them.
   void (*apply)(Bits* y, const Bits* weight, const bool* mask, int64_t n);
+  // How many are not zero.
+  int64_t (*nonzero)(const Bits* weight, int64_t n);
   // Marks n of every m weights, `inner` apart in memory, in `count` groups; count is a multiple of inner.
   void (*groups)(bool* mask, const Bits* weight, int64_t count, int64_t n, int64_t m, int64_t inner);
 };
