@@ -12,9 +12,6 @@ namespace cctorch::device {
 namespace {
 
 template <typename S>
-using Math = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
-template <typename S>
 struct Weight {
   std::vector<S> from;
   std::vector<S> to;

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <memory>
 #include <numeric>
@@ -88,15 +89,6 @@ void expect_largest(const std::vector<std::vector<T>>& weights, int64_t count, i
       << what;
   for (size_t i = 0; i < all.size(); ++i) all[i] = expected[i] ? all[i] : T(0);
   EXPECT_EQ(selected<BitsOf<T>>(weights, count, blocks, seed), bytes_of(bits_of(all))) << what;
-}
-
-template <typename T>
-std::vector<T> normal(size_t size, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<double> distribution;
-  std::vector<T> values(size);
-  for (T& value : values) value = static_cast<T>(distribution(random));
-  return values;
 }
 
 template <typename T>
@@ -203,16 +195,20 @@ TYPED_TEST(DeviceMask, GroupsEqualBruteForce) {
 
 TYPED_TEST(DeviceMask, ApplyMaskKeepsOrClearsEveryBit) {
   using Bits = BitsOf<TypeParam>;
-  using Kernel = cuda::ApplyMask<Bits>;
-  for (const int64_t numel : {int64_t(1), Kernel::kPerBlock - 1, 2 * Kernel::kPerBlock + 77}) {
-    auto values = normal<TypeParam>(numel, 1);
-    values[0] = std::numeric_limits<TypeParam>::quiet_NaN();
-    const auto bits = bits_of(values);
-    const std::unique_ptr<bool[]> mask(new bool[numel]);
-    for (int64_t i = 0; i < numel; ++i) mask[i] = i % 3 == 1;
-    std::vector<Bits> y(numel, Bits(0xa5));
-    Launch{2}(ceil_div(numel, Kernel::kPerBlock), Kernel{y.data(), bits.data(), mask.get(), numel});
-    for (int64_t i = 0; i < numel; ++i) ASSERT_EQ(y[i], i % 3 == 1 ? bits[i] : Bits(0)) << i << " of " << numel;
+  constexpr int64_t kTile = cuda::ApplyMask<Bits>::kTile;
+  for (const int64_t numel : {int64_t(0), int64_t(1), kTile - 1, 2 * kTile + 77}) {
+    const auto bits = bits_of(normal<TypeParam>(numel + 1, 1));
+    const std::unique_ptr<bool[]> mask(new bool[numel + 1]);
+    for (int64_t i = 0; i <= numel; ++i) mask[i] = i % 3 == 1;
+    // Where in memory the weights, the mask and the result begin.
+    for (const auto& [from, kept, to] : {std::array{0, 0, 0}, {1, 0, 0}, {0, 1, 0}, {0, 0, 1}, {1, 1, 1}}) {
+      std::vector<Bits> y(numel + 2, Bits(0xa5));
+      cuda::apply_mask_bits(Launch{2}, y.data() + to, bits.data() + from, mask.get() + kept, numel);
+      for (int64_t i = 0; i < numel; ++i) {
+        ASSERT_EQ(y[to + i], mask[kept + i] ? bits[from + i] : Bits(0)) << i << " of " << numel;
+      }
+      ASSERT_EQ(y[to + numel], Bits(0xa5));
+    }
   }
 }
 
