@@ -35,10 +35,10 @@ struct List {
     return low;
   }
 
-  // visit(entry, begin, end) for every piece of a weight that belongs to this block
+  // visit(entry, begin, end) for every piece of a weight that belongs to the block
   template <typename Visit>
-  __device__ void for_each_piece(const Visit& visit) const {
-    int64_t begin = blockIdx.x * span;
+  __device__ void for_each_piece(unsigned block, const Visit& visit) const {
+    int64_t begin = block * span;
     const int64_t end = std::min(begin + span, total);
     if (begin >= end) return;
     for (int64_t e = find(begin); begin < end; ++e) {

@@ -35,7 +35,7 @@ struct MarkGroups {
 
   __device__ void operator()(Shared&) const {
     const List<GroupsEntry> list{entries, count, total, span};
-    list.for_each_piece([&](const GroupsEntry& entry, int64_t begin, int64_t end) {
+    list.for_each_piece(blockIdx.x, [&](const GroupsEntry& entry, int64_t begin, int64_t end) {
       for (int64_t group = begin + threadIdx.x; group < end; group += kThreads) {
         const int64_t offset = group / entry.inner * m * entry.inner + group % entry.inner;
         formula::mark_group(static_cast<const Bits*>(entry.weight) + offset, static_cast<bool*>(entry.mask) + offset, n,

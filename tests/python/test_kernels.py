@@ -69,8 +69,8 @@ KERNELS = {
     "fake_quant_weights": ("QuantizeRows",),
     "soft_threshold": element_wise("SoftThreshold"),
     "all of these": ("SumPartials",),
-    "magnitude_masks": ("Prepare", "CountDigits", "ChooseDigit", "KeepAboveIjbE", "KeepTiesIjbE"),
-    "magnitude_prune": ("KeepAboveIjjE", "KeepTiesIjjE"),
+    "magnitude_masks": ("Prepare", "CountDigits", "4KeepIjbE"),
+    "magnitude_prune": ("4KeepIjjE",),
     "nm_masks": ("MarkGroups",),
     "apply_mask": ("ApplyMask",),
 }

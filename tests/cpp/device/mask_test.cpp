@@ -149,6 +149,30 @@ TEST(DeviceMasks, ManyBlocks) {
   expect_largest(weights, int64_t(270) * cuda::kThreads + 3, 300, 1);
 }
 
+// The weights of a ResNet-50: at most five launches for a list of its length.
+TYPED_TEST(DeviceMask, LaunchesForALongList) {
+  using Bits = BitsOf<TypeParam>;
+  int launches = 0;
+  const Launch launch{0, &launches};
+  const auto weight = bits_of(normal<TypeParam>(12, 1));
+  std::vector<std::array<bool, 12>> masks(54);
+  std::vector<cuda::Entry> entries;
+  std::vector<cuda::GroupsEntry> groups;
+  for (auto& mask : masks) {
+    entries.push_back({weight.data(), mask.data(), static_cast<int64_t>(12 * entries.size())});
+    groups.push_back({weight.data(), mask.data(), 0, 1});
+  }
+  entries.push_back({nullptr, nullptr, 54 * 12});
+  const std::unique_ptr<char[]> scratch(new char[cuda::select::Workspace::bytes(3, 54)]);
+  cuda::select::keep_largest<Bits, bool>(launch, entries, 256, 300, infinity_bits<TypeParam>(),
+                                         cuda::select::Workspace::at(scratch.get(), 3));
+  // One pass for each 11 bits of a magnitude; weights in float64 take three more.
+  EXPECT_EQ(launches, sizeof(Bits) == 8 ? 8 : (sizeof(Bits) == 4 ? 5 : 4));
+  launches = 0;
+  cuda::mark_groups<Bits>(launch, groups, std::vector<int64_t>(54, 3), 2, 4, 3, infinity_bits<TypeParam>());
+  EXPECT_EQ(launches, 1);
+}
+
 struct GroupsCase {
   int64_t outer, inner;
 };
