@@ -4,6 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "csrc/ops/formula/host_device.h"
+
 // Registers are an array only as long as every index into it is known when the code is compiled. And there are not
 // enough of them for what the compiler makes of a long loop whose body is many elements already.
 #ifdef __CUDACC__
@@ -49,7 +51,7 @@ __device__ void store(T* to, const Pack<T, count>& pack) {
 
 // Whether packs of `count` can be loaded from there. Tensors begin at such addresses; views of their parts need not.
 template <int count, typename... T>
-bool are_aligned(const T*... pointers) {
+CCTORCH_HOST_DEVICE bool are_aligned(const T*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % (sizeof(T) * count) == 0) && ...);
 }
 

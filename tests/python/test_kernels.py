@@ -72,6 +72,7 @@ KERNELS = {
     "magnitude_masks": ("Prepare", "CountDigits", "4KeepIjbE"),
     "magnitude_prune": ("4KeepIjjE",),
     "nm_masks": ("MarkGroups",),
+    "channel_masks and block_masks": ("5ScoreI", "6Finish", "WriteMasks"),
     "apply_mask": ("ApplyMask",),
 }
 

@@ -109,6 +109,10 @@ T __shfl_xor_sync(unsigned mask, T value, unsigned bits,
   return cctorch::device::shuffle(mask, value, threadIdx.x % cctorch::device::kWarp ^ bits, where);
 }
 
+inline void __syncwarp(const std::source_location& where = std::source_location::current()) {
+  cctorch::device::exchange(0, 0, where);
+}
+
 // Fibers change places at barriers only, so a plain sum is atomic.
 template <typename T>
 T atomicAdd(T* to, T value) {
