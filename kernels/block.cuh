@@ -64,4 +64,25 @@ __device__ formula::Pair<T> block_sum(const formula::Pair<T>& value, T* warp_sum
   return {first, block_scan(value.second, warp_sums).total};
 }
 
+// What other blocks write while the kernel runs.
+template <typename T>
+__device__ T read(const T* from) {
+  return *const_cast<const volatile T*>(from);
+}
+template <typename T>
+__device__ void write(T* to, T value) {
+  *const_cast<volatile T*>(to) = value;
+}
+
+// Whether all other blocks of the kernel have come here before; what they wrote until then can be read. `finished` is 0
+// before the first of them. Called by all threads of the block.
+__device__ inline bool is_last_block(unsigned* finished, bool* shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *shared = atomicAdd(finished, 1u) == gridDim.x - 1;
+  __syncthreads();
+  __threadfence();
+  return *shared;
+}
+
 }  // namespace cctorch::cuda

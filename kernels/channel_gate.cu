@@ -17,7 +17,7 @@ at::Tensor channel_gate(const at::Tensor& x, const at::Tensor& gate) {
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "channel_gate", [&] {
     using T = at::opmath_type<scalar_t>;
     const at::Tensor gates = gate.to(c10::CppTypeToScalarType<T>::value);
-    return forward<scalar_t>(formula::ChannelGate<T>{}, x, broadcast_view(gates, x, 1));
+    return forward<scalar_t, Given>(formula::ChannelGate<T>{}, x, gates, 1);
   });
 }
 
@@ -29,8 +29,8 @@ std::tuple<at::Tensor, at::Tensor> channel_gate_backward(const at::Tensor& grad,
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "channel_gate_backward", [&] {
     using T = at::opmath_type<scalar_t>;
     const at::Tensor gates = gate.to(c10::CppTypeToScalarType<T>::value);
-    auto [grad_x, sums] = backward<scalar_t>(formula::ChannelGate<T>{}, grad, x, gates, 1, 1.0);
-    return std::make_tuple(grad_x, sums.to(gate.scalar_type()));
+    const auto [grad_x, sums] = backward<scalar_t, Given>(formula::ChannelGate<T>{}, grad, x, gates, 1, 1.0);
+    return std::make_tuple(grad_x, sums.view(gate.sizes()).to(gate.scalar_type()));
   });
 }
 

@@ -1,6 +1,5 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/ops/stack.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -13,30 +12,21 @@ namespace cctorch::cuda {
 namespace {
 
 template <typename T>
-using Lsq = formula::FromRaw<formula::FakeQuant<T>>;
-template <typename T>
-using LsqPlus = formula::FromRaw<formula::FakeQuantOffset<T>>;
-template <typename T>
-using Pact = formula::FromRaw<formula::Pact<T>>;
-
-template <typename T>
 formula::FakeQuant<T> lsq(int64_t qmin, int64_t qmax) {
   return {static_cast<T>(qmin), static_cast<T>(qmax)};
 }
 
 template <typename T>
-Pact<T> clipped(int64_t bits) {
-  return {{static_cast<T>((int64_t{1} << bits) - 1)}};
+formula::Pact<T> clipped(int64_t bits) {
+  return {static_cast<T>((int64_t{1} << bits) - 1)};
 }
 
 at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
                       std::optional<int64_t> axis, double) {
   axis = check_fake_quant(x, log_scale, qmin, qmax, axis);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor scales = broadcast_view(log_scale, x, axis);
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quant", [&] {
-    using T = at::opmath_type<scalar_t>;
-    return forward<scalar_t>(Lsq<T>{lsq<T>(qmin, qmax)}, x, scales);
+    return forward<scalar_t, Raw>(lsq<at::opmath_type<scalar_t>>(qmin, qmax), x, log_scale, axis);
   });
 }
 
@@ -46,21 +36,21 @@ std::tuple<at::Tensor, at::Tensor> fake_quant_backward(const at::Tensor& grad, c
   axis = check_fake_quant(x, log_scale, qmin, qmax, axis);
   check_backward(grad, x, "fake_quant_backward");
   const c10::cuda::CUDAGuard guard(x.device());
-  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quant_backward", [&] {
-    using T = at::opmath_type<scalar_t>;
-    return backward<scalar_t>(Lsq<T>{lsq<T>(qmin, qmax)}, grad, x, log_scale, axis, grad_scale);
-  });
+  const auto [grad_x, sums] =
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quant_backward", [&] {
+        return backward<scalar_t, Raw>(lsq<at::opmath_type<scalar_t>>(qmin, qmax), grad, x, log_scale, axis,
+                                       grad_scale);
+      });
+  return {grad_x, sums.view(log_scale.sizes())};
 }
 
 at::Tensor fake_quant_offset(const at::Tensor& x, const at::Tensor& log_scale, const at::Tensor& offset, int64_t qmin,
                              int64_t qmax, std::optional<int64_t> axis, double) {
   axis = check_fake_quant_offset(x, log_scale, offset, qmin, qmax, axis);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor scales = broadcast_view(log_scale, x, axis);
-  const at::Tensor offsets = broadcast_view(offset, x, axis);
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quant_offset", [&] {
     using T = at::opmath_type<scalar_t>;
-    return forward<scalar_t>(LsqPlus<T>{{lsq<T>(qmin, qmax)}}, x, scales, offsets);
+    return forward<scalar_t, Raw>(formula::FakeQuantOffset<T>{lsq<T>(qmin, qmax)}, x, {log_scale, offset}, axis);
   });
 }
 
@@ -72,11 +62,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quant_offset_backward(const 
   axis = check_fake_quant_offset(x, log_scale, offset, qmin, qmax, axis);
   check_backward(grad, x, "fake_quant_offset_backward");
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor pairs = at::stack({log_scale.reshape(-1), offset.reshape(-1)}, 1);
   const auto [grad_x, sums] =
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quant_offset_backward", [&] {
         using T = at::opmath_type<scalar_t>;
-        return backward<scalar_t>(LsqPlus<T>{{lsq<T>(qmin, qmax)}}, grad, x, pairs, axis, grad_scale);
+        return backward<scalar_t, Raw>(formula::FakeQuantOffset<T>{lsq<T>(qmin, qmax)}, grad, x, {log_scale, offset},
+                                       axis, grad_scale);
       });
   const auto column = [&](int64_t i, const at::Tensor& like) {
     return sums.select(1, i).clone(at::MemoryFormat::Contiguous).view(like.sizes());
@@ -87,9 +77,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quant_offset_backward(const 
 at::Tensor pact(const at::Tensor& x, const at::Tensor& log_alpha, int64_t bits, std::optional<int64_t> axis) {
   axis = check_pact(x, log_alpha, bits, axis);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor alphas = broadcast_view(log_alpha, x, axis);
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "pact", [&] {
-    return forward<scalar_t>(clipped<at::opmath_type<scalar_t>>(bits), x, alphas);
+    return forward<scalar_t, Raw>(clipped<at::opmath_type<scalar_t>>(bits), x, log_alpha, axis);
   });
 }
 
@@ -99,9 +88,10 @@ std::tuple<at::Tensor, at::Tensor> pact_backward(const at::Tensor& grad, const a
   axis = check_pact(x, log_alpha, bits, axis);
   check_backward(grad, x, "pact_backward");
   const c10::cuda::CUDAGuard guard(x.device());
-  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "pact_backward", [&] {
-    return backward<scalar_t>(clipped<at::opmath_type<scalar_t>>(bits), grad, x, log_alpha, axis, 1.0);
-  });
+  const auto [grad_x, sums] = AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, x.scalar_type(), "pact_backward",
+      [&] { return backward<scalar_t, Raw>(clipped<at::opmath_type<scalar_t>>(bits), grad, x, log_alpha, axis, 1.0); });
+  return {grad_x, sums.view(log_alpha.sizes())};
 }
 
 }  // namespace

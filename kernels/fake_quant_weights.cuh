@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "csrc/ops/formula/fake_quant_weights.h"
-#include "kernels/block.cuh"
+#include "kernels/list.cuh"
 
 // Rows of a list of weights, each quantized on the grid that its largest magnitude ends.
 namespace cctorch::cuda::quantize_rows {
@@ -37,13 +37,7 @@ struct QuantizeRows {
   Entry entries[kEntries];
 
   __device__ const Entry& entry() const {
-    const auto row = static_cast<int64_t>(blockIdx.x);
-    int64_t low = 0;
-    for (int64_t high = count; high - low > 1;) {
-      const int64_t middle = (low + high) / 2;
-      (entries[middle].first <= row + entries[0].first ? low : high) = middle;
-    }
-    return entries[low];
+    return entries[last_from(count, blockIdx.x + entries[0].first, [&](int64_t i) { return entries[i].first; })];
   }
 
   __device__ void operator()(Shared& shared) const {

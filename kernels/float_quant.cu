@@ -14,10 +14,8 @@ at::Tensor fp8_quant(const at::Tensor& x, const at::Tensor& log_scale, at::Scala
                      std::optional<int64_t> axis, double) {
   axis = check_fp8_quant(x, log_scale, dtype, axis);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor scales = broadcast_view(log_scale, x, axis);
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fp8_quant", [&] {
-    using Formula = formula::FloatQuant<at::opmath_type<scalar_t>>;
-    return forward<scalar_t>(formula::FromRaw<Formula>{fp8<at::opmath_type<scalar_t>>(dtype)}, x, scales);
+    return forward<scalar_t, Raw>(fp8<at::opmath_type<scalar_t>>(dtype), x, log_scale, axis);
   });
 }
 
@@ -27,20 +25,20 @@ std::tuple<at::Tensor, at::Tensor> fp8_quant_backward(const at::Tensor& grad, co
   axis = check_fp8_quant(x, log_scale, dtype, axis);
   check_backward(grad, x, "fp8_quant_backward");
   const c10::cuda::CUDAGuard guard(x.device());
-  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fp8_quant_backward", [&] {
-    using Formula = formula::FloatQuant<at::opmath_type<scalar_t>>;
-    const formula::FromRaw<Formula> formula{fp8<at::opmath_type<scalar_t>>(dtype)};
-    return backward<scalar_t>(formula, grad, x, log_scale, axis, grad_scale);
-  });
+  const auto [grad_x, sums] =
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fp8_quant_backward", [&] {
+        return backward<scalar_t, Raw>(fp8<at::opmath_type<scalar_t>>(dtype), grad, x, log_scale, axis, grad_scale);
+      });
+  return {grad_x, sums.view(log_scale.sizes())};
 }
 
 at::Tensor power_of_two_quant(const at::Tensor& x, int64_t bits, std::optional<int64_t> axis) {
   axis = check_power_of_two_quant(x, bits, axis);
   if (x.numel() == 0) return at::empty_like(x);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor tops = broadcast_view(top_powers(x, axis), x, axis);
+  const at::Tensor tops = top_powers(x, axis);
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "power_of_two_quant", [&] {
-    return forward<scalar_t>(powers_of_two<at::opmath_type<scalar_t>>(bits), x, tops);
+    return forward<scalar_t, Given>(powers_of_two<at::opmath_type<scalar_t>>(bits), x, tops, axis);
   });
 }
 

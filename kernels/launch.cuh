@@ -8,8 +8,11 @@
 
 namespace cctorch::cuda {
 
+// On a multiprocessor: left to itself the compiler spills registers so that more fit.
+constexpr unsigned kLeastBlocks = 2;
+
 template <typename Kernel>
-__global__ void __launch_bounds__(kThreads) run(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(kThreads, kLeastBlocks) run(const __grid_constant__ Kernel kernel) {
   __shared__ typename Kernel::Shared shared;
   kernel(shared);
 }

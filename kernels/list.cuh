@@ -16,6 +16,18 @@ struct Entry {
   int64_t first;
 };
 
+// Of `count` items that begin at first(i), the last one that begins at or before `position`; empty ones are behind
+// others with the same first.
+template <typename First>
+__device__ int64_t last_from(int64_t count, int64_t position, const First& first) {
+  int64_t low = 0;
+  for (int64_t high = count; high - low > 1;) {
+    const int64_t middle = (low + high) / 2;
+    (first(middle) <= position ? low : high) = middle;
+  }
+  return low;
+}
+
 // The list, ended by an item with first = total. Each block takes `span` elements of the concatenation, so blocks are
 // in the order of the elements.
 template <typename Item>
@@ -25,23 +37,13 @@ struct List {
   int64_t total;
   int64_t span;
 
-  // The last entry that starts at or before `position`; empty ones are behind others with the same first.
-  __device__ int64_t find(int64_t position) const {
-    int64_t low = 0;
-    for (int64_t high = count; high - low > 1;) {
-      const int64_t middle = (low + high) / 2;
-      (entries[middle].first <= position ? low : high) = middle;
-    }
-    return low;
-  }
-
-  // visit(entry, begin, end) for every piece of a weight that belongs to this block
+  // visit(entry, begin, end) for every piece of a weight that belongs to the block
   template <typename Visit>
-  __device__ void for_each_piece(const Visit& visit) const {
-    int64_t begin = blockIdx.x * span;
+  __device__ void for_each_piece(unsigned block, const Visit& visit) const {
+    int64_t begin = block * span;
     const int64_t end = std::min(begin + span, total);
     if (begin >= end) return;
-    for (int64_t e = find(begin); begin < end; ++e) {
+    for (int64_t e = last_from(count, begin, [&](int64_t i) { return entries[i].first; }); begin < end; ++e) {
       const int64_t last = std::min(end, entries[e + 1].first);
       visit(entries[e], begin - entries[e].first, last - entries[e].first);
       begin = last;

@@ -92,15 +92,12 @@ std::vector<at::Tensor> nm_masks(at::TensorList weights, int64_t n, int64_t m, i
 at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
   check_apply_mask(weight, mask);
   const at::Tensor y = at::empty_like(weight);
-  if (weight.numel() == 0) return y;
   const c10::cuda::CUDAGuard guard(weight.device());
   const at::Tensor dense = weight.strides() == y.strides() ? weight : at::empty_like(y).copy_(weight);
   const at::Tensor dense_mask = mask.strides() == y.strides() ? mask : empty_mask(y).copy_(mask);
   with_bits(weight.scalar_type(), [&](auto bits) {
-    using Kernel = ApplyMask<decltype(bits)>;
-    Launch()(ceil_div(weight.numel(), Kernel::kPerBlock),
-             Kernel{static_cast<decltype(bits)*>(y.mutable_data_ptr()), data<decltype(bits)>(dense),
-                    dense_mask.const_data_ptr<bool>(), weight.numel()});
+    apply_mask_bits(Launch(), static_cast<decltype(bits)*>(y.mutable_data_ptr()), data<decltype(bits)>(dense),
+                    dense_mask.const_data_ptr<bool>(), weight.numel());
   });
   return y;
 }

@@ -5,6 +5,7 @@
 
 #include "csrc/ops/formula/mask.h"
 #include "kernels/list.cuh"
+#include "kernels/vector.cuh"
 
 namespace cctorch::cuda {
 
@@ -34,7 +35,7 @@ struct MarkGroups {
 
   __device__ void operator()(Shared&) const {
     const List<GroupsEntry> list{entries, count, total, span};
-    list.for_each_piece([&](const GroupsEntry& entry, int64_t begin, int64_t end) {
+    list.for_each_piece(blockIdx.x, [&](const GroupsEntry& entry, int64_t begin, int64_t end) {
       for (int64_t group = begin + threadIdx.x; group < end; group += kThreads) {
         const int64_t offset = group / entry.inner * m * entry.inner + group % entry.inner;
         formula::mark_group(static_cast<const Bits*>(entry.weight) + offset, static_cast<bool*>(entry.mask) + offset, n,
@@ -69,29 +70,52 @@ void mark_groups(const Launch& launch, const std::vector<GroupsEntry>& weights, 
 template <typename Bits>
 struct ApplyMask {
   using Shared = NoShared;
-  static constexpr int kPerThread = 4;
-  static constexpr int64_t kPerBlock = kPerThread * kThreads;
+  static constexpr int kInFlight = 4;  // vectors that a thread loads before it stores the first
+  static constexpr int kStep = kThreads * kVector<Bits>;
+  static constexpr int64_t kTile = int64_t(kInFlight) * kStep;
 
   Bits* y;
   const Bits* weight;
   const bool* mask;
   int64_t numel;
+  bool aligned;
 
   __device__ void operator()(Shared&) const {
-    const int64_t first = blockIdx.x * kPerBlock + threadIdx.x;
-    // All loads are on their way before the first store.
-    Bits values[kPerThread];
-    for (int k = 0; k < kPerThread; ++k) {
-      const int64_t i = first + k * kThreads;
-      if (i >= numel) break;
-      const Bits value = weight[i];
-      values[k] = mask[i] ? value : Bits(0);
+    const int64_t begin = blockIdx.x * kTile;
+    const int64_t end = std::min(begin + kTile, numel);
+    if (aligned && end - begin == kTile) {
+      vectors(begin + threadIdx.x * kVector<Bits>);
+    } else {
+      for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) y[i] = mask[i] ? weight[i] : Bits(0);
     }
-    for (int k = 0; k < kPerThread; ++k) {
-      const int64_t i = first + k * kThreads;
-      if (i < numel) y[i] = values[k];
+  }
+
+  __device__ void vectors(int64_t first) const {
+    Pack<Bits, kVector<Bits>> packs[kInFlight];
+    Pack<bool, kVector<Bits>> kept[kInFlight];
+    CCTORCH_UNROLL
+    for (int k = 0; k < kInFlight; ++k) {
+      packs[k] = load<kVector<Bits>>(weight + first + k * kStep);
+      kept[k] = load<kVector<Bits>>(mask + first + k * kStep);
+    }
+    CCTORCH_UNROLL
+    for (int k = 0; k < kInFlight; ++k) {
+      CCTORCH_UNROLL
+      for (int j = 0; j < kVector<Bits>; ++j) {
+        packs[k].values[j] = kept[k].values[j] ? packs[k].values[j] : Bits(0);
+      }
+      store(y + first + k * kStep, packs[k]);
     }
   }
 };
+
+// launch(blocks, kernel) starts a kernel.
+template <typename Bits, typename Launch>
+void apply_mask_bits(const Launch& launch, Bits* y, const Bits* weight, const bool* mask, int64_t numel) {
+  using Kernel = ApplyMask<Bits>;
+  if (numel == 0) return;
+  const bool aligned = are_aligned<kVector<Bits>>(y, weight, mask);
+  launch(ceil_div(numel, Kernel::kTile), Kernel{y, weight, mask, numel, aligned});
+}
 
 }  // namespace cctorch::cuda

@@ -31,6 +31,8 @@ __device__ void keep(const Entry& entry, int64_t i, Bits bits, bool kept) {
 struct State {
   Count threshold;
   Count wanted;
+  unsigned finished;  // blocks of the kernel that runs
+  unsigned started;   // blocks of Keep
 };
 
 // Scratch memory on the device; nothing in it needs to be set.
@@ -39,6 +41,7 @@ struct Workspace {
   Count* histogram;  // kBins
   Count* ties;       // one for each block
   Entry* entries;    // one for each tensor, and the end
+  int64_t blocks;
 
   static int64_t bytes(int64_t blocks, int64_t tensors) {
     return sizeof(State) + (kBins + blocks) * sizeof(Count) + (tensors + 1) * sizeof(Entry);
@@ -46,7 +49,14 @@ struct Workspace {
   static Workspace at(void* memory, int64_t blocks) {
     auto* state = static_cast<State*>(memory);
     auto* histogram = reinterpret_cast<Count*>(state + 1);
-    return {state, histogram, histogram + kBins, reinterpret_cast<Entry*>(histogram + kBins + blocks)};
+    return {state, histogram, histogram + kBins, reinterpret_cast<Entry*>(histogram + kBins + blocks), blocks};
+  }
+
+  // Called by all threads of one block.
+  __device__ void clear(const State& initial) const {
+    for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
+    for (int64_t block = threadIdx.x; block < blocks; block += kThreads) ties[block] = 0;
+    if (threadIdx.x == 0) *state = initial;
   }
 };
 
@@ -64,8 +74,7 @@ struct Prepare {
 
   __device__ void operator()(Shared&) const {
     for (int64_t i = threadIdx.x; i < size; i += kThreads) workspace.entries[begin + i] = part[i];
-    for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) workspace.histogram[bin] = 0;
-    if (threadIdx.x == 0) *workspace.state = initial;
+    workspace.clear(initial);
   }
 };
 
@@ -84,29 +93,48 @@ struct Pass {
   formula::MagnitudeOrNan<Bits> key;
 };
 
-// Shared memory of those that count over the block.
-struct WarpSums {
-  Count warp_sums[kWarps];
-};
+// Calls found(bin, left) in one thread: with the bin where the counts, from the largest down, reach `wanted`, and how
+// many of it that takes. Called by all threads of the block.
+template <typename CountOf, typename Found>
+__device__ void find_bin(const CountOf& count_of, Count wanted, Count* warp_sums, const Found& found) {
+  constexpr unsigned kPerThread = kBins / kThreads;
+  const unsigned top = kBins - 1 - threadIdx.x * kPerThread;
+  Count own = 0;
+  for (unsigned j = 0; j < kPerThread; ++j) own += count_of(top - j);
+  const Count before = block_scan(own, warp_sums).before;
+  if (wanted <= before || before + own < wanted) return;
+  Count left = wanted - before;
+  unsigned bin = top;
+  for (; count_of(bin) < left; --bin) left -= count_of(bin);
+  found(bin, left);
+}
 
-// Adds to the histogram the digits of the magnitudes that agree with the threshold above the digit.
+// Adds to the histogram the digits of the magnitudes that agree with the threshold above the digit. The block that ends
+// last chooses the threshold's digit.
 template <typename Bits>
 struct CountDigits {
   struct Shared {
     unsigned counts[kBins];
+    Count warp_sums[kWarps];
+    bool last;
   };
 
   Pass<Bits> pass;
   Digit digit;
 
   __device__ void operator()(Shared& shared) const {
+    count(shared.counts);
+    if (is_last_block(&pass.workspace.state->finished, &shared.last)) choose(shared.warp_sums);
+  }
+
+  __device__ void count(unsigned* counts) const {
     const Workspace& workspace = pass.workspace;
-    for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) shared.counts[bin] = 0;
+    for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) counts[bin] = 0;
     __syncthreads();
     const int above = digit.shift + digit.width;
     const Bits agreed = static_cast<Bits>(workspace.state->threshold) >> above;
     const unsigned digit_mask = (1u << digit.width) - 1;
-    pass.list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
+    pass.list.for_each_piece(blockIdx.x, [&](const Entry& entry, int64_t begin, int64_t end) {
       const auto* weight = static_cast<const Bits*>(entry.weight);
       // Weights that were pruned are equal: a run of one digit is added at once.
       unsigned bin = 0;
@@ -116,60 +144,62 @@ struct CountDigits {
         if (static_cast<Bits>(magnitude >> above) != agreed) continue;
         const unsigned next = static_cast<unsigned>(magnitude >> digit.shift) & digit_mask;
         if (next != bin && run > 0) {
-          atomicAdd(&shared.counts[bin], run);
+          atomicAdd(&counts[bin], run);
           run = 0;
         }
         bin = next;
         ++run;
       }
-      if (run > 0) atomicAdd(&shared.counts[bin], run);
+      if (run > 0) atomicAdd(&counts[bin], run);
     });
     __syncthreads();
     for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) {
-      if (shared.counts[bin] > 0) atomicAdd(&workspace.histogram[bin], static_cast<Count>(shared.counts[bin]));
+      if (counts[bin] > 0) atomicAdd(&workspace.histogram[bin], static_cast<Count>(counts[bin]));
     }
+  }
+
+  // Leaves the histogram at 0.
+  __device__ void choose(Count* warp_sums) const {
+    State* state = pass.workspace.state;
+    Count* histogram = pass.workspace.histogram;
+    find_bin([&](unsigned bin) { return read(&histogram[bin]); }, state->wanted, warp_sums,
+             [&](unsigned bin, Count left) {
+               state->threshold |= static_cast<Count>(bin) << digit.shift;
+               state->wanted = left;
+             });
+    __syncthreads();
+    for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
+    if (threadIdx.x == 0) state->finished = 0;
   }
 };
 
-// One block: the digit of the threshold is the one where the counts, from the largest digit down, reach `wanted`.
-// Leaves the histogram at 0.
-struct ChooseDigit {
-  using Shared = WarpSums;
-  static constexpr unsigned kBinsPerThread = kBins / kThreads;
-
-  Workspace workspace;
-  Digit digit;
-
-  __device__ void operator()(Shared& shared) const {
-    State* state = workspace.state;
-    const Count wanted = state->wanted;
-    const unsigned top = kBins - 1 - threadIdx.x * kBinsPerThread;
-    Count own = 0;
-    for (unsigned j = 0; j < kBinsPerThread; ++j) own += workspace.histogram[top - j];
-    const Count before = block_scan(own, shared.warp_sums).before;
-    if (before < wanted && wanted <= before + own) {
-      Count left = wanted - before;
-      unsigned bin = top;
-      for (; workspace.histogram[bin] < left; --bin) left -= workspace.histogram[bin];
-      state->threshold |= static_cast<Count>(bin) << digit.shift;
-      state->wanted = left;
-    }
-    for (unsigned j = 0; j < kBinsPerThread; ++j) workspace.histogram[top - j] = 0;
-  }
-};
-
-// Keeps what is above the threshold, and counts what equals it. The result is bool for masks, Bits for weights.
+// Keeps what is above the threshold, and the first `wanted` of what equals it. The result is bool for masks, Bits for
+// weights.
 template <typename Bits, typename Result>
-struct KeepAbove {
-  using Shared = WarpSums;
+struct Keep {
+  struct Shared {
+    Count warp_sums[kWarps];
+    unsigned block;
+  };
 
   Pass<Bits> pass;
 
   __device__ void operator()(Shared& shared) const {
-    const Workspace& workspace = pass.workspace;
-    const Bits threshold = static_cast<Bits>(workspace.state->threshold);
+    // Parts are taken in the order in which blocks start: those that a block waits for run already.
+    if (threadIdx.x == 0) shared.block = atomicAdd(&pass.workspace.state->started, 1u);
+    __syncthreads();
+    const unsigned block = shared.block;
+    const Count ties = block_scan(keep_above(block), shared.warp_sums).total;
+    if (threadIdx.x == 0) write(&pass.workspace.ties[block], ties + 1);
+    // Few blocks have any, the others leave at once.
+    if (ties > 0) keep_ties(block, shared.warp_sums);
+  }
+
+  // Returns how many equal the threshold.
+  __device__ Count keep_above(unsigned block) const {
+    const Bits threshold = static_cast<Bits>(pass.workspace.state->threshold);
     Count equal = 0;
-    pass.list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
+    pass.list.for_each_piece(block, [&](const Entry& entry, int64_t begin, int64_t end) {
       const auto* weight = static_cast<const Bits*>(entry.weight);
       for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
         const Bits bits = weight[i];
@@ -178,37 +208,33 @@ struct KeepAbove {
         equal += magnitude == threshold;
       }
     });
-    const Count total = block_scan(equal, shared.warp_sums).total;
-    if (threadIdx.x == 0) workspace.ties[blockIdx.x] = total;
+    return equal;
   }
-};
 
-// Keeps the first `wanted` of those that equal the threshold. Few blocks have any, the others leave at once.
-template <typename Bits, typename Result>
-struct KeepTies {
-  using Shared = WarpSums;
-
-  Pass<Bits> pass;
-
-  __device__ void operator()(Shared& shared) const {
-    const Workspace& workspace = pass.workspace;
-    const Bits threshold = static_cast<Bits>(workspace.state->threshold);
-    const Count wanted = workspace.state->wanted;
-    if (workspace.ties[blockIdx.x] == 0) return;
+  __device__ void keep_ties(unsigned block, Count* warp_sums) const {
+    const Bits threshold = static_cast<Bits>(pass.workspace.state->threshold);
+    const Count wanted = pass.workspace.state->wanted;
     Count part = 0;
-    for (unsigned block = threadIdx.x; block < blockIdx.x; block += kThreads) part += workspace.ties[block];
-    Count kept = block_scan(part, shared.warp_sums).total;
-    pass.list.for_each_piece([&](const Entry& entry, int64_t begin, int64_t end) {
+    for (unsigned before = threadIdx.x; before < block; before += kThreads) part += ties_of(before);
+    Count kept = block_scan(part, warp_sums).total;
+    pass.list.for_each_piece(block, [&](const Entry& entry, int64_t begin, int64_t end) {
       const auto* weight = static_cast<const Bits*>(entry.weight);
       for (int64_t first = begin; first < end && kept < wanted; first += kThreads) {
         const int64_t i = first + threadIdx.x;
         const Bits bits = i < end ? weight[i] : Bits(0);
         const bool tie = i < end && pass.key(bits) == threshold;
-        const Scan<Count> scan = block_scan(static_cast<Count>(tie), shared.warp_sums);
+        const Scan<Count> scan = block_scan(static_cast<Count>(tie), warp_sums);
         if (tie && kept + scan.before < wanted) keep<Result>(entry, i, bits, true);
         kept += scan.total;
       }
     });
+  }
+
+  // Waits until the block has counted its ties.
+  __device__ Count ties_of(unsigned block) const {
+    const Count* ties = &pass.workspace.ties[block];
+    for (; read(ties) == 0;) __nanosleep(100);
+    return read(ties) - 1;
   }
 };
 
@@ -233,7 +259,7 @@ void keep_largest(const Launch& launch, const std::vector<Entry>& entries, int64
   const int64_t blocks = ceil_div(list.total, span);
   const Pass<Bits> pass{list, workspace, {infinity}};
   // No magnitude reaches all bits: the threshold of no weight at all.
-  const State initial{count > 0 ? 0 : ~Count(0), static_cast<Count>(count)};
+  const State initial{count > 0 ? 0 : ~Count(0), static_cast<Count>(count), 0, 0};
   for (int64_t begin = 0; begin < size; begin += Prepare::kEntries) {
     Prepare prepare{{}, begin, std::min(Prepare::kEntries, size - begin), initial, workspace};
     std::copy_n(entries.begin() + begin, prepare.size, prepare.part);
@@ -241,10 +267,8 @@ void keep_largest(const Launch& launch, const std::vector<Entry>& entries, int64
   }
   for (const Digit& digit : count > 0 ? digits<Bits>() : std::vector<Digit>()) {
     launch(blocks, CountDigits<Bits>{pass, digit});
-    launch(1, ChooseDigit{workspace, digit});
   }
-  launch(blocks, KeepAbove<Bits, Result>{pass});
-  launch(blocks, KeepTies<Bits, Result>{pass});
+  launch(blocks, Keep<Bits, Result>{pass});
 }
 
 }  // namespace cctorch::cuda::select

@@ -14,9 +14,8 @@ namespace {
 at::Tensor soft_threshold(const at::Tensor& x, const at::Tensor& threshold, std::optional<int64_t> axis) {
   axis = check_soft_threshold(x, threshold, axis);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor parameters = broadcast_view(threshold, x, axis);
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "soft_threshold", [&] {
-    return forward<scalar_t>(formula::SoftThreshold<at::opmath_type<scalar_t>>{}, x, parameters);
+    return forward<scalar_t, Given>(formula::SoftThreshold<at::opmath_type<scalar_t>>{}, x, threshold, axis);
   });
 }
 
@@ -25,9 +24,12 @@ std::tuple<at::Tensor, at::Tensor> soft_threshold_backward(const at::Tensor& gra
   axis = check_soft_threshold(x, threshold, axis);
   check_backward(grad, x, "soft_threshold_backward");
   const c10::cuda::CUDAGuard guard(x.device());
-  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "soft_threshold_backward", [&] {
-    return backward<scalar_t>(formula::SoftThreshold<at::opmath_type<scalar_t>>{}, grad, x, threshold, axis, 1.0);
-  });
+  const auto [grad_x, sums] =
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "soft_threshold_backward", [&] {
+        const formula::SoftThreshold<at::opmath_type<scalar_t>> formula;
+        return backward<scalar_t, Given>(formula, grad, x, threshold, axis, 1.0);
+      });
+  return {grad_x, sums.view(threshold.sizes())};
 }
 
 }  // namespace

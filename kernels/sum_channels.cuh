@@ -1,104 +1,181 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 
-#include "csrc/ops/formula/layout.h"
 #include "kernels/block.cuh"
+#include "kernels/parameters.cuh"
+#include "kernels/vector.cuh"
 
 // The backward of an element-wise formula with one parameter per channel: the gradient of x, and that of the parameters
 // as a sum in two stages. Blocks add up the contributions while they are made; then one block for each channel adds up
 // what those blocks found. The order is that of the layout and the number of blocks, so sums do not vary.
 namespace cctorch::cuda::sum_channels {
 
-using channelwise::Layout;
-
 // What a warp takes of a row at once.
 constexpr int64_t kSegment = 2048;
 
-template <typename S, typename Formula>
+template <typename S, typename Formula, typename Source>
 struct Arguments {
   using T = typename Formula::value_type;
   using P = typename Formula::parameter_type;
 
   Formula formula;
+  Source source;
   Layout layout;
   S* grad_x;
   const S* grad;
   const S* x;
-  const P* parameters;
+  int64_t numel;
 
-  // Writes the gradient of one element of x; returns its contribution to that of the parameter.
-  __device__ P backward(int64_t i, const P& parameter) const {
-    const auto gradients = formula.backward(static_cast<T>(grad[i]), static_cast<T>(x[i]), parameter);
-    grad_x[i] = static_cast<S>(gradients.x);
-    return gradients.parameter;
+  // The gradient of one element of x; adds the contribution to that of the parameter.
+  __device__ S backward(S grad_of_y, S value, const P& parameter, P& sum) const {
+    const auto gradients = formula.backward(static_cast<T>(grad_of_y), static_cast<T>(value), parameter);
+    sum += gradients.parameter;
+    return static_cast<S>(gradients.x);
+  }
+
+  __device__ void element(int64_t i, const P& parameter, P& sum) const {
+    grad_x[i] = backward(grad[i], x[i], parameter, sum);
+  }
+
+  // `count` vectors from i on, `step` elements apart; all of them are loaded before the first is stored.
+  template <int count>
+  __device__ void vectors(int64_t i, int64_t step, const P (&parameters)[kVector<S>], P (&sums)[kVector<S>]) const {
+    Pack<S, kVector<S>> grads[count], values[count];
+    CCTORCH_UNROLL
+    for (int k = 0; k < count; ++k) {
+      grads[k] = load<kVector<S>>(grad + i + k * step);
+      values[k] = load<kVector<S>>(x + i + k * step);
+    }
+    CCTORCH_UNROLL
+    for (int k = 0; k < count; ++k) {
+      CCTORCH_UNROLL
+      for (int j = 0; j < kVector<S>; ++j) {
+        grads[k].values[j] = backward(grads[k].values[j], values[k].values[j], parameters[j], sums[j]);
+      }
+      store(grad_x + i + k * step, grads[k]);
+    }
+  }
+
+  // All vectors from i on, `step` apart, that begin before `end`.
+  __device__ void vectors_until(int64_t i, int64_t end, int64_t step, const P (&parameters)[kVector<S>],
+                                P (&sums)[kVector<S>]) const {
+    // The elements of more would not fit into registers.
+    constexpr int kInFlight = kVector<S> == 8 ? 1 : 2;
+    CCTORCH_KEEP_LOOP
+    for (; i + (kInFlight - 1) * step < end; i += kInFlight * step) vectors<kInFlight>(i, step, parameters, sums);
+    CCTORCH_KEEP_LOOP
+    for (; i < end; i += step) vectors<1>(i, step, parameters, sums);
   }
 };
 
 // `splits` blocks for each channel; every warp takes segments of its rows. For layouts with long rows.
-template <typename S, typename Formula>
+template <typename S, typename Formula, typename Source>
 struct BackwardRows {
   using P = typename Formula::parameter_type;
   struct Shared {
     typename Formula::value_type warp_sums[kWarps];
   };
 
-  Arguments<S, Formula> arguments;
+  Arguments<S, Formula, Source> arguments;
+  bool aligned;
   int64_t splits;
   P* partials;  // channels x splits
 
   __device__ void operator()(Shared& shared) const {
     const Layout& l = arguments.layout;
     const int64_t channel = blockIdx.x / splits;
-    const P parameter = arguments.parameters[channel];
+    const P parameter = arguments.source(arguments.formula, channel);
+    P parameters[kVector<S>];
+    P sums[kVector<S>]{};
+    CCTORCH_UNROLL
+    for (int j = 0; j < kVector<S>; ++j) parameters[j] = parameter;
     const int64_t per_row = ceil_div(l.inner, kSegment);
-    const unsigned lane = threadIdx.x % kWarp;
-    P sum{};
+    CCTORCH_KEEP_LOOP
     for (int64_t segment = blockIdx.x % splits * kWarps + threadIdx.x / kWarp; segment < l.outer * per_row;
          segment += splits * kWarps) {
       const int64_t outer = per_row == 1 ? segment : segment / per_row;  // spares short rows the division
       const int64_t row = (outer * l.channels + channel) * l.inner;
       const int64_t begin = (segment - outer * per_row) * kSegment;
-      const int64_t end = std::min(begin + kSegment, l.inner);
-      for (int64_t i = begin + lane; i < end; i += kWarp) sum += arguments.backward(row + i, parameter);
+      add(row + begin, row + std::min(begin + kSegment, l.inner), parameters, sums);
     }
+    P sum{};
+    CCTORCH_UNROLL
+    for (int j = 0; j < kVector<S>; ++j) sum += sums[j];
     const P total = block_sum(sum, shared.warp_sums);
     if (threadIdx.x == 0) partials[blockIdx.x] = total;
   }
+
+  // Vectors, and one by one what comes before the first and after the last of them.
+  __device__ void add(int64_t begin, int64_t end, const P (&parameters)[kVector<S>], P (&sums)[kVector<S>]) const {
+    const unsigned lane = threadIdx.x % kWarp;
+    const int64_t first = aligned ? std::min(end, ceil_div(begin, kVector<S>) * kVector<S>) : end;
+    const int64_t last = end - (end - first) % kVector<S>;
+    arguments.vectors_until(first + lane * kVector<S>, last, kWarp * kVector<S>, parameters, sums);
+    CCTORCH_KEEP_LOOP
+    for (int64_t i = lane; i < first - begin + end - last; i += kWarp) {
+      arguments.element(i < first - begin ? begin + i : i - (first - begin) + last, parameters[0], sums[0]);
+    }
+  }
 };
 
-// Each thread adds up a column of outer x (channels * inner), `splits` blocks for every 32 columns. For layouts with
-// short rows.
-template <typename S, typename Formula>
+// Each thread adds up the columns of a vector, of rows that are several of outer: as many as make a row a number of
+// whole vectors, and enough for a warp. `splits` blocks for every tile of a warp's columns. For layouts with short
+// rows.
+template <typename S, typename Formula, typename Source>
 struct BackwardColumns {
   using P = typename Formula::parameter_type;
   struct Shared {
-    P sums[kWarps][kWarp];
+    P sums[kWarps][kVector<S>][kWarp];
   };
+  static constexpr int kTile = kWarp * kVector<S>;
 
-  Arguments<S, Formula> arguments;
+  Arguments<S, Formula, Source> arguments;
+  bool aligned;
   int64_t splits;
-  P* partials;  // splits x channels x inner
+  int64_t columns;
+  P* partials;  // splits x columns
 
   __device__ void operator()(Shared& shared) const {
-    const Layout& l = arguments.layout;
-    const int64_t columns = l.channels * l.inner;
     const int64_t split = blockIdx.x % splits;
     const unsigned warp = threadIdx.x / kWarp;
     const unsigned lane = threadIdx.x % kWarp;
-    const int64_t column = blockIdx.x / splits * kWarp + lane;
-    P sum{};
-    if (column < columns) {
-      const P parameter = arguments.parameters[column / l.inner];
-      for (int64_t row = split * kWarps + warp; row < l.outer; row += splits * kWarps) {
-        sum += arguments.backward(row * columns + column, parameter);
-      }
-    }
-    shared.sums[warp][lane] = sum;
+    const int64_t column = blockIdx.x / splits * kTile + lane * kVector<S>;
+    P sums[kVector<S>]{};
+    if (column < columns) add(column, split * kWarps + warp, sums);
+    CCTORCH_UNROLL
+    for (int j = 0; j < kVector<S>; ++j) shared.sums[warp][j][lane] = sums[j];
     __syncthreads();
     if (warp > 0 || column >= columns) return;
-    for (unsigned other = 1; other < kWarps; ++other) sum += shared.sums[other][lane];
-    partials[split * columns + column] = sum;
+    CCTORCH_UNROLL
+    for (int j = 0; j < kVector<S>; ++j) {
+      for (unsigned other = 1; other < kWarps; ++other) sums[j] += shared.sums[other][j][lane];
+      partials[split * columns + column + j] = sums[j];
+    }
+  }
+
+  __device__ void add(int64_t column, int64_t row, P (&sums)[kVector<S>]) const {
+    P parameters[kVector<S>];
+    CCTORCH_UNROLL
+    for (int j = 0; j < kVector<S>; ++j) {
+      const int64_t channel = (column + j) / arguments.layout.inner % arguments.layout.channels;
+      parameters[j] = arguments.source(arguments.formula, channel);
+    }
+    const int64_t step = splits * kWarps * columns;
+    int64_t i = row * columns + column;
+    if (aligned) {
+      const int64_t whole = arguments.numel / kVector<S> * kVector<S>;
+      arguments.vectors_until(i, whole, step, parameters, sums);
+      if (i < whole) i += ceil_div(whole - i, step) * step;
+    }
+    CCTORCH_KEEP_LOOP
+    for (; i < arguments.numel; i += step) {
+      CCTORCH_UNROLL
+      for (int j = 0; j < kVector<S>; ++j) {
+        if (i + j < arguments.numel) arguments.element(i + j, parameters[j], sums[j]);
+      }
+    }
   }
 };
 
@@ -135,26 +212,39 @@ struct Partition {
 };
 
 // About `most_blocks` blocks, but no more than have work.
-inline Partition partition(const Layout& l, int64_t most_blocks) {
-  const bool rows = l.channels == 1 || l.inner >= kWarp;
-  const int64_t groups = rows ? l.channels : ceil_div(l.channels * l.inner, kWarp);
-  const int64_t warps = rows ? l.outer * ceil_div(l.inner, kSegment) : l.outer;
-  const int64_t splits = std::min(ceil_div(warps, kWarps), std::max<int64_t>(1, most_blocks / groups));
-  if (rows) return {true, groups * splits, splits, {1, l.channels, splits}};
-  return {false, groups * splits, splits, {splits, l.channels, l.inner}};
+template <typename S>
+Partition partition(const Layout& l, int64_t most_blocks) {
+  constexpr int64_t kTile = kWarp * kVector<S>;
+  const auto splits = [&](int64_t groups, int64_t warps) {
+    return std::min(ceil_div(warps, kWarps), std::max<int64_t>(1, most_blocks / groups));
+  };
+  // Columns of few rows would leave as many partials as there are elements.
+  if (l.channels == 1 || l.inner >= (l.outer < kWarp ? kWarp : kTile)) {
+    const int64_t parts = splits(l.channels, l.outer * ceil_div(l.inner, kSegment));
+    return {true, l.channels * parts, parts, {1, l.channels, parts}};
+  }
+  const int64_t period = l.channels * l.inner;
+  const int64_t whole = kVector<S> / std::gcd(period, int64_t(kVector<S>));
+  const int64_t repeats = whole * std::max<int64_t>(1, kTile / (whole * period));
+  const int64_t tiles = ceil_div(repeats * period, kTile);
+  const int64_t parts = splits(tiles, ceil_div(l.outer, repeats));
+  return {false, tiles * parts, parts, {parts * repeats, l.channels, l.inner}};
 }
 
 // Writes arguments.grad_x, and to `sums` the gradient of each channel's parameter times factor. launch(blocks, kernel)
 // starts a kernel after the ones before; `partials` has room for part.partials.
-template <typename S, typename Formula, typename Launch, typename P = typename Formula::parameter_type>
-void backward(const Launch& launch, const Arguments<S, Formula>& arguments, const Partition& part, P* partials,
+template <typename S, typename Formula, typename Source, typename Launch, typename P = typename Formula::parameter_type>
+void backward(const Launch& launch, const Arguments<S, Formula, Source>& arguments, const Partition& part, P* partials,
               double factor, P* sums) {
+  const Layout& found = part.partials;
+  const bool aligned = are_aligned<kVector<S>>(arguments.grad_x, arguments.grad, arguments.x);
   if (part.rows) {
-    launch(part.blocks, BackwardRows<S, Formula>{arguments, part.splits, partials});
+    launch(part.blocks, BackwardRows<S, Formula, Source>{arguments, aligned, part.splits, partials});
   } else {
-    launch(part.blocks, BackwardColumns<S, Formula>{arguments, part.splits, partials});
+    const int64_t columns = found.outer / part.splits * found.channels * found.inner;
+    launch(part.blocks, BackwardColumns<S, Formula, Source>{arguments, aligned, part.splits, columns, partials});
   }
-  launch(part.partials.channels, SumPartials<P>{part.partials, partials, factor, sums});
+  launch(found.channels, SumPartials<P>{found, partials, factor, sums});
 }
 
 }  // namespace cctorch::cuda::sum_channels

@@ -8,7 +8,8 @@
 
 #include "csrc/ops/mask.h"
 
-// Masks of groups: one score for each, in float64, and the exact selection of magnitude_masks() among the scores.
+// Masks of groups on CPU: one score for each, in float64, and the exact selection of magnitude_masks() among them.
+// CUDA has kernels for them (kernels/group_mask.cu).
 namespace cctorch::composite {
 namespace {
 
@@ -35,7 +36,6 @@ std::vector<at::Tensor> nm_masks(at::TensorList weights, int64_t n, int64_t m, i
 }
 
 void check_no_nan(const at::Tensor& scores, const char* op, size_t i) {
-  if (!scores.is_cpu()) return;
   TORCH_CHECK(!scores.isnan().any().item<bool>(), op, ": ", nth_weight(i), " has NaN, so its parts cannot be ordered");
 }
 

@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels, inspected without a GPU: registers, and nothing spilled to local memory."""
+"""The compiled CUDA kernels, inspected without a GPU: registers, nothing spilled, and accesses of 16 bytes."""
 
 import re
 import shutil
@@ -54,32 +54,25 @@ def usage() -> dict[tuple[str, str], dict[str, int]]:
     return parse_usage(dump("--dump-resource-usage"))
 
 
+def element_wise(formula: str) -> tuple[str, ...]:
+    return tuple(f"{kernel}.*{formula}" for kernel in ("ElementWise", "BackwardRows", "BackwardColumns"))
+
+
 # The parts of a mangled kernel name by which an op's kernels are known.
 KERNELS = {
-    "fake_quant": ("elementwise_kernel.*9FakeQuant", "BackwardRows.*9FakeQuant", "BackwardColumns.*9FakeQuant"),
-    "fake_quant_offset": (
-        "elementwise_kernel.*FakeQuantOffset",
-        "BackwardRows.*FakeQuantOffset",
-        "BackwardColumns.*FakeQuantOffset",
-    ),
-    "pact": ("elementwise_kernel.*4Pact", "BackwardRows.*4Pact", "BackwardColumns.*4Pact"),
-    "fp8_quant": (
-        "elementwise_kernel.*FromRaw.*FloatQuant",
-        "BackwardRows.*FromRaw.*FloatQuant",
-        "BackwardColumns.*FromRaw.*FloatQuant",
-    ),
-    "power_of_two_quant": ("elementwise_kernel.*FloatQuant",),
-    "channel_gate": ("elementwise_kernel.*ChannelGate", "BackwardRows.*ChannelGate", "BackwardColumns.*ChannelGate"),
+    "fake_quant": element_wise("9FakeQuantI.*3Raw"),
+    "fake_quant_offset": element_wise("FakeQuantOffset.*3Raw"),
+    "pact": element_wise("4Pact.*3Raw"),
+    "fp8_quant": element_wise("FloatQuant.*3Raw"),
+    "power_of_two_quant": ("ElementWise.*FloatQuant.*5Given",),
+    "channel_gate": element_wise("ChannelGate"),
     "fake_quant_weights": ("QuantizeRows",),
-    "soft_threshold": (
-        "elementwise_kernel.*SoftThreshold",
-        "BackwardRows.*SoftThreshold",
-        "BackwardColumns.*SoftThreshold",
-    ),
+    "soft_threshold": element_wise("SoftThreshold"),
     "all of these": ("SumPartials",),
-    "magnitude_masks": ("Prepare", "CountDigits", "ChooseDigit", "KeepAboveIjbE", "KeepTiesIjbE"),
-    "magnitude_prune": ("KeepAboveIjjE", "KeepTiesIjjE"),
+    "magnitude_masks": ("Prepare", "CountDigits", "4KeepIjbE"),
+    "magnitude_prune": ("4KeepIjjE",),
     "nm_masks": ("MarkGroups",),
+    "channel_masks and block_masks": ("5ScoreI", "6Finish", "WriteMasks"),
     "apply_mask": ("ApplyMask",),
 }
 
@@ -101,6 +94,48 @@ def test_nothing_is_spilled(usage):
     # Spilled registers live in local memory: a stack frame, or local bytes.
     spilled = {key: use for key, use in usage.items() if use.get("STACK", 0) or use.get("LOCAL", 0)}
     assert not spilled
+
+
+# Kernels whose time is that of the memory they touch.
+STREAMING = ("ElementWise", "BackwardRows", "BackwardColumns", "ApplyMask")
+
+
+def parse_accesses(text: str) -> dict[tuple[str, str], set[str]]:
+    """The loads and stores of global (LDG, STG) and local memory (LDL, STL) of each (architecture, kernel)."""
+    accesses: dict[tuple[str, str], set[str]] = {}
+    architecture = kernel = ""
+    for line in text.splitlines():
+        if match := re.search(r"arch = (sm_\d+)", line):
+            architecture = match[1]
+        elif match := re.search(r"Function : (\S+)", line):
+            kernel = match[1]
+            accesses[architecture, kernel] = set()
+        elif match := re.search(r"\b(?:LDG|STG|LDL|STL)\b[\w.]*", line):
+            accesses[architecture, kernel].add(match[0])
+    return accesses
+
+
+def test_streaming_kernels_take_16_bytes_at_once():
+    accesses = parse_accesses(dump("-sass"))
+    assert {architecture for architecture, _ in accesses} == set(ARCHITECTURES)
+    for name in STREAMING:
+        of_name = {key: found for key, found in accesses.items() if name in key[1]}
+        assert len(of_name) >= 3 * len(ARCHITECTURES), f"{name}: expected one for each size of data"
+        for key, found in of_name.items():
+            for access in ("LDG.E.128", "STG.E.128"):
+                assert any(a.startswith(access) for a in found), f"{key} has no {access}: {found}"
+            assert not [a for a in found if a.startswith(("LDL", "STL"))], f"{key} spills: {found}"
+
+
+def test_parser_sees_accesses():
+    text = """
+arch = sm_80
+                Function : _Z6kernel
+        /*0090*/                   LDG.E.128.CONSTANT R4, [R2.64] ;
+        /*00a0*/              @!P0 STG.E [R2.64], R4 ;
+        /*00b0*/                   STL.64 [R1], R4 ;
+"""
+    assert parse_accesses(text) == {("sm_80", "_Z6kernel"): {"LDG.E.128.CONSTANT", "STG.E", "STL.64"}}
 
 
 def test_parser_sees_a_spill():

@@ -85,20 +85,4 @@ struct Pact {
   }
 };
 
-// A formula with its parameter made where it is used, instead of once for each channel.
-template <typename Formula>
-struct FromRaw {
-  using value_type = typename Formula::value_type;
-  using parameter_type = typename Formula::parameter_type;
-  Formula formula;
-
-  CCTORCH_HOST_DEVICE value_type forward(value_type x, const parameter_type& raw) const {
-    return formula.forward(x, formula.parameter(raw));
-  }
-
-  CCTORCH_HOST_DEVICE auto backward(value_type grad, value_type x, const parameter_type& raw) const {
-    return formula.backward(grad, x, formula.parameter(raw));
-  }
-};
-
 }  // namespace cctorch::formula

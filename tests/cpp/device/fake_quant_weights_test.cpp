@@ -12,9 +12,6 @@ namespace cctorch::device {
 namespace {
 
 template <typename S>
-using Math = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
-template <typename S>
 struct Weight {
   std::vector<S> from;
   std::vector<S> to;
@@ -40,7 +37,8 @@ std::vector<Weight<S>> random_weights(int64_t count) {
 }
 
 template <typename S>
-void quantize(std::vector<Weight<S>>& weights, int64_t qmax, uint32_t seed) {
+int quantize(std::vector<Weight<S>>& weights, int64_t qmax, uint32_t seed) {
+  int launches = 0;
   std::vector<cuda::quantize_rows::Entry> entries;
   int64_t first = 0;
   for (auto& weight : weights) {
@@ -48,7 +46,8 @@ void quantize(std::vector<Weight<S>>& weights, int64_t qmax, uint32_t seed) {
     first += static_cast<int64_t>(weight.scales.size());
   }
   entries.push_back({nullptr, nullptr, nullptr, 0, first});
-  cuda::quantize_rows::quantize<S, Math<S>>(Launch{seed}, entries, qmax, infinity_bits<S>());
+  cuda::quantize_rows::quantize<S, Math<S>>(Launch{seed, &launches}, entries, qmax, infinity_bits<S>());
+  return launches;
 }
 
 template <typename S>
@@ -74,6 +73,11 @@ TYPED_TEST(FakeQuantWeights, EqualsPlainLoops) {
       }
     }
   }
+}
+
+TYPED_TEST(FakeQuantWeights, LaunchesOnceForTheWeightsOfAResNet50) {
+  auto weights = random_weights<TypeParam>(54);
+  EXPECT_EQ(quantize(weights, 7, 0), 1);
 }
 
 TYPED_TEST(FakeQuantWeights, NanHasNoSayInTheScale) {

@@ -3,6 +3,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <exception>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -44,7 +45,7 @@ void forget_frames([[maybe_unused]] char* stack) {
 #endif
 }
 
-enum class State { kReady, kAtBlock, kAtWarp, kReturned };
+enum class State { kReady, kAtBlock, kAtWarp, kAtOtherBlock, kReturned };
 
 struct Fiber {
   State state;
@@ -89,6 +90,7 @@ class Block {
   const std::function<void()>* body_ = nullptr;
   ucontext_t scheduler_;
   StackBounds scheduler_stack_;
+  std::exception_ptr error_;
 };
 
 Block* running = nullptr;
@@ -96,7 +98,11 @@ Block* running = nullptr;
 void Block::enter() {
   Block& block = *running;
   after_switch(nullptr, &block.scheduler_stack_);
-  (*block.body_)();
+  try {
+    (*block.body_)();
+  } catch (...) {
+    block.error_ = std::current_exception();
+  }
   block.current().state = State::kReturned;
   before_switch(nullptr, block.scheduler_stack_);
   setcontext(&block.scheduler_);
@@ -154,7 +160,9 @@ void Block::run_warp(unsigned first) {
 std::string Block::describe() const {
   std::map<std::string, unsigned> places;
   for (const Fiber& fiber : fibers_) {
-    const char* barrier = fiber.state == State::kAtBlock ? "the block at " : "their warp at ";
+    const char* barrier = fiber.state == State::kAtBlock  ? "the block at "
+                          : fiber.state == State::kAtWarp ? "their warp at "
+                                                          : "another block at ";
     ++places[fiber.state == State::kReturned ? "have returned"
                                              : "wait for " + (barrier + std::string(fiber.where.file_name())) + ":" +
                                                    std::to_string(fiber.where.line())];
@@ -171,6 +179,7 @@ void Block::run(const std::function<void()>& body) {
   do {
     for (const unsigned warp : order(fibers_.size() / kWarp, seed_, random_)) run_warp(warp * kWarp);
   } while (release(0, fibers_.size(), State::kAtBlock));
+  if (error_) std::rethrow_exception(error_);
   const bool finished =
       std::all_of(fibers_.begin(), fibers_.end(), [](const Fiber& fiber) { return fiber.state == State::kReturned; });
   if (!finished) throw Stuck(describe());
@@ -195,6 +204,8 @@ void launch(unsigned blocks, unsigned threads, uint32_t seed, size_t shared_byte
 }
 
 void wait_for_block(const std::source_location& where) { running->wait(State::kAtBlock, where); }
+
+void wait_for_other_block(const std::source_location& where) { running->wait(State::kAtOtherBlock, where); }
 
 uint64_t exchange(uint64_t value, unsigned source, const std::source_location& where) {
   const unsigned slot = running->current().exchanges++ % 2;

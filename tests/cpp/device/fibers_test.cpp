@@ -72,6 +72,12 @@ TEST(Fibers, ShuffleUpReadsTheLaneBelow) {
   }
 }
 
+TEST(Fibers, ShuffleXorReadsTheOtherLane) {
+  std::vector<unsigned> out(kThreads);
+  launch<Shared>(1, kThreads, 2, [&](Shared&) { out[threadIdx.x] = __shfl_xor_sync(~0u, threadIdx.x, 5); });
+  for (unsigned i = 0; i < kThreads; ++i) EXPECT_EQ(out[i], i ^ 5);
+}
+
 TEST(Fibers, AtomicsAddUpAndSharedMemoryIsOfTheBlock) {
   std::vector<unsigned> sums(4);
   launch<Shared>(4, kThreads, 2, [&](Shared& shared) {
@@ -117,8 +123,23 @@ TEST(Fibers, ThreadsThatNeverMeetAreReported) {
   });
   EXPECT_NE(half_warp.find("48 threads wait for their warp"), std::string::npos) << half_warp;
 
+  const auto other = stuck([] { __nanosleep(1); });
+  EXPECT_NE(other.find("96 threads wait for another block"), std::string::npos) << other;
+
   // The harness works on after an abandoned block.
   EXPECT_EQ(reversed(0, true)[0], kThreads - 1);
+}
+
+TEST(Fibers, AMisalignedVectorIsReported) {
+  alignas(16) unsigned words[8]{};
+  const auto copy = [&](const unsigned* from, unsigned* to) {
+    launch<Shared>(1, kThreads, 0, [&](Shared&) {
+      if (threadIdx.x == 0) __stcg(reinterpret_cast<uint4*>(to), __ldg(reinterpret_cast<const uint4*>(from)));
+    });
+  };
+  EXPECT_NO_THROW(copy(words, words + 4));
+  EXPECT_THROW(copy(words + 1, words + 4), Misaligned);
+  EXPECT_THROW(copy(words, words + 2), Misaligned);
 }
 
 TEST(Fibers, OnlyWholeWarps) {

@@ -8,6 +8,8 @@
 #include <bit>
 #include <cstdint>
 #include <limits>
+#include <random>
+#include <type_traits>
 #include <vector>
 
 #include "csrc/ops/formula/mask.h"
@@ -32,6 +34,19 @@ std::vector<BitsOf<T>> bits_of(const std::vector<T>& values) {
 template <typename T>
 BitsOf<T> infinity_bits() {
   return bits_of<T>({std::numeric_limits<T>::infinity()})[0];
+}
+
+// The arithmetic of a storage type.
+template <typename S>
+using Math = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <typename S>
+std::vector<S> normal(int64_t size, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<double> distribution;
+  std::vector<S> values(size);
+  for (S& value : values) value = static_cast<S>(distribution(random));
+  return values;
 }
 
 using FloatingTypes = ::testing::Types<float, double, c10::Half, c10::BFloat16>;

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <memory>
 #include <numeric>
@@ -91,15 +92,6 @@ void expect_largest(const std::vector<std::vector<T>>& weights, int64_t count, i
 }
 
 template <typename T>
-std::vector<T> normal(size_t size, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<double> distribution;
-  std::vector<T> values(size);
-  for (T& value : values) value = static_cast<T>(distribution(random));
-  return values;
-}
-
-template <typename T>
 std::vector<T> few_distinct(size_t size, unsigned seed) {
   std::mt19937 random(seed);
   std::vector<T> values(size);
@@ -157,6 +149,30 @@ TEST(DeviceMasks, ManyBlocks) {
   expect_largest(weights, int64_t(270) * cuda::kThreads + 3, 300, 1);
 }
 
+// The weights of a ResNet-50: at most five launches for a list of its length.
+TYPED_TEST(DeviceMask, LaunchesForALongList) {
+  using Bits = BitsOf<TypeParam>;
+  int launches = 0;
+  const Launch launch{0, &launches};
+  const auto weight = bits_of(normal<TypeParam>(12, 1));
+  std::vector<std::array<bool, 12>> masks(54);
+  std::vector<cuda::Entry> entries;
+  std::vector<cuda::GroupsEntry> groups;
+  for (auto& mask : masks) {
+    entries.push_back({weight.data(), mask.data(), static_cast<int64_t>(12 * entries.size())});
+    groups.push_back({weight.data(), mask.data(), 0, 1});
+  }
+  entries.push_back({nullptr, nullptr, 54 * 12});
+  const std::unique_ptr<char[]> scratch(new char[cuda::select::Workspace::bytes(3, 54)]);
+  cuda::select::keep_largest<Bits, bool>(launch, entries, 256, 300, infinity_bits<TypeParam>(),
+                                         cuda::select::Workspace::at(scratch.get(), 3));
+  // One pass for each 11 bits of a magnitude; weights in float64 take three more.
+  EXPECT_EQ(launches, sizeof(Bits) == 8 ? 8 : (sizeof(Bits) == 4 ? 5 : 4));
+  launches = 0;
+  cuda::mark_groups<Bits>(launch, groups, std::vector<int64_t>(54, 3), 2, 4, 3, infinity_bits<TypeParam>());
+  EXPECT_EQ(launches, 1);
+}
+
 struct GroupsCase {
   int64_t outer, inner;
 };
@@ -203,16 +219,20 @@ TYPED_TEST(DeviceMask, GroupsEqualBruteForce) {
 
 TYPED_TEST(DeviceMask, ApplyMaskKeepsOrClearsEveryBit) {
   using Bits = BitsOf<TypeParam>;
-  using Kernel = cuda::ApplyMask<Bits>;
-  for (const int64_t numel : {int64_t(1), Kernel::kPerBlock - 1, 2 * Kernel::kPerBlock + 77}) {
-    auto values = normal<TypeParam>(numel, 1);
-    values[0] = std::numeric_limits<TypeParam>::quiet_NaN();
-    const auto bits = bits_of(values);
-    const std::unique_ptr<bool[]> mask(new bool[numel]);
-    for (int64_t i = 0; i < numel; ++i) mask[i] = i % 3 == 1;
-    std::vector<Bits> y(numel, Bits(0xa5));
-    Launch{2}(ceil_div(numel, Kernel::kPerBlock), Kernel{y.data(), bits.data(), mask.get(), numel});
-    for (int64_t i = 0; i < numel; ++i) ASSERT_EQ(y[i], i % 3 == 1 ? bits[i] : Bits(0)) << i << " of " << numel;
+  constexpr int64_t kTile = cuda::ApplyMask<Bits>::kTile;
+  for (const int64_t numel : {int64_t(0), int64_t(1), kTile - 1, 2 * kTile + 77}) {
+    const auto bits = bits_of(normal<TypeParam>(numel + 1, 1));
+    const std::unique_ptr<bool[]> mask(new bool[numel + 1]);
+    for (int64_t i = 0; i <= numel; ++i) mask[i] = i % 3 == 1;
+    // Where in memory the weights, the mask and the result begin.
+    for (const auto& [from, kept, to] : {std::array{0, 0, 0}, {1, 0, 0}, {0, 1, 0}, {0, 0, 1}, {1, 1, 1}}) {
+      std::vector<Bits> y(numel + 2, Bits(0xa5));
+      cuda::apply_mask_bits(Launch{2}, y.data() + to, bits.data() + from, mask.get() + kept, numel);
+      for (int64_t i = 0; i < numel; ++i) {
+        ASSERT_EQ(y[to + i], mask[kept + i] ? bits[from + i] : Bits(0)) << i << " of " << numel;
+      }
+      ASSERT_EQ(y[to + numel], Bits(0xa5));
+    }
   }
 }
 

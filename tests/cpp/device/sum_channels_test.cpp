@@ -6,6 +6,7 @@
 
 #include "tests/cpp/device/floats.h"
 #include "tests/cpp/device/launch.h"
+#include "tests/cpp/device/parameters.h"
 
 #include "csrc/ops/formula/channel_gate.h"
 #include "csrc/ops/formula/fake_quant.h"
@@ -20,10 +21,6 @@ using channelwise::Layout;
 constexpr double kQmin = -4;
 constexpr double kQmax = 3;
 constexpr double kFactor = 0.25;
-
-// The arithmetic of a storage type.
-template <typename S>
-using Math = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 template <typename S, typename P>
 struct Backward {
@@ -49,26 +46,40 @@ P unwritten() {
   }
 }
 
-template <typename S, typename Formula, typename P = typename Formula::parameter_type>
-Backward<S, P> run(const Formula& formula, const Layout& l, const std::vector<S>& grad, const std::vector<S>& x,
-                   const std::vector<P>& parameters, int64_t blocks, uint32_t seed) {
-  Backward<S, P> result{std::vector<S>(x.size(), unwritten<S>()), std::vector<P>(l.channels, unwritten<P>())};
-  const auto partition = cuda::sum_channels::partition(l, blocks);
-  const auto& part = partition.partials;
-  std::vector<P> partials(part.outer * part.channels * part.inner, unwritten<P>());
-  const cuda::sum_channels::Arguments<S, Formula> arguments{formula,     l,        result.grad_x.data(),
-                                                            grad.data(), x.data(), parameters.data()};
-  cuda::sum_channels::backward(Launch{seed}, arguments, partition, partials.data(), kFactor, result.sums.data());
+// Where the tensors begin, in elements after an address that vectors may have.
+struct Offsets {
+  int64_t grad_x = 0, grad = 0, x = 0;
+};
+
+template <typename S>
+std::vector<S> moved(const std::vector<S>& values, int64_t offset) {
+  std::vector<S> result(offset + values.size());
+  std::copy(values.begin(), values.end(), result.begin() + offset);
   return result;
 }
 
-template <typename S>
-std::vector<S> normal(int64_t size, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<double> distribution;
-  std::vector<S> values(size);
-  for (S& value : values) value = static_cast<S>(distribution(random));
-  return values;
+template <template <typename> typename Source, typename S, typename Formula,
+          typename P = typename Formula::parameter_type>
+Backward<S, P> run(const Formula& formula, const Layout& l, const std::vector<S>& grad, const std::vector<S>& x,
+                   const std::vector<P>& parameters, int64_t blocks, uint32_t seed, const Offsets& offsets = {}) {
+  const auto numel = static_cast<int64_t>(x.size());
+  const auto grad_there = moved(grad, offsets.grad), x_there = moved(x, offsets.x);
+  std::vector<S> grad_x(offsets.grad_x + numel, unwritten<S>());
+  std::vector<P> sums(l.channels, unwritten<P>());
+  const auto partition = cuda::sum_channels::partition<S>(l, blocks);
+  const auto& part = partition.partials;
+  std::vector<P> partials(part.outer * part.channels * part.inner, unwritten<P>());
+  const Parameters<Formula> numbers(parameters);
+  const cuda::sum_channels::Arguments<S, Formula, Source<Formula>> arguments{formula,
+                                                                             {numbers.given()},
+                                                                             l,
+                                                                             grad_x.data() + offsets.grad_x,
+                                                                             grad_there.data() + offsets.grad,
+                                                                             x_there.data() + offsets.x,
+                                                                             numel};
+  cuda::sum_channels::backward(Launch{seed}, arguments, partition, partials.data(), kFactor, sums.data());
+  grad_x.erase(grad_x.begin(), grad_x.begin() + offsets.grad_x);
+  return {grad_x, sums};
 }
 
 // gradient(grad, x, parameter) in float64 returns {of x, contribution to the parameter's}.
@@ -101,9 +112,11 @@ void expect_gradients(const Backward<S, P>& result, const Layout& l, const std::
   }
 }
 
-// Rows shorter and longer than a warp, a segment and a block; channels that fill a tile of columns and that do not.
-const Layout kLayouts[] = {{1, 1, 1},  {1, 1, 5000}, {3, 5, 49},   {2, 2, 2049}, {37, 4, 32}, {1, 300, 33},
-                           {70, 3, 1}, {9, 40, 1},   {100, 64, 1}, {17, 5, 9},   {1, 7, 9},   {5, 1, 31}};
+// Rows shorter and longer than a vector, a warp's vectors, a segment and a block, and whole numbers of them; channels
+// that fill a tile of columns, that do not, and that take several.
+const Layout kLayouts[] = {{1, 1, 1},    {1, 1, 5000}, {3, 5, 49}, {2, 2, 2049}, {2, 3, 4096}, {37, 4, 32},
+                           {1, 300, 33}, {40, 2, 300}, {70, 3, 1}, {9, 40, 1},   {100, 64, 1}, {40, 9, 49},
+                           {33, 700, 1}, {17, 5, 9},   {1, 7, 9},  {5, 1, 31}};
 
 template <typename S>
 class SumChannels : public ::testing::Test {};
@@ -118,10 +131,37 @@ TYPED_TEST(SumChannels, ChannelGateEqualsFloat64) {
     const auto gates = normal<T>(l.channels, 3);
     for (const int64_t blocks : {1, 12}) {
       SCOPED_TRACE(::testing::Message() << l.outer << " x " << l.channels << " x " << l.inner << ", " << blocks);
-      const auto result = run(formula::ChannelGate<T>{}, l, grad, x, gates, blocks, 2);
+      const auto result = run<cuda::Given>(formula::ChannelGate<T>{}, l, grad, x, gates, blocks, 2);
       expect_gradients(result, l, grad, x, gates,
                        [](double g, double x, double gate) { return std::pair(g * gate, g * x); });
     }
+  }
+}
+
+// Parts of tensors: nothing may be taken for a vector that is not at its address.
+TYPED_TEST(SumChannels, WhereTensorsBeginMakesNoDifference) {
+  using S = TypeParam;
+  using T = Math<S>;
+  for (const Layout& l : {Layout{1, 1, 5000}, Layout{2, 2, 2049}, Layout{3, 5, 49}, Layout{100, 64, 1}}) {
+    const int64_t numel = l.outer * l.channels * l.inner;
+    const auto grad = normal<S>(numel, 1), x = normal<S>(numel, 2);
+    const auto gates = normal<T>(l.channels, 3);
+    for (const Offsets& offsets : {Offsets{1, 1, 1}, Offsets{0, 0, 1}, Offsets{0, 1, 0}, Offsets{1, 0, 0}}) {
+      SCOPED_TRACE(::testing::Message() << l.outer << " x " << l.channels << " x " << l.inner << ", " << offsets.grad_x
+                                        << offsets.grad << offsets.x);
+      const auto result = run<cuda::Given>(formula::ChannelGate<T>{}, l, grad, x, gates, 12, 2, offsets);
+      expect_gradients(result, l, grad, x, gates,
+                       [](double g, double x, double gate) { return std::pair(g * gate, g * x); });
+    }
+  }
+}
+
+// What the blocks find is small beside the tensor, unless that is small itself.
+TEST(SumChannelsPartition, LeavesFewPartials) {
+  for (const Layout& l : {Layout{256, 64, 3136}, Layout{256, 2048, 49}, Layout{802816, 64, 1}, Layout{12544, 2048, 1},
+                          Layout{1, 512, 64}, Layout{1, 512, 4608}, Layout{1, 1, 1 << 28}, Layout{1, 1 << 16, 128}}) {
+    const auto& partials = cuda::sum_channels::partition<float>(l, 1056).partials;
+    EXPECT_LE(16 * partials.outer * partials.channels * partials.inner, l.outer * l.channels * l.inner);
   }
 }
 
@@ -136,8 +176,8 @@ TYPED_TEST(SumChannels, FakeQuantEqualsFloat64) {
     std::mt19937 random(2);
     for (S& value : x) value = static_cast<S>((static_cast<double>(random() % 14) - 7 + 0.25) * 0.5);
     const std::vector<T> log_scales(l.channels, static_cast<T>(std::log(0.5)));
-    const formula::FromRaw<formula::FakeQuant<T>> lsq{{static_cast<T>(kQmin), static_cast<T>(kQmax)}};
-    const auto result = run(lsq, l, grad, x, log_scales, 12, 2);
+    const formula::FakeQuant<T> lsq{static_cast<T>(kQmin), static_cast<T>(kQmax)};
+    const auto result = run<cuda::Raw>(lsq, l, grad, x, log_scales, 12, 2);
     expect_gradients(result, l, grad, x, log_scales, [](double g, double x, double log_scale) {
       const double s = std::exp(log_scale), v = x / s;
       if (v < kQmin) return std::pair(0.0, g * s * kQmin);
@@ -157,7 +197,7 @@ TYPED_TEST(SumChannels, SoftThresholdEqualsFloat64) {
     x[0] = S(0);
     std::vector<T> thresholds = normal<T>(l.channels, 3);
     for (T& threshold : thresholds) threshold = std::abs(threshold);
-    const auto result = run(formula::SoftThreshold<T>{}, l, grad, x, thresholds, 12, 2);
+    const auto result = run<cuda::Given>(formula::SoftThreshold<T>{}, l, grad, x, thresholds, 12, 2);
     expect_gradients(result, l, grad, x, thresholds, [](double g, double x, double threshold) {
       if (std::abs(x) <= threshold) return std::pair(0.0, 0.0);
       return std::pair(g, x > 0 ? -g : g);
@@ -176,10 +216,10 @@ TYPED_TEST(SumChannels, FakeQuantOffsetEqualsFloat64) {
     std::mt19937 random(2);
     for (S& value : x) value = static_cast<S>((static_cast<double>(random() % 14) - 7 + 0.25) * 0.5 + 0.25);
     const std::vector<formula::Pair<T>> raw(l.channels, {static_cast<T>(std::log(0.5)), T(0.25)});
-    const formula::FromRaw<formula::FakeQuantOffset<T>> formula{{{static_cast<T>(kQmin), static_cast<T>(kQmax)}}};
+    const formula::FakeQuantOffset<T> formula{{static_cast<T>(kQmin), static_cast<T>(kQmax)}};
     for (const int64_t blocks : {1, 12}) {
       SCOPED_TRACE(::testing::Message() << l.outer << " x " << l.channels << " x " << l.inner << ", " << blocks);
-      const auto result = run(formula, l, grad, x, raw, blocks, 2);
+      const auto result = run<cuda::Raw>(formula, l, grad, x, raw, blocks, 2);
       expect_gradients(result, l, grad, x, raw, [](double g, double x, const formula::Pair<double>& p) {
         const double s = std::exp(p.first), v = (x - p.second) / s;
         if (v < kQmin) return std::pair(0.0, formula::Pair<double>{g * s * kQmin, g});
@@ -194,9 +234,10 @@ TEST(SumChannelsOrder, DoesNotDependOnTheSchedule) {
   for (const Layout& l : {Layout{3, 5, 49}, Layout{100, 64, 1}}) {
     const int64_t numel = l.outer * l.channels * l.inner;
     const auto grad = normal<float>(numel, 1), x = normal<float>(numel, 2), gates = normal<float>(l.channels, 3);
-    const auto expected = run(formula::ChannelGate<float>{}, l, grad, x, gates, 12, 0).sums;
+    const auto expected = run<cuda::Given>(formula::ChannelGate<float>{}, l, grad, x, gates, 12, 0).sums;
     for (const uint32_t seed : {1, 2, 3}) {
-      EXPECT_EQ(run(formula::ChannelGate<float>{}, l, grad, x, gates, 12, seed).sums, expected) << "seed " << seed;
+      EXPECT_EQ(run<cuda::Given>(formula::ChannelGate<float>{}, l, grad, x, gates, 12, seed).sums, expected)
+          << "seed " << seed;
     }
   }
 }
