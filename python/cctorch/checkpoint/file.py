@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,13 @@ _VERSIONS = ("v110", "v110")
 
 
 class _Sparse(io.FileIO):
-    """A file in which slots can be reserved: meanwhile, what is written leaves a hole."""
+    """A file in which slots can be reserved: meanwhile, what is written leaves a hole.
+
+    HDF5 can't give up a file that can't be written. So it is not told: `error` is for who closes the file.
+    """
 
     reserving = False
+    error: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -31,8 +36,11 @@ class _Sparse(io.FileIO):
         if self.reserving:
             self.seek(size, io.SEEK_CUR)
             return size
-        while view:
-            view = view[super().write(view) :]
+        try:
+            while view:
+                view = view[os.write(self.fileno(), view) :]
+        except OSError as error:
+            self.error = error
         return size
 
 
@@ -56,6 +64,8 @@ class Writer:
             self._file.close()
         finally:
             self._raw.close()
+        if self._raw.error is not None:
+            raise self._raw.error
 
     def create(self, path: str, size: int, dtype: np.dtype[Any], codec: Codec, error_bound: float, chunk: int) -> None:
         """A dataset in one dimension with the codec's filters."""

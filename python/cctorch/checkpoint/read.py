@@ -56,11 +56,10 @@ def load(path: str | os.PathLike[str], *, names: Iterable[str] | None = None, wo
         CheckpointError: no such file, a damaged one (the message names the tensor), or another kind of file.
         KeyError: ``names`` has one that the file lacks.
     """
-    with _open(path) as (file, found), ThreadPoolExecutor(workers or torch.get_num_threads()) as pool:
+    with _open(path) as (file, found, plan), ThreadPoolExecutor(workers or torch.get_num_threads()) as pool:
         wanted = list(found.tensors) if names is None else list(names)
         if unknown := [name for name in wanted if name not in found.tensors]:
             raise KeyError(f"names: {unknown[0]!r} is not in {path}")
-        plan = read_text(file, "plan", str(path)) if "plan" in file else None
         # The next tensor is read while the last ones are decompressed.
         pending = [(name, pool.submit(_read(file, name, found.tensors[name], path))) for name in wanted]
         tensors = {}
@@ -72,12 +71,13 @@ def load(path: str | os.PathLike[str], *, names: Iterable[str] | None = None, wo
 
 def info(path: str | os.PathLike[str]) -> Index:
     """What the file says about its tensors, without reading them. Raises CheckpointError as :func:`load` does."""
-    with _open(path) as (_, found):
+    with _open(path) as (_, found, _):
         return found
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, Index]]:
+def _open(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, Index, str | None]]:
+    """The file, its index and its plan."""
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
@@ -87,11 +87,12 @@ def _open(path: str | os.PathLike[str]) -> Iterator[tuple[h5py.File, Index]]:
     with file:
         try:
             index = Index.from_json(read_text(file, "index", str(path)), str(path))
+            plan = read_text(file, "plan", str(path)) if "plan" in file else None
         except CheckpointError:
             raise
         except _DAMAGE as error:
-            raise CheckpointError(f"{path} has no index that can be read ({error}): copy it again") from error
-        yield file, index
+            raise CheckpointError(f"{path} has no index or plan that can be read ({error}): copy it again") from error
+        yield file, index, plan
 
 
 @contextlib.contextmanager
