@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError("cctorch.checkpoint needs h5py and hdf5plugin: pip install cctorch[hdf5]") from error
 
-from cctorch.checkpoint.codec import Codec
+from cctorch.checkpoint.codec import CODECS, Codec
 from cctorch.checkpoint.index import Index, Piece, Record, Stored
 from cctorch.checkpoint.order import balanced, johnson, makespan
 from cctorch.checkpoint.read import Checkpoint, info, load
@@ -25,6 +25,7 @@ from cctorch.checkpoint.write import save
 from cctorch.models import CheckpointError
 
 __all__ = [
+    "CODECS",
     "EXACT",
     "Checkpoint",
     "CheckpointError",

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from cctorch.checkpoint.codec import Pipeline, pipeline
 from cctorch.checkpoint.rules import Choice
 
+# Arrays of up to so many values are tried as a whole: what a codec makes of a part says little about them.
+_WHOLE = 8192
 # Values of the smaller sample: so many, but not more than this share of the array. It is made of that many runs.
 _SAMPLE = 16384
 _SHARE = 4
@@ -31,7 +33,9 @@ def predict(values: npt.NDArray[Any], choice: Choice, chunk: int) -> Prediction:
 
     Codecs have costs that do not grow with the size (trees of codes, headers), so a line through two samples is taken.
     """
-    count = min(_SAMPLE, max(1, values.size // _SHARE))
+    if values.size <= _WHOLE:
+        return _trial(values, choice)
+    count = min(_SAMPLE, values.size // _SHARE)
     small, large = (_trial(_sample(values, size), choice) for size in (count, 2 * count))
     scale = (chunk - count) / count
     size = small.bytes + (large.bytes - small.bytes) * scale

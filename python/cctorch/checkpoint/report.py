@@ -13,6 +13,7 @@ class Report:
         raw: of the tensors.
         predicted: of their chunks, before compression.
         stored: of all data, compressed and, where it is small, not.
+        stored_chunks: of what is compressed.
         slots: of the chunks' slots, with head room and with those that were too small.
         file: of the whole file.
         chunks: their number.
@@ -27,6 +28,7 @@ class Report:
     raw: int
     predicted: int
     stored: int
+    stored_chunks: int
     slots: int
     file: int
     chunks: int

@@ -74,11 +74,13 @@ class Saving:
 
     def report(self, file_bytes: int, seconds: float) -> Report:
         pieces = [done.piece for done in self._done]
+        chunks = sum(piece.stored for piece in pieces)
         inline = sum(part.raw for part in self._parts if not part.chunk)
         return Report(
             raw=sum(tensor.nbytes for tensor in self._arrays.tensors.values()),
             predicted=sum(piece.predicted for piece in pieces),
-            stored=inline + sum(piece.stored for piece in pieces),
+            stored=inline + chunks,
+            stored_chunks=chunks,
             slots=sum(piece.slot + piece.overflowed * piece.stored for piece in pieces),
             file=file_bytes,
             chunks=len(pieces),

@@ -30,7 +30,7 @@ def save(
     error_bound: float = 0.01,
     relative: bool = True,
     rules: Sequence[Rule] = (),
-    head_room: float = 0.05,
+    head_room: float = 0.1,
     bandwidth: float = 5e8,
     workers: int | None = None,
     across_ranks: bool = False,
