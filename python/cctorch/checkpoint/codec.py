@@ -182,7 +182,8 @@ def _call(stage: Stage, flags: int, data: bytes) -> bytes:
         made = _plugin(stage.filter)(
             flags, len(stage.options), options, len(data), ctypes.byref(size), ctypes.byref(buffer)
         )
-        if not made:
+        # hdf5plugin's zstd returns its error codes, which are negative, as if they were sizes.
+        if not 0 < made < 1 << 63:
             raise CodecError(f"HDF5 filter {stage.filter} refused {len(data):,} bytes")
         return ctypes.string_at(buffer, made)
     finally:

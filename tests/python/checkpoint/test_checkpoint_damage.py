@@ -109,6 +109,14 @@ def test_a_codec_that_decodes_to_other_values_is_noticed(written: Path, monkeypa
         checkpoint.load(written)
 
 
+@pytest.mark.parametrize("tail", [b"x", b"abcdefgh", bytes(100)])
+def test_what_a_filter_refuses_is_an_error(tail: bytes) -> None:
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(0)).numpy()
+    filters = codec.pipeline("zstd", 0.0, values.dtype, values.size)
+    with pytest.raises(codec.CodecError, match="HDF5 filter 32015 refused"):
+        filters.decode(filters.encode(values, 0) + tail, 0, values.dtype)
+
+
 def test_an_unknown_codec_is_named(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "_plugins", lambda: {})
     codec._plugin.cache_clear()
