@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import tempfile
 import time
@@ -37,6 +38,7 @@ from cctorch import _C, atomic, checkpoint, models
 from timing import in_turns, machine
 from torch import Tensor
 
+METHODS = ["uncompressed", "filters", *checkpoint.CODECS]
 BOUND = 0.05
 CHUNK = 1 << 20
 
@@ -112,9 +114,9 @@ def disk_speed(folder: Path) -> float:
     return len(data) / (1e-3 * ms)
 
 
-def row(name: str, pruned: float, folder: Path, bandwidth: float, codecs: list[str], seconds: float) -> dict[str, Any]:
+def row(name: str, pruned: float, folder: Path, bandwidth: float, methods: list[str], seconds: float) -> dict[str, Any]:
     state = tensors(name, pruned)
-    reports: dict[str, list[checkpoint.Report]] = {codec: [] for codec in codecs}
+    reports: dict[str, list[checkpoint.Report]] = {codec: [] for codec in checkpoint.CODECS}
 
     def ours(codec: Any) -> Callable[[], None]:
         def save() -> None:
@@ -127,8 +129,9 @@ def row(name: str, pruned: float, folder: Path, bandwidth: float, codecs: list[s
     functions: dict[str, Callable[[], object]] = {
         "uncompressed": lambda: write_uncompressed(folder / "uncompressed", state),
         "filters": lambda: write_with_filters(folder / "filters", state),
-        **{codec: ours(codec) for codec in codecs},
+        **{codec: ours(codec) for codec in checkpoint.CODECS},
     }
+    functions = {method: functions[method] for method in methods}
     ms = in_turns(functions, seconds=seconds, warmup=0)
     sizes = {method: (folder / method).stat().st_size for method in functions}
     raw = sum(value.nbytes for value in state.values())
@@ -164,7 +167,7 @@ def figures(report: checkpoint.Report, index: checkpoint.Index) -> dict[str, Any
 
 
 def show(found: dict[str, Any]) -> None:
-    base, filters = (found["methods"][method]["ms"] for method in ("uncompressed", "filters"))
+    base, filters = (found["methods"].get(method, {}).get("ms", math.nan) for method in ("uncompressed", "filters"))
     for method, entry in found["methods"].items():
         cells = [
             found["model"],
@@ -186,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet56", "resnet50", "vit_b_16"])
     parser.add_argument("--pruned", type=float, nargs="+", default=[0.0, 0.9])
-    parser.add_argument("--codecs", nargs="+", default=list(checkpoint.CODECS))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--limit", type=float, help="MB/s of every write")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each model; every method has three turns")
     parser.add_argument("--folder", type=Path, help="on the disk to write to; absent: the system's temporary folder")
@@ -204,7 +207,7 @@ def main() -> None:
         rows = []
         for name in arguments.models:
             for pruned in arguments.pruned:
-                rows.append(row(name, pruned, Path(folder), bandwidth, arguments.codecs, arguments.seconds))
+                rows.append(row(name, pruned, Path(folder), bandwidth, arguments.methods, arguments.seconds))
                 show(rows[-1])
     if arguments.json:
         settings = {"bytes_per_s": bandwidth, "limit_mb_per_s": arguments.limit, "error_bound": BOUND, **machine()}
