@@ -39,8 +39,16 @@ std::vector<T> read(hid_t file, const std::string& path, hid_t type) {
   return values;
 }
 
+// The dataset's own, unless an attribute says otherwise.
 std::vector<int64_t> shape_of(hid_t file, const std::string& path) {
-  const Handle attribute(H5Aopen_by_name(file, path.c_str(), "shape", H5P_DEFAULT, H5P_DEFAULT), H5Aclose, path);
+  const Handle dataset(H5Dopen2(file, path.c_str(), H5P_DEFAULT), H5Dclose, path);
+  if (H5Aexists(dataset, "shape") <= 0) {
+    const Handle space(H5Dget_space(dataset), H5Sclose, path);
+    std::vector<hsize_t> sides(H5Sget_simple_extent_ndims(space));
+    H5Sget_simple_extent_dims(space, sides.data(), nullptr);
+    return {sides.begin(), sides.end()};
+  }
+  const Handle attribute(H5Aopen(dataset, "shape", H5P_DEFAULT), H5Aclose, path);
   const Handle space(H5Aget_space(attribute), H5Sclose, path);
   std::vector<int64_t> shape(H5Sget_simple_extent_npoints(space));
   H5Aread(attribute, H5T_NATIVE_INT64, shape.data());

@@ -132,6 +132,7 @@ def fits(data: bytes, size: int) -> bool:
 def creation_properties(codec: Codec, error_bound: float, dtype: np.dtype[Any], chunk: int) -> h5py.h5p.PropDCID:
     """HDF5's properties of a one-dimensional dataset with the codec's filters."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_obj_track_times(False)
     properties.set_chunk((chunk,))
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     if dtype.itemsize > 1:

@@ -76,6 +76,7 @@ class Writer:
     def create_inline(self, path: str, values: npt.NDArray[Any]) -> None:
         """A small dataset, inside of its header and under the header's checksum."""
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_obj_track_times(False)
         properties.set_layout(h5py.h5d.COMPACT)
         space, kind = h5py.h5s.create_simple(values.shape), h5py.h5t.py_create(values.dtype)
         dataset = h5py.h5d.create(self._file.id, path.encode(), kind, space, properties, self._links())
@@ -94,9 +95,13 @@ class Writer:
         return {offset: dataset.get_chunk_info_by_coord((offset,)).byte_offset for offset in slots}
 
     def describe(self, path: str, shape: tuple[int, ...], dtype: str) -> None:
-        """For readers that know HDF5 and not the index."""
-        # Text of fixed length: HDF5 keeps no checksum of the other kind.
-        self._file[path].attrs.update({"shape": np.array(shape, np.int64), "dtype": np.bytes_(dtype)})
+        """For readers that know HDF5 and not the index: what of it is not that of the dataset."""
+        dataset = self._file[path]
+        if dataset.shape != shape:
+            dataset.attrs["shape"] = np.array(shape, np.int64)
+        if dataset.dtype.name != dtype:
+            # Of fixed length: HDF5 keeps no checksum of the other kind of text.
+            dataset.attrs["dtype"] = np.bytes_(dtype)
 
     def write_text(self, name: str, text: str) -> None:
         data = np.frombuffer(text.encode(), np.uint8)

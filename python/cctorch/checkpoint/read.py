@@ -143,7 +143,7 @@ class _Array:
 def _array(file: h5py.File, stored: Stored) -> _Array:
     dataset = file[stored.path]
     if not stored.pieces:
-        values: npt.NDArray[Any] = dataset[()]
+        values: npt.NDArray[Any] = np.ravel(dataset[()])
         _check(stored.crc32, values)
         return _Array(dataset.size, dataset.dtype, None, [], values)
     filters = codec.of_dataset(dataset.id)

@@ -107,13 +107,18 @@ class Saving:
         places = {}
         with file.Writer(path, "w") as writer:
             for number, part in enumerate(self._parts):
-                if not part.chunk:
-                    writer.create_inline(part.path, self._arrays.values(part))
-                    continue
-                dtype, codec = np.dtype(part.dtype), part.choice.codec
-                writer.create(part.path, part.size, dtype, codec, part.codec_bound, part.chunk)
-                slot = part.slot(self._head_room), part.mask
-                places[number] = writer.reserve(part.path, dict.fromkeys(part.offsets, slot))
+                tensor = self._arrays.tensors[part.tensor]
+                if part.chunk:
+                    dtype, codec = np.dtype(part.dtype), part.choice.codec
+                    writer.create(part.path, part.size, dtype, codec, part.codec_bound, part.chunk)
+                    slot = part.slot(self._head_room), part.mask
+                    places[number] = writer.reserve(part.path, dict.fromkeys(part.offsets, slot))
+                else:
+                    values = self._arrays.values(part)
+                    whole = values.size == tensor.numel() and not part.zeros
+                    writer.create_inline(part.path, values.reshape(tensor.shape) if whole else values)
+                if not part.zeros:
+                    writer.describe(part.path, tuple(tensor.shape), pack.dtype_name(tensor))
         return places
 
     def _compress(self, path: Path, places: Places) -> tuple[list[_Done], overlap.Seconds]:
@@ -151,8 +156,6 @@ class Saving:
     def _finish(self, path: Path, plan: str | None, metadata: dict[str, str]) -> None:
         index = Index(self._records(), versions(), metadata)
         with file.Writer(path, "r+") as writer:
-            for record in index.tensors.values():
-                writer.describe(record.values.path, record.shape, record.dtype)
             writer.write_text("index", index.to_json())
             if plan is not None:
                 writer.write_text("plan", plan)
