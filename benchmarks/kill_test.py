@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "python"))
 from tiny_run import tree, write_dataset
@@ -152,8 +153,8 @@ def compare(undisturbed: Path, other: Path) -> list[str]:
     found = []
     if (undisturbed / "plan.json").read_bytes() != (other / "plan.json").read_bytes():
         found.append("plan.json")
-    for name in ("dense.pt", "compressed.pt"):
-        ours, theirs = (torch.load(f / "checkpoints" / name, weights_only=True)["model"] for f in (undisturbed, other))
+    for name in ("dense.safetensors", "compressed.safetensors"):
+        ours, theirs = (load_file(f / "checkpoints" / name) for f in (undisturbed, other))
         found += [f"{name}: {key}" for key in ours if not torch.equal(ours[key], theirs[key])][:1]
     for name in ("steps.jsonl", "metrics.jsonl"):
         if _untimed(undisturbed / name) != _untimed(other / name):

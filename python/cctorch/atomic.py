@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 _SUFFIX = ".partial"
@@ -16,11 +17,21 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises OSError with a message of its own when the disk is full; the old file is then intact.
     """
+    with replacing(path, f"{len(data):,} bytes") as temporary:
+        _write_synced(temporary, data)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
+    """A temporary path for the block to write and fsync; it takes the place of `path` at the end, or is deleted.
+
+    Raises OSError as `write` does, where `what` did not fit.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
     try:
-        _write_synced(temporary, data)
+        yield temporary
         temporary.replace(target)
         _sync_folder(target.parent)
     except BaseException as error:
@@ -30,7 +41,7 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
             state = "the old file is intact" if target.exists() else "nothing was written"
             raise OSError(
                 error.errno,
-                f"the disk is full: {len(data):,} bytes did not fit; {state}. Free some space, then try again",
+                f"the disk is full: {what} did not fit; {state}. Free some space, then try again",
                 str(target),
             ) from error
         if isinstance(error, OSError) and error.filename is None:

@@ -83,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="exit as the run did: 0 finished, 75 interrupted, 1 failed; 3 while it is running",
     )
+    checkpoint = commands.add_parser("checkpoint", help="say what is in a compressed checkpoint (HDF5)")
+    checkpoint.add_argument("file", metavar="FILE", type=Path, help="such as runs/demo/checkpoints/compressed.h5")
     return parser
 
 
@@ -102,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     an interrupted run that can go on, 130 after a Ctrl-C that did not wait."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parse(given)
+    commands = {"run": _run, "report": _report, "sweep": _sweep, "status": _status, "checkpoint": _checkpoint}
     try:
-        return {"run": _run, "report": _report, "sweep": _sweep, "status": _status}[parsed.command](parsed)
+        return commands[parsed.command](parsed)
     except Interrupted as error:
         if distributed.is_main():
             print(f"\n{error}: checkpoint written; this goes on from it:\n  {_again(given)}", file=sys.stderr)
@@ -164,6 +167,16 @@ def _status(parsed: argparse.Namespace) -> int:
         return _fail(error)
     print(json.dumps(asdict(found)) if parsed.json else found)
     return _EXIT_CODES[found.state] if parsed.exit_code else 0
+
+
+def _checkpoint(parsed: argparse.Namespace) -> int:
+    try:
+        from cctorch import checkpoint
+
+        print(checkpoint.show(parsed.file))
+    except (ImportError, ValueError, OSError) as error:
+        return _fail(error)
+    return 0
 
 
 def _fail(error: Exception) -> int:

@@ -6,6 +6,7 @@ config = load_config("configs/demo.yaml", ["compress.target=0.6"])
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import re
 import types
@@ -155,6 +156,27 @@ class Measure(Section):
         return sizes
 
 
+class Checkpoint(Section):
+    """The file of the compressed model. hdf5 needs `pip install cctorch[hdf5]`."""
+
+    format: Literal["safetensors", "hdf5"] = "safetensors"
+    # Of hdf5. zstd loses nothing; sz3 and zfp keep weights to within the error bound.
+    codec: Literal["zstd", "sz3", "zfp"] = "zstd"
+    # The largest error of a weight, in units of its tensor's root mean square.
+    error_bound: float = Field(default=0.01, gt=0)
+
+    @field_validator("format")
+    @classmethod
+    def _installed(cls, name: str) -> str:
+        if name == "hdf5" and not all(importlib.util.find_spec(module) for module in ("h5py", "hdf5plugin")):
+            raise ValueError("expected h5py and hdf5plugin to be installed: pip install cctorch[hdf5]")
+        return name
+
+    @property
+    def lossy(self) -> bool:
+        return self.format == "hdf5" and self.codec != "zstd"
+
+
 class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -173,6 +195,7 @@ class Config(Section):
     finetune: Finetune | None = None
     regularize: Regularize | None = None
     measure: Measure = Measure()
+    checkpoint: Checkpoint = Checkpoint()
     export: bool = True
 
     @model_validator(mode="after")

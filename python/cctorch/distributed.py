@@ -139,6 +139,26 @@ def on_main(function: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[return-value]
 
 
+def on_all(function: Callable[[], T]) -> list[T]:
+    """What `function` returns on each rank, given to every rank. What it raises on one, every rank raises."""
+    if world_size() == 1:
+        return [function()]
+    result: T | None = None
+    error: BaseException | None = None
+    try:
+        result = function()
+    except BaseException as raised:  # an interruption too: the others wait
+        error = raised
+    outcomes: list[tuple[T, BaseException | None]] = [None] * world_size()  # type: ignore[list-item]
+    dist.all_gather_object(outcomes, (result, _portable(error)))
+    if error is not None:
+        raise error
+    for _, of_another in outcomes:
+        if of_another is not None:
+            raise of_another
+    return [of_rank for of_rank, _ in outcomes]
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Those of rank 0, for every rank."""
     if world_size() > 1:

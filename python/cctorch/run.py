@@ -206,8 +206,8 @@ class _Run:
         restore_momentum(self.model, optimizer, momentum)
         return optimizer
 
-    def _accuracy(self, images: data.ImageSet) -> float:
-        return measure.accuracy(self.model, self._share(self.feed.batches(images, 500)), across_ranks=True)
+    def _accuracy(self, images: data.ImageSet, model: nn.Module | None = None) -> float:
+        return measure.accuracy(model or self.model, self._share(self.feed.batches(images, 500)), across_ranks=True)
 
     def _save(self, stage: str, epoch: int, partial: Partial | None = None) -> None:
         distributed.assert_identical(f"{stage}, epoch {epoch}", self.model.state_dict().items())
@@ -377,9 +377,16 @@ class _Run:
 
     def _compressed(self, top1: float) -> None:
         self.state.results["compressed_top1"] = top1
-        distributed.on_main(
-            lambda: self.folder.save_model(self.folder.compressed, self.model, self.state.plan, self.architecture)
+        settings = self.config.checkpoint
+        file = distributed.on_main(
+            lambda: self.folder.save_compressed(self.model, self.state.plan, self.architecture, settings)
         )
+        if settings.lossy:
+            stored = self._place(distributed.on_main(lambda: load_model(file)[0]))
+            top1 = self._accuracy(self.data.test, stored)
+            self.events.add("stored", self.state.stage, accuracy=top1)
+            bound = f"within {settings.error_bound:g} of the weights' root mean squares"
+            self.log.line(f"{file.name}, {bound}: test top-1 {top1:.2f} %")
 
     def _regularize(self) -> None:
         assert self.config.regularize

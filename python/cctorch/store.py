@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import safetensors
+import safetensors.torch
 import torch
 import yaml
 from torch import Tensor, nn
 
 from cctorch import atomic, distributed, models
-from cctorch.config import Config, ConfigError
+from cctorch.config import Checkpoint, Config, ConfigError
 from cctorch.models import CheckpointError
 from cctorch.summary import Summary
 
@@ -43,7 +45,15 @@ _FILES = {
     "checkpoints",
     "tensorboard",
 }
-_CHECKPOINTS = {"last.pt", "previous.pt", "next.pt", "dense.pt", "compressed.pt", "gradients.pt"}
+_CHECKPOINTS = {
+    "last.pt",
+    "previous.pt",
+    "next.pt",
+    "gradients.pt",
+    "dense.safetensors",
+    "compressed.safetensors",
+    "compressed.h5",
+}
 
 
 @dataclass
@@ -86,15 +96,14 @@ class Architecture:
 
 
 def load_model(path: Path) -> tuple[nn.Module, Architecture]:
-    """The model in checkpoints/dense.pt or checkpoints/compressed.pt, on the CPU, in eval mode.
+    """The model in checkpoints/dense.safetensors, compressed.safetensors or compressed.h5, on the CPU, in eval mode.
 
     Raises CheckpointError for a file that is damaged or of another kind.
     """
-    content = _load(path)
-    described = json.loads(content["architecture"])
-    architecture = Architecture(**{key: _tuples(value) for key, value in described.items()})
-    model = build(architecture, content["plan"])
-    models.load_state(model, content["model"], str(path))
+    tensors, plan, described = (_load_hdf5 if path.suffix == ".h5" else _load_safetensors)(path)
+    architecture = Architecture(**{key: _tuples(value) for key, value in json.loads(described).items()})
+    model = build(architecture, plan)
+    models.load_state(model, tensors, str(path))
     return model.eval(), architecture
 
 
@@ -115,7 +124,10 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.dense, self.compressed = self.checkpoints / "dense.pt", self.checkpoints / "compressed.pt"
+        self.dense, self.compressed = (
+            self.checkpoints / "dense.safetensors",
+            self.checkpoints / "compressed.safetensors",
+        )
         self.gradients = self.checkpoints / "gradients.pt"
 
     @contextlib.contextmanager
@@ -199,8 +211,33 @@ class Folder:
         atomic.write(self.path / name, text.encode())
 
     def save_model(self, path: Path, model: nn.Module, plan: str | None, architecture: Architecture) -> None:
-        described = json.dumps(architecture.__dict__)
-        _save(path, {"format": _FORMAT, "architecture": described, "plan": plan, "model": model.state_dict()})
+        """Plan and tensors, as safetensors."""
+        metadata = {"format": str(_FORMAT), "architecture": json.dumps(architecture.__dict__)}
+        if plan is not None:
+            metadata["plan"] = plan
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+        atomic.write(path, safetensors.torch.save(tensors, metadata))
+
+    def save_compressed(
+        self, model: nn.Module, plan: str | None, architecture: Architecture, settings: Checkpoint
+    ) -> Path:
+        """The same in the format of `settings`. Returns the file."""
+        if settings.format == "safetensors":
+            self.save_model(self.compressed, model, plan, architecture)
+            return self.compressed
+        from cctorch import checkpoint
+
+        path = self.compressed.with_suffix(".h5")
+        metadata = {"architecture": json.dumps(architecture.__dict__)}
+        checkpoint.save(
+            path,
+            model.state_dict(),
+            plan=plan,
+            metadata=metadata,
+            codec=settings.codec,
+            error_bound=settings.error_bound,
+        )
+        return path
 
     def save_gradients(self, gradients: dict[str, Tensor]) -> None:
         """Of the dense model's layers: a sweep begins with them."""
@@ -343,6 +380,30 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != _FORMAT or "model" not in content:
         raise CheckpointError(f"{path} is not a checkpoint of this version of cctorch (format {_FORMAT})")
     return content
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None, str]:
+    """Tensors, plan and architecture."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged, or no safetensors file ({error}): copy it again") from error
+    if metadata.get("format") != str(_FORMAT) or "architecture" not in metadata:
+        raise CheckpointError(f"{path} is not a model of this version of cctorch (format {_FORMAT})")
+    return tensors, metadata.get("plan"), metadata["architecture"]
+
+
+def _load_hdf5(path: Path) -> tuple[dict[str, Tensor], str | None, str]:
+    from cctorch import checkpoint
+
+    found = checkpoint.load(path)
+    if "architecture" not in found.metadata:
+        raise CheckpointError(f"{path} holds tensors, but not the architecture of a run's model")
+    return found.tensors, found.plan, found.metadata["architecture"]
 
 
 def _tuples(value: Any) -> Any:

@@ -21,6 +21,7 @@ from cctorch.report import page
 from cctorch.run import run
 from cctorch.status import status
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny_run import config, tree, write_dataset
 
 PLACES = {
@@ -59,9 +60,7 @@ def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Conf
 
 
 def _assert_same(settings: Config, other: Config) -> None:
-    first, second = (
-        models.load_tensors(c.folder / "checkpoints" / "compressed.pt")["model"] for c in (settings, other)
-    )
+    first, second = (load_file(c.folder / "checkpoints" / "compressed.safetensors") for c in (settings, other))
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     steps, others = (

@@ -22,6 +22,7 @@ from cctorch.report import page
 from cctorch.run import run
 from cctorch.train import Partial, _Losses
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny_run import images_and_labels, tree, write_dataset
 from torch import Tensor, nn
 
@@ -300,8 +301,8 @@ def test_a_run_does_not_depend_on_the_number_of_ranks(settings: dict[str, Any], 
     assert len(_losses(folder)) == 12
     torch.testing.assert_close(_losses(folder), _losses(alone), rtol=1e-9, atol=0)
     torch.testing.assert_close(_epochs(folder), _epochs(alone), rtol=1e-9, atol=0)
-    for checkpoint in ("dense.pt", "compressed.pt"):
-        found, wanted = (models.load_tensors(f / "checkpoints" / checkpoint)["model"] for f in (folder, alone))
+    for checkpoint in ("dense.safetensors", "compressed.safetensors"):
+        found, wanted = (load_file(f / "checkpoints" / checkpoint) for f in (folder, alone))
         # Rounding decides on the signs of the two factors of a weight.
         _assert_close(*({name: value.abs() for name, value in state.items()} for state in (found, wanted)), 1e-7)
     assert sorted(log.name for log in (folder / "logs").iterdir()) == [f"rank{rank}.log" for rank in range(1, ranks)]

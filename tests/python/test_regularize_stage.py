@@ -17,6 +17,7 @@ from cctorch.regularize_stage import describe, located, select
 from cctorch.report import page
 from cctorch.run import Summary, run
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny_run import tree, write_dataset
 from torch import nn
 
@@ -54,8 +55,7 @@ def _run(settings: Config) -> Summary:
 
 
 def _weights(settings: Config) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = models.load_tensors(settings.folder / "checkpoints" / "compressed.pt")["model"]
-    return state
+    return load_file(settings.folder / "checkpoints" / "compressed.safetensors")
 
 
 def test_the_run_ends_in_compressed_form(dataset: Path, tmp_path: Path) -> None:
@@ -89,8 +89,8 @@ def test_events_follow_fine_tuning_of_a_smaller_network(dataset: Path, tmp_path:
     summary = _run(settings)
     assert summary.regularized is not None
     assert summary.after.macs < summary.before.macs
-    dense, _ = store.load_model(settings.folder / "checkpoints" / "dense.pt")
-    model, _ = store.load_model(settings.folder / "checkpoints" / "compressed.pt")
+    dense, _ = store.load_model(settings.folder / "checkpoints" / "dense.safetensors")
+    model, _ = store.load_model(settings.folder / "checkpoints" / "compressed.safetensors")
     names = select(dense, None)
     regularized = located(model, names)
     # Every weight has its place, also behind a gather, and as two factors.

@@ -23,6 +23,7 @@ from cctorch.run import Summary, run
 from cctorch.store import Folder
 from cctorch.train import TrainingError
 from rich.console import Console
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import config, tree, write_dataset
 
@@ -62,8 +63,7 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _weights(settings: Config) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = models.load_tensors(settings.folder / "checkpoints" / "compressed.pt")["model"]
-    return state
+    return load_file(settings.folder / "checkpoints" / "compressed.safetensors")
 
 
 def _same(a: Config, b: Config) -> bool:
@@ -93,8 +93,8 @@ def test_a_run_leaves_all_its_files(finished: tuple[Config, Summary, str]) -> No
     folder = settings.folder
     assert {item.name for item in folder.iterdir()} == OUTPUTS
     assert {item.name for item in (folder / "checkpoints").iterdir()} == {
-        "dense.pt",
-        "compressed.pt",
+        "dense.safetensors",
+        "compressed.safetensors",
         "gradients.pt",
         "last.pt",
         "previous.pt",
@@ -118,8 +118,8 @@ def test_a_run_leaves_all_its_files(finished: tuple[Config, Summary, str]) -> No
 def test_the_figures_are_those_of_the_models(finished: tuple[Config, Summary, str]) -> None:
     settings, summary, _ = finished
     plan = _C.CompressionPlan.from_json((settings.folder / "plan.json").read_text())
-    dense, _ = store.load_model(settings.folder / "checkpoints" / "dense.pt")
-    compressed, architecture = store.load_model(settings.folder / "checkpoints" / "compressed.pt")
+    dense, _ = store.load_model(settings.folder / "checkpoints" / "dense.safetensors")
+    compressed, architecture = store.load_model(settings.folder / "checkpoints" / "compressed.safetensors")
     assert architecture.shape == (1, 12, 12)
     for model, figures in ((dense, summary.before), (compressed, summary.after)):
         assert figures.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -338,7 +338,7 @@ def test_starts_from_published_weights(dataset: Path, tmp_path: Path, repairs: b
     changes["compress"] = {**tree(dataset, tmp_path)["compress"], "repair": repairs}
     settings = config(dataset, tmp_path, **changes)
     summary = run(settings, console=_quiet())
-    dense, _ = store.load_model(settings.folder / "checkpoints" / "dense.pt")
+    dense, _ = store.load_model(settings.folder / "checkpoints" / "dense.safetensors")
     expected = models.load_tensors(tmp_path / "weights.th")
     assert all(torch.equal(value, expected[key]) for key, value in dense.state_dict().items())
     assert (summary.top1_repaired is not None) == repairs

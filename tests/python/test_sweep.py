@@ -49,11 +49,11 @@ def test_points_are_what_compress_finds_from_the_same_gradients(
     assert [point.target for point in points] == [0.0, 0.25, 0.4, 0.5]
     assert points[0].macs > points[1].macs > points[3].macs
     assert [found.plan.target for found in searches] == [0.25, 0.4, 0.5]
-    dense, _ = store.load_model(finished.folder / "checkpoints" / "dense.pt")
+    dense, _ = store.load_model(finished.folder / "checkpoints" / "dense.safetensors")
     assert points[0].parameters == parameters(dense)
     for point, found in zip(points[1:], searches, strict=True):
         assert point.macs == found.final_macs
-        model = apply(store.load_model(finished.folder / "checkpoints" / "dense.pt")[0], found.plan)
+        model = apply(store.load_model(finished.folder / "checkpoints" / "dense.safetensors")[0], found.plan)
         assert point.parameters == parameters(model)
         assert set(point.latency) == {"1", "4"}
         held_out = data.load(finished.data, finished.seed)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cctorch import models
 from cctorch.status import Status, status
+from safetensors.torch import load_file
 from tiny_run import tree, write_dataset
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
@@ -79,10 +79,7 @@ def test_a_run_survives_a_dead_rank_and_a_warning(config: Path, tmp_path: Path) 
         said = process.communicate()[0]
         assert process.returncode == 0, said
     assert (broken / "plan.json").read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
-    states = [
-        models.load_tensors(folder / "checkpoints" / "compressed.pt")["model"]
-        for folder in (broken, tmp_path / "whole")
-    ]
+    states = [load_file(folder / "checkpoints" / "compressed.safetensors") for folder in (broken, tmp_path / "whole")]
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 

@@ -19,6 +19,7 @@ _EVENTS = {
     "reestimated": "BatchNorm re-estimated",
     "repaired": "repaired",
     "finetuned": "fine-tuned",
+    "stored": "as stored",
     "regularized": "after the last event",
 }
 _STAGES = (
@@ -39,7 +40,7 @@ def accuracy(events: list[dict[str, Any]]) -> str:
             epochs.append(event)
             continue
         # Events between the same epochs would hide each other.
-        shift = shift + 0.12 if event["event"] in ("reestimated", "repaired") else 0.0
+        shift = shift + 0.12 if event["event"] in ("reestimated", "repaired", "stored") else 0.0
         color = ORANGE if event["event"] in ("compressed", "reestimated", "repaired") else INK
         place = len(epochs) + shift
         top.plot(place, event["accuracy"], "o", color=color, zorder=4)
