@@ -32,7 +32,7 @@ from latency_budget import load
 from torch import Tensor, nn
 
 CIFAR = ("resnet20", "resnet32", "resnet56")
-NETWORKS = (*CIFAR, "resnet18", "resnet50", "mobilenet_v2", "densenet121", "vgg16_features", "vit_b_16")
+NETWORKS = (*CIFAR, "resnet18", "resnet50", "mobilenet_v2", "densenet121", "vgg16_features", "vgg16_bn", "vit_b_16")
 
 
 def cifar(name: str, images: int) -> tuple[nn.Module, Tensor, data.Batches]:

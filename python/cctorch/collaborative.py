@@ -47,6 +47,8 @@ class Compression:
     warnings: list[str] = field(default_factory=list)
     latency: Latency | None = None
     """Predicted and measured, where latency was the budget."""
+    lower: Callable[[float], "Compression"] | None = field(default=None, repr=False, compare=False)
+    """What `at` calls; it holds the search, and with it the weights and gradients."""
 
     @property
     def nominal_reduction(self) -> float:
@@ -55,6 +57,31 @@ class Compression:
     @property
     def final_reduction(self) -> float:
         return 1.0 - self.final_macs / self.dense_macs
+
+    def at(self, target: float) -> "Compression":
+        """What `compress` finds for a target that is not above this one's, from the same gradients and the same search.
+
+        Raises:
+            ValueError: the target is above this one's or not above 0, or falls short; or there is no search to go
+                back to: a budget of latency has one for each target, and only rank 0 has one of several ranks.
+
+        Example:
+            >>> import cctorch, torch
+            >>> from torch import nn
+            >>> model = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(4)), nn.Flatten(), nn.Linear(128, 10))
+            >>> images = torch.randn(4, 8, 12, 12)
+            >>> highest = cctorch.compress(model, [(images, torch.arange(4))], images, target=0.4)
+            >>> [highest.at(target).final_reduction > target - 0.01 for target in (0.2, 0.3, 0.4)]
+            [True, True, True]
+        """
+        if self.lower is None:
+            raise ValueError(
+                f"Compression.at: target = {target:g}, but no search is kept with a budget of latency, nor on any rank "
+                "but 0; call compress for this target"
+            )
+        found = self.lower(target)
+        found.gradients = self.gradients
+        return found
 
 
 def mean_gradients(
@@ -151,22 +178,25 @@ def solve(
     """
     dense = _C.remaining(graph.specs, CompressionPlan(), options.budget, False)
     search = _C.Search(_solver_layers(model, graph, gradients, bounds or {}), dense, options, progress)
-    if count == "nominal":
-        solution = search.at(options.target)
-    else:
-        solution = search.at_final(options.target, graph.specs, graph.channels)
-    nominal_macs = _C.nominal_macs(graph.specs, solution.plan)
-    left = _C.remaining(graph.specs, solution.plan, options.budget, False)
-    graph.channels.resolve(solution.plan)
-    _C.drop_idle_ranks(graph.specs, solution.plan)
-    if count == "final":
-        left = _C.remaining(graph.specs, solution.plan, options.budget, True)
-    if 1.0 - left / dense < options.target - 0.01:
-        raise ValueError(
-            f"compress: target = {options.target:g}, but the plan removes only {1.0 - left / dense:.4f} of the "
-            f"model's {options.budget}; lower the target"
-        )
-    return _compression(graph, solution, nominal_macs, gradient_seconds)
+
+    def at(target: float) -> Compression:
+        solution = search.at(target) if count == "nominal" else search.at_final(target, graph.specs, graph.channels)
+        nominal_macs = _C.nominal_macs(graph.specs, solution.plan)
+        left = _C.remaining(graph.specs, solution.plan, options.budget, False)
+        graph.channels.resolve(solution.plan)
+        _C.drop_idle_ranks(graph.specs, solution.plan)
+        if count == "final":
+            left = _C.remaining(graph.specs, solution.plan, options.budget, True)
+        if 1.0 - left / dense < target - 0.01:
+            raise ValueError(
+                f"compress: target = {target:g}, but the plan removes only {1.0 - left / dense:.4f} of the "
+                f"model's {options.budget}; lower the target"
+            )
+        compression = _compression(graph, solution, nominal_macs, gradient_seconds)
+        compression.lower = at
+        return compression
+
+    return at(options.target)
 
 
 def solve_latency(

@@ -43,6 +43,9 @@ class Data(Section):
     root: str | None = None
     # Held out of the training images: a fraction below 1, or a number of images.
     validation: int | float = 0.1
+    # Of an image_folder, pixels: images of any size are scaled until their shorter side is 8/7 of it (256 for 224), and
+    # the middle square is taken. Absent: images of one size, as they are.
+    size: int | None = Field(default=None, ge=8)
     limit_train: int | None = Field(default=None, ge=1)
     limit_test: int | None = Field(default=None, ge=1)
 
@@ -53,6 +56,12 @@ class Data(Section):
             raise ValueError(f"expected an existing file or folder ({expand(root)} is none)")
         return root
 
+    @model_validator(mode="after")
+    def _size_of_a_folder(self) -> Data:
+        if self.size is not None and self.kind != "image_folder":
+            raise ValueError(f"size = {self.size} with kind = {self.kind}: expected kind: image_folder, or no size")
+        return self
+
     @field_validator("validation")
     @classmethod
     def _fraction_or_count(cls, value: int | float) -> int | float:
@@ -62,7 +71,19 @@ class Data(Section):
 
 
 class Model(Section):
-    name: Literal["resnet8", "resnet20", "resnet32", "resnet56", "resnet110"]
+    # Those of cctorch.models.create.
+    name: Literal[
+        "resnet8",
+        "resnet20",
+        "resnet32",
+        "resnet56",
+        "resnet110",
+        "vgg16",
+        "densenet40",
+        "googlenet",
+        "resnet50",
+        "mobilenet_v2",
+    ]
     weights: str | None = None
 
     @field_validator("weights")

@@ -186,7 +186,11 @@ def load(settings: Data, seed: int, device: torch.device | str = "cpu") -> Datas
         "cifar10": _cifar10,
         "image_folder": _image_folder,
     }
-    train, test, source = loaders[settings.kind](settings)
+    classes = None
+    if settings.size is not None:
+        train, test, source, classes = _resized_folder(settings, seed, settings.size)
+    else:
+        train, test, source = loaders[settings.kind](settings)
     if not len(train) or not len(test):
         raise DataError(f"{source} holds {len(train)} training and {len(test)} test images: expected at least one each")
     generator = torch.Generator().manual_seed(seed)
@@ -202,7 +206,7 @@ def load(settings: Data, seed: int, device: torch.device | str = "cpu") -> Datas
         train.take(chosen).to(device),
         train.take(order[:held_out]).to(device),
         test.take(tested).to(device),
-        int(torch.cat([train.labels, test.labels]).max()) + 1,
+        classes or int(torch.cat([train.labels, test.labels]).max()) + 1,
         mean,
         std,
         source,
@@ -267,6 +271,26 @@ def _image_folder(settings: Data) -> tuple[ImageSet, ImageSet, str]:
     raise DataError(
         f"data.root = {settings.root!r}: expected a folder (or a zip file) with {{train,test}}/<class>/<image files>"
     )
+
+
+def _resized_folder(settings: Data, seed: int, size: int) -> tuple[ImageSet, ImageSet, str, int]:
+    """As many images as the limits ask for, and the number of classes, not all of which these need show."""
+    from cctorch import image_folder
+
+    [root, *_] = [*_roots(settings), None]
+    if root is None:
+        raise DataError(f"data.root = {settings.root!r}: expected a folder with train/<class>/ and val/<class>/")
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        train, test = image_folder.parts(root)
+        count = image_folder.wanted(settings.limit_train, settings.validation)
+        sets = [
+            ImageSet(*image_folder.read(part, size, limit, generator))
+            for part, limit in ((train, count), (test, settings.limit_test))
+        ]
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return sets[0], sets[1], str(root), len(train.classes)
 
 
 def _download(dataset: Callable[..., object]) -> bool:

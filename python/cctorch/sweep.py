@@ -1,4 +1,4 @@
-"""The trade-off curve of a network: a run's dense model, compressed to several targets from one set of gradients.
+"""The trade-off curve of a network: a run's dense model, compressed to several targets from one search.
 
     points = sweep(Path("runs/demo"), [0.3, 0.5, 0.7])
 
@@ -22,6 +22,7 @@ from torch import nn
 
 from cctorch import batch_norm, compress_stage, data, measure, report
 from cctorch.apply import apply
+from cctorch.collaborative import Compression
 from cctorch.config import Compress, Config, load_config
 from cctorch.device import describe, select_device
 from cctorch.log import Log
@@ -99,12 +100,54 @@ class _Sweep:
             log.warning(f"{damaged}; computing the gradients again")
 
     def extend(self, targets: Sequence[float]) -> None:
+        """Adds the points that are missing, in ascending order."""
         points = {point.target: point for point in _points(self.folder.path)}
-        for target in (0.0, *targets):
-            if target not in points:
-                points[target] = self._point(target) if target else self._dense()
-                ordered = [points[key] for key in sorted(points)]
-                self.folder.write("sweep.json", json.dumps([asdict(point) for point in ordered], indent=1))
+
+        def add(point: Point) -> None:
+            points[point.target] = point
+            ordered = [points[key] for key in sorted(points)]
+            self.folder.write("sweep.json", json.dumps([asdict(point) for point in ordered], indent=1))
+
+        if 0.0 not in points:
+            add(self._dense())
+        missing = [target for target in targets if target not in points]
+        if self.settings.budget == "latency":
+            for target in missing:
+                add(self._point(target, self._search(target)))
+            return
+        highest, failure = self._highest(missing)
+        for target in missing:
+            if highest is not None and target <= highest.plan.target:
+                add(self._point(target, highest.at(target)))
+        if failure is not None:
+            raise failure
+
+    def _highest(self, targets: Sequence[float]) -> tuple[Compression | None, ValueError | None]:
+        """One search for all targets within reach; and why the lowest of the others is out of reach."""
+        failure = None
+        for target in reversed(targets):
+            try:
+                return self._search(target), failure
+            except ValueError as error:
+                failure = error
+        return None, failure
+
+    def _search(self, target: float) -> Compression:
+        images = self.feed.batches(self.data.train, self.config.train.batch_size)
+        with self.log.stages() as progress:
+            found = compress_stage.search(
+                self.dense,
+                images,
+                self.config.seed,
+                self.settings,
+                target=target,
+                gradients=self.gradients,
+                progress=progress,
+            )
+        if self.gradients is None:
+            self.folder.save_gradients(found.gradients)
+            self.gradients = found.gradients
+        return found
 
     def _training(self, count: int) -> data.Batches:
         return self.feed.batches(self.data.train, self.config.train.batch_size).head(count, self.config.seed)
@@ -137,23 +180,9 @@ class _Sweep:
             self.device,
         )
 
-    def _point(self, target: float) -> Point:
-        images = self.feed.batches(self.data.train, self.config.train.batch_size)
-        with self.log.stages() as progress:
-            found = compress_stage.search(
-                self.dense,
-                images,
-                self.config.seed,
-                self.settings,
-                target=target,
-                gradients=self.gradients,
-                progress=progress,
-            )
+    def _point(self, target: float, found: Compression) -> Point:
         for warning in found.warnings:
             self.log.warning(warning)
-        if self.gradients is None:
-            self.folder.save_gradients(found.gradients)
-            self.gradients = found.gradients
         model = apply(copy.deepcopy(self.dense), found.plan)
         compressed = self._accuracy(model)
         # Repair rewrites the statistics: it does not depend on whether they were re-estimated before.

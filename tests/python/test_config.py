@@ -34,7 +34,7 @@ REFUSED = [
     ("train.augment=1", "train.augment = 1: expected true or false"),
     ("train=3", "train = 3: expected a section with keys of its own"),
     ("finetune.clip_grad_norm=0", "finetune.clip_grad_norm = 0: expected a value greater than 0"),
-    ("model.name=resnet50", "model.name = 'resnet50': expected one of resnet8, resnet20"),
+    ("model.name=resnet51", "model.name = 'resnet51': expected one of resnet8, resnet20"),
     ("model.weights=nowhere.th", "model.weights = 'nowhere.th': expected a checkpoint file"),
     ("model.weights=${UNSET_FOLDER}/x.th", "expected the environment variable UNSET_FOLDER to be set"),
     ("data.root=/no/such/folder", "data.root = '/no/such/folder': expected an existing file or folder"),
@@ -156,6 +156,7 @@ def test_the_resolved_configuration_reads_back(file: Path, tmp_path: Path) -> No
 def test_shipped_configurations_are_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     monkeypatch.setenv("CCTORCH_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("CCTORCH_IMAGENET", str(tmp_path))
     if weights := content["model"].get("weights"):
         (tmp_path / Path(weights).name).touch()
     config = load_config(path)

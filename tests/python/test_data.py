@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from cctorch import data
+from cctorch import data, image_folder
 from cctorch.config import Data
 from cctorch.data import Batches, DataError, ImageSet
 from PIL import Image
@@ -227,3 +227,69 @@ def test_head_takes_that_many_different_images() -> None:
     assert len(set(labels)) == 20
     assert labels != list(range(20))
     assert len(batches.head(80, 0).images) == 50
+
+
+def _resized(root: Path, **settings: object) -> Data:
+    return Data.model_validate({"kind": "image_folder", "root": str(root), "size": 14, "validation": 0, **settings})
+
+
+def _imagenet(root: Path, sizes: tuple[tuple[int, int], ...] = ((20, 16), (16, 40), (8, 8))) -> Path:
+    """A bright square in the middle of dark images; the class is its colour."""
+    for part in ("train", "val"):
+        for channel, label in enumerate(("n01", "n02", "n03")):
+            for number, (height, width) in enumerate(sizes):
+                pixels = numpy.zeros((height, width, 3), dtype=numpy.uint8)
+                pixels[height // 4 : -(height // 4), width // 4 : -(width // 4), channel] = 255
+                file = root / part / label / f"{number}.JPEG"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(file, quality=95)
+    return root
+
+
+def test_images_of_any_size_are_scaled_and_cut_to_the_middle(tmp_path: Path) -> None:
+    dataset = data.load(_resized(_imagenet(tmp_path)), 0)
+    assert (dataset.shape, dataset.classes, len(dataset.train), len(dataset.test)) == ((3, 14, 14), 3, 9, 9)
+    for images, label in zip(dataset.train.images, dataset.train.labels, strict=True):
+        middle = images[:, 6:8, 6:8].float().mean((1, 2))
+        assert int(middle.argmax()) == int(label)
+        assert middle.max() > 200
+    # By hand: 14 is 7/8 of 16, so that an image of 20 x 16 keeps its scale and loses 3 rows and 1 column on each side.
+    with Image.open(tmp_path / "val" / "n01" / "0.JPEG") as image:
+        expected = torch.from_numpy(numpy.asarray(image).copy()).permute(2, 0, 1)[:, 3:17, 1:15]
+    assert any(torch.equal(images, expected) for images in dataset.test.images[dataset.test.labels == 0])
+
+
+def test_only_as_many_images_as_asked_for_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    decode = image_folder._decoded
+    monkeypatch.setattr(image_folder, "_decoded", lambda path, size: decoded.append(path) or decode(path, size))
+    root = _imagenet(tmp_path)
+    dataset = data.load(_resized(root, validation=1, limit_train=1, limit_test=1), 0)
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test), len(decoded)) == (1, 1, 1, 3)
+    # Two images can't show all classes.
+    few = _resized(root, limit_train=1, limit_test=1)
+    assert {data.load(few, seed).classes for seed in range(8)} == {3}
+    again = data.load(_resized(root, validation=1, limit_train=1, limit_test=1), 0)
+    assert torch.equal(again.train.images, dataset.train.images)
+    share = data.load(_resized(root, validation=0.5, limit_train=2), 0)
+    assert (len(share.train), len(share.validation)) == (2, 2)
+
+
+def test_what_is_wrong_with_a_folder_of_images_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no folder train"):
+        data.load(_resized(tmp_path), 0)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    with pytest.raises(DataError, match=r"Couldn't find any class folder"):
+        data.load(_resized(tmp_path), 0)
+    root = _imagenet(tmp_path / "whole")
+    (root / "val" / "n03").rename(root / "val" / "n04")
+    with pytest.raises(DataError, match="class 'n03' is in only one of train and val"):
+        data.load(_resized(root), 0)
+    (root / "val" / "n04").rename(root / "val" / "n03")
+    file = root / "train" / "n02" / "1.JPEG"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"n02/1\.JPEG is no readable image"):
+        data.load(_resized(root), 0)
+    with pytest.raises(ValueError, match="expected kind: image_folder"):
+        Data.model_validate({"kind": "cifar10", "size": 32})

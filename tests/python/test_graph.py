@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from cctorch import _C
 from cctorch._C import CompressionPlan, LayerPlan
 from cctorch.graph import ModelGraph, trace
-from networks import Dense, PaddedResNet, SqueezeExcite, Vgg, counted_macs, random_plan
+from networks import Dense, PaddedResNet, SqueezeExcite, Vgg, counted_macs, projected, random_plan
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -293,18 +293,13 @@ class DataDependent(Awkward):
         return super().forward(x) if x.sum() > 1e9 else super().forward(-x)
 
 
-class Auxiliary(Awkward):
+class NeverRuns(Awkward):
     def __init__(self) -> None:
         super().__init__(nn.ReLU())
-        self.auxiliary = nn.Conv2d(8, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.first(x))
-        out = self.last(y).mean((2, 3))
-        return out + self.auxiliary(y).sum() if self.training else out
+        self.unused = nn.Conv2d(8, 2, 1)
 
 
-@pytest.mark.parametrize(("model", "named"), [(DataDependent(nn.ReLU()), "DataDependent"), (Auxiliary(), "auxiliary")])
+@pytest.mark.parametrize(("model", "named"), [(DataDependent(nn.ReLU()), "DataDependent"), (NeverRuns(), "unused")])
 def test_model_that_cannot_be_followed_keeps_its_filters_with_one_warning(
     model: nn.Module, named: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,3 +331,51 @@ def test_torchvision_networks_are_followed_to_the_end() -> None:
         expand, depthwise, project = (f"features.{block}.conv.{part}" for part in ("0.0", "1.0", "2"))
         read = plan.find(project).kept_in
         assert kept_out(plan, expand) == kept_out(plan, depthwise) == read, block
+
+
+class HeadForTraining(nn.Module):
+    """Its auxiliary head runs in training mode only, as those of GoogLeNet and Inception v3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 10, 3, padding=1)
+        self.bn = nn.BatchNorm2d(10)
+        self.third = nn.Conv2d(10, 12, 3, padding=1)
+        self.head = nn.Linear(12, 4)
+        self.auxiliary = nn.Sequential(nn.Conv2d(10, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 4))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = F.relu(self.bn(self.second(F.relu(self.first(x)))))
+        logits = self.head(F.relu(self.third(y)).mean((2, 3)))
+        return (logits, self.auxiliary(y)) if self.training else logits
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_head_for_training_reads_stays_and_the_rest_is_followed(training: bool) -> None:
+    torch.manual_seed(0)
+    model, images = HeadForTraining().train(training), torch.randn(4, 3, 8, 8)
+    before = copy.deepcopy(model.state_dict())
+    graph = trace(model, images)
+    assert (graph.warnings, model.training, model.auxiliary[0].training) == ([], training, training)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [spec.name for spec in graph.specs] == ["first", "second", "third", "head"]
+    assert _C.dense_macs(graph.specs) == counted_macs(model.eval(), images)
+    assert len(kept_out(pruned(graph, "second", [1, 4, 5]), "first") or []) == 3
+    # The auxiliary head reads all that the third layer no longer does.
+    assert kept_out(pruned(graph, "third", [0, 2, 9]), "second") in (None, list(range(10)))
+    plan = random_plan(graph)
+    compressed = cctorch.apply(copy.deepcopy(model), plan)
+    expected = projected(copy.deepcopy(model), plan)
+    with torch.no_grad():
+        torch.testing.assert_close(compressed(images), expected(images), rtol=1e-4, atol=1e-5)
+        both = zip(compressed.train()(images), expected.train()(images), strict=True)
+        for output, reference in both:
+            torch.testing.assert_close(output, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_cannot_run_in_training_keeps_all_filters() -> None:
+    # The head is made for 8 x 8 pixels.
+    graph = trace(HeadForTraining(), torch.randn(2, 3, 6, 6))
+    assert "layer 'auxiliary.0' does not run in evaluation mode, and in training it cannot be" in graph.warnings[0]
+    assert kept_out(pruned(graph, "second", [1, 4]), "first") in (None, list(range(8)))

@@ -33,42 +33,51 @@ def _quiet() -> Console:
     return Console(file=io.StringIO(), width=140)
 
 
-def test_points_are_what_compress_finds_from_the_same_gradients(
-    finished: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    searches: list[Any] = []
+def test_points_are_what_a_search_for_each_finds(finished: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert finished.compress is not None
+    dense, _ = store.load_model(finished.folder / "checkpoints" / "dense.safetensors")
+    held_out = data.load(finished.data, finished.seed)
+    feed = data.Feed(held_out, True)
+    dense = feed.place(dense, torch.device("cpu"))
+    images = feed.batches(held_out.train, finished.train.batch_size)
+    expected = [
+        compress_stage.search(dense, images, finished.seed, finished.compress, target=target)
+        for target in (0.25, 0.4, 0.5)
+    ]
+
+    searched: list[float] = []
     search = compress_stage.search
 
     def spy(*arguments: Any, **options: Any) -> collaborative.Compression:
-        searches.append(search(*arguments, **options))
-        return searches[-1]
+        searched.append(options["target"])
+        return search(*arguments, **options)
 
     monkeypatch.setattr(compress_stage, "search", spy)
     monkeypatch.setattr(collaborative, "mean_gradients", None)  # the run's own are used
+    plans: list[Any] = []
+    monkeypatch.setattr(sweeping, "apply", lambda model, plan: plans.append(plan) or apply(model, plan))
     points = sweep(finished.folder, [0.5, 0.25, 0.4], console=_quiet())
+    assert searched == [0.5]
+    assert [json.loads(plan.to_json()) for plan in plans] == [json.loads(found.plan.to_json()) for found in expected]
     assert [point.target for point in points] == [0.0, 0.25, 0.4, 0.5]
     assert points[0].macs > points[1].macs > points[3].macs
-    assert [found.plan.target for found in searches] == [0.25, 0.4, 0.5]
-    dense, _ = store.load_model(finished.folder / "checkpoints" / "dense.safetensors")
     assert points[0].parameters == parameters(dense)
-    for point, found in zip(points[1:], searches, strict=True):
+    for point, found in zip(points[1:], expected, strict=True):
         assert point.macs == found.final_macs
         model = apply(store.load_model(finished.folder / "checkpoints" / "dense.safetensors")[0], found.plan)
         assert point.parameters == parameters(model)
         assert set(point.latency) == {"1", "4"}
-        held_out = data.load(finished.data, finished.seed)
-        feed = data.Feed(held_out, True)
         top1 = [accuracy(model, feed.batches(held_out.validation, 500))]
         batch_norm.reestimate(model, feed.batches(held_out.train, 32).head(32, finished.seed))
         top1.append(accuracy(model, feed.batches(held_out.validation, 500)))
         assert [point.top1_compressed, point.top1_reestimated] == top1
     # The run's own target gives the run's own plan.
-    assert json.loads(searches[1].plan.to_json()) == json.loads((finished.folder / "plan.json").read_text())
+    assert json.loads(plans[1].to_json()) == json.loads((finished.folder / "plan.json").read_text())
     assert "Trade-off" in (finished.folder / "report.html").read_text()
 
     before = (finished.folder / "sweep.json").read_text()
     assert len(sweep(finished.folder, [0.25, 0.6], console=_quiet())) == 5
-    assert len(searches) == 4  # 0.25 was there
+    assert searched == [0.5, 0.6]  # 0.25 was there
     assert json.loads((finished.folder / "sweep.json").read_text())[:4] == json.loads(before)
 
 

@@ -10,14 +10,16 @@ from cctorch.graph.hooks import from_hooks
 from cctorch.graph.model_graph import ModelGraph
 from cctorch.graph.rules import RULES
 from cctorch.graph.walker import Walker
-from cctorch.modes import evaluating
+from cctorch.modes import evaluating, modes_restored
 
 
 def trace(model: nn.Module, example: Tensor) -> ModelGraph:
     """Lists the layers of ``model`` and follows its channels from layer to layer.
 
     An operation that is not known keeps all channels that it reads, and a warning names it. A model that cannot be
-    exported gets a graph in which no filter can be removed, and one warning. The model and its mode stay as they are.
+    exported gets a graph in which no filter can be removed, and one warning. Where layers run in training mode only, as
+    GoogLeNet's auxiliary heads, the channels are those of training mode, so that these layers go on working; what runs
+    in evaluation mode is listed. The model and its mode stay as they are.
 
     Args:
         model: takes one tensor, batch first.
@@ -31,18 +33,36 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
     # torch.export treats sizes of 1 as broadcasting; two examples keep the batch apart.
     example = torch.cat([example, example]) if example.shape[0] == 1 else example
     with evaluating(model):
-        try:
-            with _quiet():
-                program = torch.export.export(model, (example,), strict=False)
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0][:200]
-            return from_hooks(model, example, f"it cannot be exported ({type(error).__name__}: {reason})")
-        walker = Walker(model, program, example.shape[0])
-        walker.run(RULES)
-        unseen = walker.unseen()
-        if unseen is not None:
-            return from_hooks(model, example, f"layer '{unseen}' does not run in evaluation mode")
-    return walker.finish()
+        walker = _walked(model, example)
+        if isinstance(walker, Walker) and walker.unseen() is not None:
+            walker = _with_heads_for_training(model, example, walker)
+        return from_hooks(model, example, walker) if isinstance(walker, str) else walker.finish()
+
+
+def _walked(model: nn.Module, example: Tensor) -> Walker | str:
+    """The graph of the model in its present mode, or why there is none."""
+    try:
+        with _quiet():
+            program = torch.export.export(model, (example,), strict=False)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        return f"it cannot be exported ({type(error).__name__}: {reason})"
+    walker = Walker(model, program, example.shape[0])
+    walker.run(RULES)
+    return walker
+
+
+def _with_heads_for_training(model: nn.Module, example: Tensor, evaluated: Walker) -> Walker | str:
+    """Layers that run in training only read channels too, which stay; counted is what runs in evaluation mode."""
+    with modes_restored(model):
+        walker = _walked(model.train(), example)
+    unseen = evaluated.unseen() if isinstance(walker, str) else walker.unseen()
+    if isinstance(walker, str) or unseen is not None:
+        detail = f", and in training {walker}" if isinstance(walker, str) else ", nor in training"
+        return f"layer '{unseen}' does not run in evaluation mode{detail}"
+    walker.specs = evaluated.specs
+    walker.left_alone = {**evaluated.left_alone, **walker.left_alone}
+    return walker
 
 
 @contextlib.contextmanager

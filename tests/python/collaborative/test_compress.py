@@ -1,6 +1,7 @@
 """Gradients and compress() on whole models."""
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -125,3 +126,31 @@ def test_bounds_are_found_by_pattern_and_the_smallest_holds() -> None:
         compress(model, batches, images, bounds={"conv*": 0.5})
     with pytest.raises(ValueError, match=r"bounds\['1'\] = 1.5, expected a share from 0 to 1"):
         compress(model, batches, images, bounds={"1": 1.5})
+
+
+@pytest.mark.parametrize("count", ["final", "nominal"])
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("budget", ["macs", "parameters"])
+def test_lower_targets_of_one_search_have_the_plans_of_searches_of_their_own(
+    count: Literal["final", "nominal"], multiple: int, budget: Literal["macs", "parameters"]
+) -> None:
+    torch.manual_seed(0)
+    model, data = CallsOneLayerTwice(), batches()
+    highest = compress(model, data, data[0][0], target=0.3, count=count, multiple=multiple, budget=budget)
+    # Not in order: one plan must leave nothing behind that another sees.
+    for target in (0.2, 0.3, 0.05, 0.25):
+        own = compress(model, data, data[0][0], target=target, count=count, multiple=multiple, budget=budget)
+        found = highest.at(target)
+        assert found.plan == own.plan
+        assert (found.final_macs, found.nominal_macs, found.warnings) == (
+            own.final_macs,
+            own.nominal_macs,
+            own.warnings,
+        )
+        assert found.gradients is highest.gradients
+        assert found.at(target).plan == own.plan
+    with pytest.raises(ValueError, match=r"at most the 0\.3"):
+        highest.at(0.4)
+    highest.lower = None
+    with pytest.raises(ValueError, match=r"target = 0\.2, but no search is kept"):
+        highest.at(0.2)
