@@ -94,7 +94,10 @@ def build(name: str) -> nn.Module:
     if name == SEGMENTATION:
         return FirstOutput(torchvision.models.get_model(name, weights=None, weights_backbone=None))
     options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, **options)
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    if name.startswith("vit"):  # its head starts with zeros, whatever comes before it
+        nn.init.normal_(model.get_submodule("heads.head").weight)
+    return model
 
 
 def difference(output: Tensor, reference: Tensor) -> float:
