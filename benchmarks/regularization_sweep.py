@@ -1,11 +1,10 @@
-"""Which period is best? Accuracy after the last event, over period and strength of Q, on CIFAR-10.
+"""Which period is best? Accuracy right after the last event, over period and strength of Q, on CIFAR-10.
 
     CCTORCH_DATA=... CCTORCH_WEIGHTS=... python benchmarks/regularization_sweep.py OUT [--steps 400] [--batch 32]
 
 Every run starts from the published weights, trains for the same number of steps at one cycle of the learning rate, ends
-on an event, and is measured on the test set right after it, and again with the batch normalizations re-estimated: their
-running averages are of the weights between events. OUT/runs.jsonl gets a line for each finished run; runs that are in
-it are not repeated, so the same command goes on where it stopped, and draws OUT/sweep.svg and OUT/sweep.md anew.
+on an event, and is measured once on the test set. OUT/runs.jsonl gets a line for each finished run; runs that are in it
+are not repeated, so the same command goes on where it stopped, and draws OUT/sweep.svg and OUT/sweep.md anew.
 
 Schedules are compared at an equal budget: "inverse" has as many events as a constant period, by the mean of the
 learning rate, and "adaptive" holds the update per mini-batch that the constant period's runs had on average.
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cctorch import _C, batch_norm, data, measure, models
+from cctorch import _C, data, measure, models
 from cctorch import regularize as r
 from cctorch.config import Data, Training, expand
 from cctorch.regularize_stage import located, select
@@ -106,11 +105,9 @@ def train(setting: Run, images: data.Dataset, runs: list[Run]) -> Run:
         updates.append(event.relative_update)
     test = data.Batches(images.test, 500, images.mean, images.std, channels_last=True)
     top1 = measure.accuracy(model, test)
-    batch_norm.reestimate(model, batches.head(2000, setting["seed"]))
     return {
         **setting,
         "top1": top1,
-        "top1_reestimated": measure.accuracy(model, test),
         "events": len(updates),
         "update": statistics.mean(updates),
         "seconds": round(seconds, 1),
@@ -121,9 +118,7 @@ def read(file: Path) -> list[Run]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def groups(
-    runs: list[Run], measured: str, schedule: str = "constant"
-) -> Iterator[tuple[int, str, str, dict[int, list[float]]]]:
+def groups(runs: list[Run], schedule: str = "constant") -> Iterator[tuple[int, str, str, dict[int, list[float]]]]:
     """Accuracies by period, of each strength of each Q at each batch size."""
     for batch in sorted({run["batch"] for run in runs}):
         for q, strengths in QUANTITIES.items():
@@ -131,7 +126,7 @@ def groups(
                 by_period: dict[int, list[float]] = defaultdict(list)
                 for run in runs:
                     if (run["batch"], run["q"], run["strength"], run["schedule"]) == (batch, q, strength, schedule):
-                        by_period[run["period"]].append(run[measured])
+                        by_period[run["period"]].append(run["top1"])
                 if by_period:
                     yield batch, q, strength, dict(sorted(by_period.items()))
 
@@ -141,7 +136,7 @@ def draw(runs: list[Run], target: Path) -> None:
     shown = [q for q in QUANTITIES if any(run["q"] == q for run in runs)]
     figure = Figure(figsize=(3.4 * len(shown), 3.2 * len(batches)), layout="constrained")
     panels = figure.subplots(len(batches), len(shown), squeeze=False)
-    for batch, q, strength, by_period in groups(runs, "top1"):
+    for batch, q, strength, by_period in groups(runs):
         axes = panels[batches.index(batch)][shown.index(q)]
         means = [statistics.mean(values) for values in by_period.values()]
         spread = [(max(values) - min(values)) / 2 for values in by_period.values()]
@@ -161,12 +156,12 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def table(runs: list[Run], measured: str) -> str:
+def table(runs: list[Run]) -> str:
     """Mean and standard deviation over the seeds; in the second table at equal budgets, only where all were run."""
     periods = sorted({run["period"] for run in runs if run["schedule"] == "constant"})
     lines = ["| batch | Q | strength | " + " | ".join(f"pNR {period}" for period in periods) + " | best |"]
     lines.append("|---" * (len(periods) + 4) + "|")
-    for batch, q, strength, by_period in groups(runs, measured):
+    for batch, q, strength, by_period in groups(runs):
         best = max(by_period, key=lambda period: statistics.mean(by_period[period]))
         cells = " | ".join(cell(by_period.get(period, [])) for period in periods)
         lines.append(f"| {batch} | {q} | {strength} | {cells} | {best} |")
@@ -174,8 +169,8 @@ def table(runs: list[Run], measured: str) -> str:
     if modulated:
         lines += ["", "| batch | Q | strength | pNR | constant | " + " | ".join(modulated) + " |"]
         lines.append("|---" * (len(modulated) + 5) + "|")
-        others = [{group[:3]: group[3] for group in groups(runs, measured, schedule)} for schedule in modulated]
-        for batch, q, strength, by_period in groups(runs, measured):
+        others = [{group[:3]: group[3] for group in groups(runs, schedule)} for schedule in modulated]
+        for batch, q, strength, by_period in groups(runs):
             for period, values in by_period.items():
                 found = [other.get((batch, q, strength), {}).get(period, []) for other in others]
                 if all(found):
@@ -215,10 +210,8 @@ def main() -> None:
         print(f"{number}/{len(missing)}  {about}: {run['top1']:.2f} %", flush=True)
     comparable = [run for run in runs if all(run[key] == getattr(arguments, key) for key in ("model", "steps", "lr"))]
     draw(comparable, arguments.out / "sweep.svg")
-    text = f"Right after the last event:\n\n{table(comparable, 'top1')}\n"
-    text += f"Batch normalizations re-estimated:\n\n{table(comparable, 'top1_reestimated')}"
-    (arguments.out / "sweep.md").write_text(text)
-    print(text)
+    (arguments.out / "sweep.md").write_text(table(comparable))
+    print(table(comparable))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ double turn(const at::Tensor& before, const at::Tensor& after);
 // left out.
 bool near(double turn, int64_t rest);
 
-// Of an A with no more rows than columns: its best approximation in the rows that A^T `basis` spans, as a product of a rows x rank and a rank x columns
-// matrix; nothing where that may be more than 0.1 % from the best error.
+// Of an A with no more rows than columns: its best approximation in the rows that A^T `basis` spans, as a product of a
+// rows x rank and a rank x columns matrix; nothing where that may be more than 0.1 % from the best error.
 std::optional<std::pair<at::Tensor, at::Tensor>> warm(const at::Tensor& a, const at::Tensor& basis);
 
 }  // namespace cctorch::cpu::subspace
