@@ -4,7 +4,6 @@ Input channels and singular values of every layer compete in one ranking, on one
 parameters or measured latency. The solver is in C++ (`csrc/collaborative`); this module feeds it a PyTorch model.
 """
 
-import fnmatch
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cctorch import _C, distributed, latency_budget
+from cctorch import _C, distributed, latency_budget, layer_choice
 from cctorch.graph import ModelGraph, trace
 from cctorch.latency import LatencyTable
 from cctorch.latency_budget import Latency
@@ -340,8 +339,8 @@ def compress(
         latency_table = latency_budget.table_for(model, example, latency_batch)
     graph = trace(model, example)
     start = time.perf_counter()
-    bounded = _bounds(graph, bounds or {})
-    searched = _candidates(graph, exclude)
+    bounded = layer_choice.bounds_of(graph, bounds or {})
+    searched = layer_choice.candidates(graph, exclude)
     found = (
         mean_gradients(model, batches, searched, loss=loss, progress=progress, across_ranks=across_ranks)
         if gradients is None
@@ -404,44 +403,6 @@ def _given(gradients: Mapping[str, Tensor], searched: Sequence[str]) -> dict[str
             f"compress: gradients has none for layer '{missing[0]}', expected those of a Compression of this model"
         )
     return {name: gradients[name] for name in searched}
-
-
-def _named(graph: ModelGraph, pattern: str, option: str) -> list[str]:
-    names = [spec.name for spec in graph.specs]
-    found = fnmatch.filter(names, pattern)
-    if not found:
-        raise ValueError(
-            f"compress: {option} = {pattern!r} names no layer of the model, expected a pattern such as "
-            f"{names[0]!r} or '{names[0].split('.')[0]}*'"
-        )
-    return found
-
-
-def _bounds(graph: ModelGraph, bounds: Mapping[str, float]) -> dict[str, float]:
-    """Of each layer that a pattern names."""
-    bounded: dict[str, float] = {}
-    for pattern, bound in bounds.items():
-        if not 0 <= bound <= 1:
-            raise ValueError(f"compress: bounds[{pattern!r}] = {bound:g}, expected a share from 0 to 1")
-        for name in _named(graph, pattern, "bounds"):
-            bounded[name] = min(bound, bounded.get(name, 1.0))
-    return bounded
-
-
-def _candidates(graph: ModelGraph, exclude: Sequence[str]) -> list[str]:
-    excluded = {name for pattern in exclude for name in _named(graph, pattern, "exclude")}
-    candidates = [
-        spec.name
-        for spec in _C.participants(graph.specs)
-        if spec.name not in graph.left_alone and spec.name not in excluded
-    ]
-    if not candidates:
-        raise ValueError(
-            f"compress: none of the model's {len(graph.specs)} layers can be compressed, expected a convolution or a "
-            "linear layer besides the first convolution and the last linear layer"
-            + "".join(f"; {warning}" for warning in graph.warnings)
-        )
-    return candidates
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -1,0 +1,46 @@
+"""Which layers of a model a user's name patterns mean."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+from cctorch import _C
+from cctorch.graph import ModelGraph
+
+
+def _named(graph: ModelGraph, pattern: str, option: str) -> list[str]:
+    names = [spec.name for spec in graph.specs]
+    found = fnmatch.filter(names, pattern)
+    if not found:
+        raise ValueError(
+            f"compress: {option} = {pattern!r} names no layer of the model, expected a pattern such as "
+            f"{names[0]!r} or '{names[0].split('.')[0]}*'"
+        )
+    return found
+
+
+def bounds_of(graph: ModelGraph, bounds: Mapping[str, float]) -> dict[str, float]:
+    """The bound of each layer that a pattern names, the lowest of several."""
+    bounded: dict[str, float] = {}
+    for pattern, bound in bounds.items():
+        if not 0 <= bound <= 1:
+            raise ValueError(f"compress: bounds[{pattern!r}] = {bound:g}, expected a share from 0 to 1")
+        for name in _named(graph, pattern, "bounds"):
+            bounded[name] = min(bound, bounded.get(name, 1.0))
+    return bounded
+
+
+def candidates(graph: ModelGraph, exclude: Sequence[str]) -> list[str]:
+    """The layers that can be compressed, without those that a pattern excludes. Raises ValueError if there are none."""
+    excluded = {name for pattern in exclude for name in _named(graph, pattern, "exclude")}
+    found = [
+        spec.name
+        for spec in _C.participants(graph.specs)
+        if spec.name not in graph.left_alone and spec.name not in excluded
+    ]
+    if not found:
+        raise ValueError(
+            f"compress: none of the model's {len(graph.specs)} layers can be compressed, expected a convolution or a "
+            "linear layer besides the first convolution and the last linear layer"
+            + "".join(f"; {warning}" for warning in graph.warnings)
+        )
+    return found
