@@ -17,14 +17,7 @@ namespace {
 
 simd::Norms norms(at::ScalarType type) {
   const auto storage = channelwise::storage(type);
-  switch (isa()) {
-    case Isa::kAvx512:
-      return simd::avx512::norms(storage);
-    case Isa::kAvx2:
-      return simd::avx2::norms(storage);
-    default:
-      return simd::baseline::norms(storage);
-  }
+  return for_isa(&simd::baseline::norms, &simd::avx2::norms, &simd::avx512::norms)(storage);
 }
 
 // Some elements, in the order of memory, and those that they are compared with, if any.

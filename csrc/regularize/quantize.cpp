@@ -16,14 +16,7 @@ namespace {
 
 simd::UniformGrid uniform_grid(at::ScalarType type) {
   const auto storage = channelwise::storage(type);
-  switch (isa()) {
-    case Isa::kAvx512:
-      return simd::avx512::uniform_grid(storage);
-    case Isa::kAvx2:
-      return simd::avx2::uniform_grid(storage);
-    default:
-      return simd::baseline::uniform_grid(storage);
-  }
+  return for_isa(&simd::baseline::uniform_grid, &simd::avx2::uniform_grid, &simd::avx512::uniform_grid)(storage);
 }
 
 // Some rows of one weight.

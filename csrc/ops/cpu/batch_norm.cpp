@@ -26,14 +26,8 @@ constexpr int64_t kMostBlocks = 64;
 
 template <typename T>
 simd::BatchNormLoops<T> loops() {
-  switch (isa()) {
-    case Isa::kAvx512:
-      return simd::avx512::batch_norm_loops<T>();
-    case Isa::kAvx2:
-      return simd::avx2::batch_norm_loops<T>();
-    default:
-      return simd::baseline::batch_norm_loops<T>();
-  }
+  return for_isa(&simd::baseline::batch_norm_loops<T>, &simd::avx2::batch_norm_loops<T>,
+                 &simd::avx512::batch_norm_loops<T>)();
 }
 
 // The memory of a channels_last tensor, cut in periods of several rows and in blocks of several periods by its shape

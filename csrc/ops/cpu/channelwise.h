@@ -31,14 +31,8 @@ inline simd::Storage storage(at::ScalarType type) {
 
 template <typename Formula>
 simd::Loops<Formula> loops(at::ScalarType type) {
-  switch (isa()) {
-    case Isa::kAvx512:
-      return simd::avx512::loops<Formula>(storage(type));
-    case Isa::kAvx2:
-      return simd::avx2::loops<Formula>(storage(type));
-    default:
-      return simd::baseline::loops<Formula>(storage(type));
-  }
+  return for_isa(&simd::baseline::loops<Formula>, &simd::avx2::loops<Formula>,
+                 &simd::avx512::loops<Formula>)(storage(type));
 }
 
 constexpr int64_t kShortestRow = 64;

@@ -37,14 +37,7 @@ std::vector<Task> tasks(const std::vector<SliceRows>& rows) {
 
 template <typename Bits>
 simd::Largest<Bits> largest() {
-  switch (isa()) {
-    case Isa::kAvx512:
-      return simd::avx512::largest<Bits>();
-    case Isa::kAvx2:
-      return simd::avx2::largest<Bits>();
-    default:
-      return simd::baseline::largest<Bits>();
-  }
+  return for_isa(&simd::baseline::largest<Bits>, &simd::avx2::largest<Bits>, &simd::avx512::largest<Bits>)();
 }
 
 template <typename S>

@@ -15,4 +15,17 @@ inline Isa isa() {
   return detected;
 }
 
+// The one of three functions that may be called here; the code of the others may not run.
+template <typename Function>
+Function for_isa(Function baseline, Function avx2, Function avx512) {
+  switch (isa()) {
+    case Isa::kAvx512:
+      return avx512;
+    case Isa::kAvx2:
+      return avx2;
+    default:
+      return baseline;
+  }
+}
+
 }  // namespace cctorch

@@ -37,14 +37,7 @@ struct Selected {
 
 template <typename Bits>
 simd::MaskLoops<Bits> loops() {
-  switch (isa()) {
-    case Isa::kAvx512:
-      return simd::avx512::mask_loops<Bits>();
-    case Isa::kAvx2:
-      return simd::avx2::mask_loops<Bits>();
-    default:
-      return simd::baseline::mask_loops<Bits>();
-  }
+  return for_isa(&simd::baseline::mask_loops<Bits>, &simd::avx2::mask_loops<Bits>, &simd::avx512::mask_loops<Bits>)();
 }
 
 template <typename Bits>
