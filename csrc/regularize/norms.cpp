@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "csrc/ops/cpu/channelwise.h"
@@ -20,14 +21,6 @@ simd::Norms norms(at::ScalarType type) {
   return for_isa(&simd::baseline::norms, &simd::avx2::norms, &simd::avx512::norms)(storage);
 }
 
-// Some elements, in the order of memory, and those that they are compared with, if any.
-struct Piece {
-  const char* from;
-  const char* other;
-  int64_t size;
-  at::ScalarType type;
-};
-
 constexpr int64_t kPiece = 65536;
 
 at::Tensor dense(const at::Tensor& tensor) {
@@ -39,45 +32,48 @@ at::Tensor like(const at::Tensor& tensor, const at::Tensor& other) {
   return same ? tensor : at::empty_like(other).copy_(tensor);
 }
 
+// Tensors in the order of memory, cut into pieces of one size. square(i, begin, size) is the sum over a piece of the
+// i-th.
 template <typename Square>
-at::Tensor root_of_sum(const std::vector<Piece>& pieces, const Square& square) {
+at::Tensor root_of_sum(const std::vector<at::Tensor>& tensors, const Square& square) {
+  std::vector<std::pair<size_t, int64_t>> pieces;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    for (int64_t begin = 0; begin < tensors[i].numel(); begin += kPiece) pieces.emplace_back(i, begin);
+  }
   std::vector<double> squares(pieces.size());
-  at::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) squares[i] = square(pieces[i]);
+  at::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      const auto [i, begin] = pieces[p];
+      squares[p] = square(i, begin, std::min(kPiece, tensors[i].numel() - begin));
+    }
   });
   return at::scalar_tensor(std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0)), at::kDouble);
 }
 
+const char* at_element(const at::Tensor& tensor, int64_t index) {
+  return static_cast<const char*>(tensor.const_data_ptr()) + index * tensor.element_size();
+}
+
+std::vector<at::Tensor> all_dense(at::TensorList tensors) {
+  std::vector<at::Tensor> result;
+  for (const at::Tensor& tensor : tensors) result.push_back(dense(tensor));
+  return result;
+}
+
 at::Tensor total_norm_cpu(at::TensorList tensors) {
-  std::vector<at::Tensor> kept_alive;
-  std::vector<Piece> pieces;
-  for (const at::Tensor& tensor : tensors) {
-    const at::Tensor& values = kept_alive.emplace_back(dense(tensor));
-    const auto* from = static_cast<const char*>(values.const_data_ptr());
-    for (int64_t begin = 0; begin < values.numel(); begin += kPiece) {
-      pieces.push_back({from + begin * values.element_size(), nullptr, std::min(kPiece, values.numel() - begin),
-                        values.scalar_type()});
-    }
-  }
-  return root_of_sum(pieces, [](const Piece& piece) { return norms(piece.type).square(piece.from, piece.size); });
+  const auto values = all_dense(tensors);
+  return root_of_sum(values, [&](size_t i, int64_t begin, int64_t size) {
+    return norms(values[i].scalar_type()).square(at_element(values[i], begin), size);
+  });
 }
 
 at::Tensor total_distance_cpu(at::TensorList a, at::TensorList b) {
-  std::vector<at::Tensor> kept_alive;
-  std::vector<Piece> pieces;
-  for (size_t i = 0; i < a.size(); ++i) {
-    const at::Tensor values = dense(a[i]), others = like(b[i], values);
-    kept_alive.insert(kept_alive.end(), {values, others});
-    const auto* from = static_cast<const char*>(values.const_data_ptr());
-    const auto* other = static_cast<const char*>(others.const_data_ptr());
-    const int64_t bytes = others.element_size();
-    for (int64_t begin = 0; begin < others.numel(); begin += kPiece) {
-      pieces.push_back({from + begin * bytes, other + begin * bytes, std::min(kPiece, others.numel() - begin),
-                        others.scalar_type()});
-    }
-  }
-  return root_of_sum(pieces, [](const Piece& piece) {
-    return norms(piece.type).squared_distance(piece.from, piece.other, piece.size);
+  const auto from = all_dense(a);
+  std::vector<at::Tensor> to;
+  for (size_t i = 0; i < from.size(); ++i) to.push_back(like(b[i], from[i]));
+  return root_of_sum(from, [&](size_t i, int64_t begin, int64_t size) {
+    const auto distance = norms(from[i].scalar_type()).squared_distance;
+    return distance(at_element(from[i], begin), at_element(to[i], begin), size);
   });
 }
 
