@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <map>
+#include <span>
 
 #include "csrc/ops/cpu/select.h"
 #include "csrc/ops/mask.h"
@@ -56,6 +57,17 @@ std::vector<int64_t> nonzeros(at::TensorList tensors) {
   return counts;
 }
 
+void keep_largest(std::span<Weight> weights, double sparsity) {
+  std::vector<at::Tensor> values;
+  for (const Weight& weight : weights) values.push_back(weight.value);
+  values = magnitude_prune(values, sparsity);
+  const std::vector<int64_t> kept = nonzeros(values);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    weights[i].value = values[i];
+    pruned(weights[i], kept[i], values[i].numel());
+  }
+}
+
 }  // namespace
 
 MagnitudePruning::MagnitudePruning(double sparsity, Scope scope) : sparsity_(sparsity), scope_(scope) {
@@ -73,21 +85,8 @@ void MagnitudePruning::check_shapes(const NamedParameters& selected) const {
 }
 
 void MagnitudePruning::replace(std::vector<Weight>& weights) {
-  if (scope_ == Scope::layer) {
-    for (Weight& weight : weights) {
-      const int64_t numel = weight.value.numel();
-      prune(weight, magnitude_masks({weight.value}, sparsity_)[0], kept_count(sparsity_, numel), numel);
-    }
-    return;
-  }
-  std::vector<at::Tensor> values;
-  for (const Weight& weight : weights) values.push_back(weight.value);
-  values = magnitude_prune(values, sparsity_);
-  const std::vector<int64_t> kept = nonzeros(values);
-  for (size_t i = 0; i < weights.size(); ++i) {
-    weights[i].value = values[i];
-    pruned(weights[i], kept[i], values[i].numel());
-  }
+  if (scope_ == Scope::global) return keep_largest(weights, sparsity_);
+  for (Weight& weight : weights) keep_largest({&weight, 1}, sparsity_);
 }
 
 NMPruning::NMPruning(int64_t n, int64_t m, int64_t axis) : n_(n), m_(m), axis_(axis) {
