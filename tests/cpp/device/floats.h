@@ -49,6 +49,15 @@ std::vector<S> normal(int64_t size, unsigned seed) {
   return values;
 }
 
+// Multiples of 1/4: sums of their squares are exact, so that equal ones are ties.
+template <typename S>
+std::vector<S> few_distinct(int64_t size, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<S> values(size);
+  for (S& value : values) value = static_cast<S>((static_cast<double>(random() % 9) - 4) / 4);
+  return values;
+}
+
 using FloatingTypes = ::testing::Types<float, double, c10::Half, c10::BFloat16>;
 
 }  // namespace cctorch::device

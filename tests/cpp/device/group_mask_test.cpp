@@ -31,15 +31,6 @@ Blocks<S> blocks(int64_t down, int64_t across, int64_t rows, int64_t columns, st
   return {down, across, rows, columns, std::move(values)};
 }
 
-// Multiples of 1/4: sums of their squares are exact, so that equal ones are ties.
-template <typename S>
-std::vector<S> few_distinct(int64_t size, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<S> values(size);
-  for (S& value : values) value = static_cast<S>((static_cast<double>(random() % 9) - 4) / 4);
-  return values;
-}
-
 constexpr int64_t kGuard = 3;  // bytes before the masks, which begin where no vector may
 
 template <typename S>

@@ -92,14 +92,6 @@ void expect_largest(const std::vector<std::vector<T>>& weights, int64_t count, i
 }
 
 template <typename T>
-std::vector<T> few_distinct(size_t size, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<T> values(size);
-  for (T& value : values) value = static_cast<T>((static_cast<double>(random() % 9) - 4) / 4);
-  return values;
-}
-
-template <typename T>
 class DeviceMask : public ::testing::Test {};
 TYPED_TEST_SUITE(DeviceMask, FloatingTypes);
 
