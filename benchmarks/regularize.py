@@ -66,13 +66,19 @@ def dense_lloyd(weights: Weights) -> None:
         weight.copy_(centers[nearest].view(weight.shape))
 
 
-def greedy_binary(weights: Weights) -> None:
-    """The greedy two-bit code, without the search for the optimum that ours makes."""
+def two_binary_codes(weights: Weights) -> None:
+    """The best two bits: two magnitudes, at the split of the sorted magnitudes that leaves the least error."""
     for weight in weights:
-        rest = weight.flatten(1).clone()
-        for _ in range(2):
-            rest -= rest.sign() * rest.abs().mean(1, keepdim=True)
-        weight.sub_(rest.view(weight.shape))
+        flat = weight.flatten(1).double()
+        magnitudes = flat.abs()
+        upper = magnitudes.sort(dim=1, descending=True).values.cumsum(1)
+        lower, columns = upper[:, -1:] - upper, flat.shape[1]
+        count = torch.arange(1.0, columns + 1, device=flat.device, dtype=flat.dtype)
+        rest = (columns - count).clamp_min(1)
+        split = (upper.square() / count + lower.square() / rest).argmax(1, keepdim=True)
+        high, low = upper.gather(1, split) / (split + 1), lower.gather(1, split) / rest[split]
+        levels = torch.where(magnitudes > (high + low) / 2, high, low)
+        weight.copy_(torch.where(flat < 0, -levels, levels).view(weight.shape))
 
 
 def leading(matrix: Tensor, rank: int) -> Tensor:
@@ -134,7 +140,7 @@ CASES: list[tuple[str, r.Regularizer, Callable[[Weights], None] | None]] = [
     ("uniform 4 absmax", r.UniformQuantization(4, range="absmax"), absmax),
     ("uniform 4 mse", r.UniformQuantization(4), least_squares_range),
     ("codebook 4", r.CodebookQuantization(4), dense_lloyd),
-    ("binary 2", r.BinaryCodeQuantization(2), greedy_binary),
+    ("binary 2", r.BinaryCodeQuantization(2), two_binary_codes),
     ("binary 3", r.BinaryCodeQuantization(3), None),
     ("svd 2x", r.SVD(ratio=2.0), svd),
     ("tiled svd 2x", r.TiledSVD(16, 4), tiled_svd),

@@ -2,7 +2,9 @@
 #include <cctorch/regularize.h>
 
 #include "csrc/ops/best_grids.h"
+#include "csrc/regularize/cpu_rows.h"
 #include "csrc/regularize/matrices.h"
+#include "csrc/regularize/value_sets.h"
 
 namespace cctorch::regularize {
 
@@ -21,7 +23,9 @@ Fit lloyd(const SortedRows& sorted, at::Tensor centers) {
   return {centers, (2 * centers * cells.sums - centers.square() * cells.counts).sum(-1, true)};
 }
 
-at::Tensor quantize(const at::Tensor& rows, int64_t count) {
+}  // namespace
+
+at::Tensor on_codebook(const at::Tensor& rows, int64_t count) {
   const SortedRows sorted(rows);
   const at::Tensor& values = sorted.values();
   const int64_t columns = rows.size(-1);
@@ -35,16 +39,20 @@ at::Tensor quantize(const at::Tensor& rows, int64_t count) {
   return at::where(changes < count, rows, nearest(rows, centers));
 }
 
-}  // namespace
-
 CodebookQuantization::CodebookQuantization(int64_t bits) : bits_(bits) {
   TORCH_CHECK_VALUE(1 <= bits && bits <= 8, "CodebookQuantization: bits = ", bits, ", expected 1 to 8");
 }
 
 void CodebookQuantization::replace(std::vector<Weight>& weights) {
   const int64_t count = int64_t{1} << bits_;
-  replace_rows(weights, /*per_channel=*/false,
-               [&](const at::Tensor& rows, at::ScalarType) { return quantize(rows, count); });
+  if (weights.front().value.is_cpu()) {
+    replace_cpu_rows_in_float64(
+        weights, /*per_channel=*/false,
+        [&](cpu::RowFit& fit, double* row, int64_t size, at::ScalarType) { fit.codebook(row, size, count); });
+  } else {
+    replace_rows(weights, /*per_channel=*/false,
+                 [&](const at::Tensor& rows, at::ScalarType) { return on_codebook(rows, count); });
+  }
   for (Weight& weight : weights) {
     weight.storage = Storage::dense(weight.value);
     weight.storage.bits_per_value = bits_;

@@ -1,12 +1,9 @@
 #include <ATen/ATen.h>
 #include <cctorch/regularize.h>
 
-#include <algorithm>
-
-#include "csrc/largest_first.h"
 #include "csrc/ops/cpu/channelwise.h"
 #include "csrc/ops/cpu/simd/uniform_grid.h"
-#include "csrc/ops/fake_quant_weights.h"
+#include "csrc/regularize/cpu_rows.h"
 #include "csrc/regularize/matrices.h"
 #include "csrc/regularize/uniform_grid.h"
 
@@ -19,38 +16,10 @@ simd::UniformGrid uniform_grid(at::ScalarType type) {
   return for_isa(&simd::baseline::uniform_grid, &simd::avx2::uniform_grid, &simd::avx512::uniform_grid)(storage);
 }
 
-// Some rows of one weight.
-struct Task {
-  size_t weight;
-  int64_t begin, end;
-};
-
 // The same grids row by row, each in a thread's cache.
 void quantize_on_cpu(std::vector<Weight>& weights, bool per_channel, double q, bool search) {
-  std::vector<SliceRows> rows;
-  std::vector<Task> tasks;
-  std::vector<double> costs;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    rows.emplace_back(per_channel ? weights[i].value : weights[i].value.unsqueeze(0), 0);
-    const int64_t step = std::max<int64_t>(1, 16384 / rows[i].size());
-    for (int64_t begin = 0; begin < rows[i].count(); begin += step) {
-      tasks.push_back({i, begin, std::min(begin + step, rows[i].count())});
-      costs.push_back(static_cast<double>((tasks.back().end - begin) * rows[i].size()));
-    }
-  }
-  largest_first(costs, [&](size_t i) {
-    const SliceRows& matrix = rows[tasks[i].weight];
-    const auto quantize_row = uniform_grid(matrix.from.scalar_type());
-    const auto* from = static_cast<const char*>(matrix.from.const_data_ptr());
-    auto* to = static_cast<char*>(matrix.to.mutable_data_ptr());
-    for (int64_t row = tasks[i].begin; row < tasks[i].end; ++row) {
-      const int64_t offset = row * matrix.size() * matrix.from.element_size();
-      quantize_row(from + offset, to + offset, matrix.size(), q, search);
-    }
-  });
-  for (size_t i = 0; i < weights.size(); ++i) {
-    weights[i].value = rows[i].result(weights[i].value).view_as(weights[i].value);
-  }
+  replace_cpu_rows(weights, per_channel,
+                   [&](const Row& row) { uniform_grid(row.type)(row.from, row.to, row.size, q, search); });
 }
 
 }  // namespace

@@ -1,0 +1,270 @@
+#include "csrc/ops/cpu/row_fit.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+namespace cctorch::cpu {
+
+namespace {
+
+constexpr int kTurns = 20;
+constexpr int kIterations = 50;
+constexpr int64_t kMostBits = 8;
+constexpr double kSingular = 1e-12;  // of the largest eigenvalue
+
+using Vector = std::array<double, kMostBits>;
+using Matrix = std::array<Vector, kMostBits>;
+
+Matrix identity() {
+  Matrix one{};
+  for (size_t i = 0; i < one.size(); ++i) one[i][i] = 1;
+  return one;
+}
+
+// Jacobi's method: `a`, symmetric, becomes diagonal. Returns its eigenvectors as columns.
+Matrix diagonalize(Matrix& a, int64_t size) {
+  constexpr int sweeps = 12;  // convergence is quadratic: 6 to 8 are enough for this size
+  constexpr double negligible = 1e-17;
+  Matrix vectors = identity();
+  for (int sweep = 0; sweep < sweeps; ++sweep) {
+    for (int64_t p = 0; p < size; ++p) {
+      for (int64_t q = p + 1; q < size; ++q) {
+        if (std::abs(a[p][q]) <= negligible * (std::abs(a[p][p]) + std::abs(a[q][q]))) continue;
+        const double theta = (a[q][q] - a[p][p]) / (2 * a[p][q]);
+        const double t = std::copysign(1 / (std::abs(theta) + std::hypot(theta, 1.0)), theta);
+        const double c = 1 / std::hypot(t, 1.0), s = t * c;
+        for (int64_t k = 0; k < size; ++k) {
+          const double left = a[k][p], right = a[k][q];
+          a[k][p] = c * left - s * right;
+          a[k][q] = s * left + c * right;
+        }
+        for (int64_t k = 0; k < size; ++k) {
+          const double upper = a[p][k], lower = a[q][k];
+          a[p][k] = c * upper - s * lower;
+          a[q][k] = s * upper + c * lower;
+          const double left = vectors[k][p], right = vectors[k][q];
+          vectors[k][p] = c * left - s * right;
+          vectors[k][q] = s * left + c * right;
+        }
+      }
+    }
+  }
+  return vectors;
+}
+
+// The shortest x of those with the least |gram x - moment|.
+Vector least_squares(Matrix gram, const Vector& moment, int64_t size) {
+  const Matrix vectors = diagonalize(gram, size);
+  double largest = 0;
+  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::abs(gram[i][i]));
+  Vector x{};
+  for (int64_t i = 0; i < size; ++i) {
+    if (!(std::abs(gram[i][i]) > kSingular * largest)) continue;
+    double product = 0;
+    for (int64_t k = 0; k < size; ++k) product += vectors[k][i] * moment[k];
+    for (int64_t k = 0; k < size; ++k) x[k] += vectors[k][i] * product / gram[i][i];
+  }
+  return x;
+}
+
+double sign_in(size_t code, int64_t bit) { return (code >> bit & 1) != 0 ? 1.0 : -1.0; }
+
+double level_of(size_t code, const std::vector<double>& scales) {
+  double level = 0;
+  for (size_t bit = 0; bit < scales.size(); ++bit) level += sign_in(code, static_cast<int64_t>(bit)) * scales[bit];
+  return level;
+}
+
+void levels_of(const std::vector<double>& scales, std::vector<double>& levels) {
+  levels.resize(size_t{1} << scales.size());
+  for (size_t code = 0; code < levels.size(); ++code) levels[code] = level_of(code, scales);
+  std::sort(levels.begin(), levels.end());
+}
+
+void midpoints(const std::vector<double>& levels, std::vector<double>& bounds) {
+  bounds.resize(levels.size() - 1);
+  for (size_t i = 0; i < bounds.size(); ++i) bounds[i] = (levels[i] + levels[i + 1]) / 2;
+}
+
+// How many of 2^k - 1 ascending bounds are below x.
+size_t cell_of(double x, const std::vector<double>& bounds) {
+  size_t cell = 0;
+  for (size_t step = (bounds.size() + 1) / 2; step > 0; step /= 2) cell += x > bounds[cell + step - 1] ? step : 0;
+  return cell;
+}
+
+}  // namespace
+
+double RowFit::ternary_reach(const double* row, int64_t n) {
+  magnitudes_.sort_magnitudes(row, n);
+  double reach = 0, most = -1;
+  for (int64_t k = 1; k <= n; ++k) {
+    const double sum = magnitudes_.sum(n - k, n), gain = sum * sum / static_cast<double>(k);
+    if (gain > most) {
+      most = gain;
+      reach = sum / static_cast<double>(k);
+    }
+  }
+  return reach;
+}
+
+void RowFit::binary_code(double* row, int64_t n, int64_t bits, std::optional<double> precision) {
+  magnitudes_.sort_magnitudes(row, n);
+  if (precision && is_code(bits, *precision)) return;
+  if (bits == 1) {
+    const double mean = magnitudes_.sum(0, n) / static_cast<double>(n);
+    for (int64_t i = 0; i < n; ++i) row[i] = row[i] < 0 ? -mean : mean;
+    return;
+  }
+  if (bits == 2) {
+    const auto [high, low] = two_magnitudes();
+    const double bound = (low + high) / 2;
+    for (int64_t i = 0; i < n; ++i) {
+      const double magnitude = std::abs(row[i]) > bound ? high : low;
+      row[i] = row[i] < 0 ? -magnitude : magnitude;
+    }
+    return;
+  }
+  sorted_.sort(row, n);
+  fit_scales(row, n, bits);
+  levels_of(scales_, levels_);
+  replace_by_nearest(row, n);
+}
+
+// 1, 2 or 3 distinct magnitudes are one of 1, 2 or 3 codes; 4 are one of 3 codes if the smallest is |second + third -
+// first|, as far as the type shows.
+bool RowFit::is_code(int64_t bits, double precision) const {
+  std::array<double, 4> distinct{};
+  int64_t count = 0;
+  for (int64_t i = magnitudes_.size() - 1; i >= 0; --i) {
+    if (count > 0 && magnitudes_[i] == distinct[count - 1]) continue;
+    if (count == (bits < 3 ? bits : 4)) return false;
+    distinct[count++] = magnitudes_[i];
+  }
+  if (count < 4) return true;
+  const double expected = std::abs(distinct[1] + distinct[2] - distinct[0]);
+  return std::abs(expected - distinct[3]) <= 4 * precision * distinct[0];
+}
+
+// Two scales give any two magnitudes a1 + a2 and a1 - a2, so the best of them are 2-means of |w|, found exactly.
+std::pair<double, double> RowFit::two_magnitudes() const {
+  const int64_t n = magnitudes_.size();
+  double most = -1, high = 0, low = 0;
+  for (int64_t k = 1; k <= n; ++k) {
+    const double upper = magnitudes_.sum(n - k, n), lower = magnitudes_.sum(0, n - k);
+    const double count = static_cast<double>(k), rest = std::max(static_cast<double>(n - k), 1.0);
+    const double gain = upper * upper / count + lower * lower / rest;
+    if (gain > most) {
+      most = gain;
+      high = upper / count;
+      low = lower / rest;
+    }
+  }
+  return {high, low};
+}
+
+// Of bits above 2: those of one bit less, the mean of what they leave, and alternating least squares.
+void RowFit::fit_scales(const double* row, int64_t n, int64_t bits) {
+  const auto [high, low] = two_magnitudes();
+  scales_ = {(high + low) / 2, (high - low) / 2};
+  for (int64_t count = 3; count <= bits; ++count) {
+    scales_.push_back(mean_rest(row, n));
+    alternate();
+  }
+}
+
+double RowFit::mean_rest(const double* row, int64_t n) {
+  levels_of(scales_, levels_);
+  midpoints(levels_, bounds_);
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += std::abs(levels_[cell_of(row[i], bounds_)] - row[i]);
+  return total / static_cast<double>(n);
+}
+
+// The codes by their levels, and where each one's cell ends in the sorted row.
+void RowFit::cut() {
+  cells_.resize(size_t{1} << scales_.size());
+  levels_.resize(cells_.size());
+  for (size_t code = 0; code < cells_.size(); ++code) {
+    cells_[code].code = code;
+    levels_[code] = level_of(code, scales_);
+  }
+  std::stable_sort(cells_.begin(), cells_.end(),
+                   [&](const Cell& a, const Cell& b) { return levels_[a.code] < levels_[b.code]; });
+  for (size_t i = 0; i + 1 < cells_.size(); ++i) {
+    cells_[i].end = sorted_.up_to((levels_[cells_[i].code] + levels_[cells_[i + 1].code]) / 2);
+  }
+  cells_.back().end = sorted_.size();
+}
+
+// Between the nearest of the 2^bits levels and least squares for the scales, until nothing moves to another level.
+void RowFit::alternate() {
+  cells_.clear();
+  for (int turn = 0; turn < kTurns; ++turn) {
+    before_.swap(cells_);
+    cut();
+    if (cells_ == before_) return;
+    const auto bits = static_cast<int64_t>(scales_.size());
+    Matrix gram{};
+    Vector moment{};
+    int64_t begin = 0;
+    for (const Cell& cell : cells_) {
+      const double count = static_cast<double>(cell.end - begin), sum = sorted_.sum(begin, cell.end);
+      for (int64_t p = 0; p < bits; ++p) {
+        const double sign = sign_in(cell.code, p);
+        moment[p] += sign * sum;
+        for (int64_t q = 0; q < bits; ++q) gram[p][q] += sign * sign_in(cell.code, q) * count;
+      }
+      begin = cell.end;
+    }
+    const Vector fitted = least_squares(gram, moment, bits);
+    std::copy_n(fitted.begin(), bits, scales_.begin());
+  }
+}
+
+void RowFit::codebook(double* row, int64_t n, int64_t count) {
+  sorted_.sort(row, n);
+  int64_t distinct = 1;
+  for (int64_t i = 1; i < n && distinct <= count; ++i) distinct += sorted_[i] != sorted_[i - 1] ? 1 : 0;
+  if (distinct <= count) return;
+  const auto fraction = [&](int64_t i) { return (static_cast<double>(i) + 0.5) / static_cast<double>(count); };
+  levels_.resize(count);
+  const double smallest = sorted_[0], largest = sorted_[n - 1];
+  for (int64_t i = 0; i < count; ++i) levels_[i] = smallest + (largest - smallest) * fraction(i);
+  const double even = lloyd();
+  best_ = levels_;
+  for (int64_t i = 0; i < count; ++i) levels_[i] = sorted_[static_cast<int64_t>(fraction(i) * static_cast<double>(n))];
+  if (!(lloyd() > even)) levels_.swap(best_);
+  replace_by_nearest(row, n);
+}
+
+// Moves the levels to the means of their cells, an empty cell's stays. Returns how far the squared error then is below
+// ||row||^2.
+double RowFit::lloyd() {
+  double gain = 0;
+  bool moved = true;
+  for (int i = 0; i <= kIterations && moved; ++i) {
+    midpoints(levels_, bounds_);
+    gain = 0;
+    moved = false;
+    int64_t begin = 0;
+    for (size_t cell = 0; cell < levels_.size(); ++cell) {
+      const int64_t end = cell < bounds_.size() ? sorted_.up_to(bounds_[cell]) : sorted_.size();
+      const double sum = sorted_.sum(begin, end), count = static_cast<double>(end - begin), level = levels_[cell];
+      gain += 2 * level * sum - level * level * count;
+      begin = end;
+      if (i == kIterations || count == 0 || sum / count == level) continue;
+      levels_[cell] = sum / count;
+      moved = true;
+    }
+  }
+  return gain;
+}
+
+void RowFit::replace_by_nearest(double* row, int64_t n) {
+  midpoints(levels_, bounds_);
+  for (int64_t i = 0; i < n; ++i) row[i] = levels_[cell_of(row[i], bounds_)];
+}
+
+}  // namespace cctorch::cpu
