@@ -5,10 +5,11 @@
 Milliseconds, medians of runs taken in turns. The limit is the bytes that have to be read and written, at the bandwidth
 of a copy of the same tensors that takes its turns with the others. With `--memory recycled`, the default, freed memory
 is kept as cctorch's launcher does it; `--memory fresh` leaves glibc's defaults, under which page faults hide most
-differences.
+differences. torchao takes part if it is installed (pip install torchao).
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -144,9 +145,21 @@ def quantize_on_own_range(weights: list[Tensor]) -> list[Tensor]:
     return quantized
 
 
+def torchao_fake_quantizer() -> Callable[[Tensor], Tensor] | None:
+    """Eight bits, symmetric, a range per channel at every call; of matrices."""
+    with contextlib.suppress(ImportError):
+        from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+
+        quantizer: Callable[[Tensor], Tensor] = IntxFakeQuantizer(IntxFakeQuantizeConfig(torch.int8, "per_channel"))
+        return quantizer
+    return None
+
+
 def model_weights(device: str) -> Iterator[Work]:
     weights = resnet50_weights(device)
     step = compiled(quantize_on_own_range)
+    torchao = torchao_fake_quantizer()
+    peers = {"torchao": lambda: [torchao(w.flatten(1)) for w in weights]} if torchao else {}
     yield Work(
         "ResNet-50: ranges per channel + fake-quant of 54 weights",
         weights,
@@ -154,6 +167,7 @@ def model_weights(device: str) -> Iterator[Work]:
             "cctorch": lambda: ops.fake_quant_weights(weights, 8),
             "torch.compile": lambda: step(weights),
             "torch eager": lambda: quantize_on_own_range(weights),
+            **peers,
         },
         passes=2,
         target=1.25,
