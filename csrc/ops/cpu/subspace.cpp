@@ -15,16 +15,24 @@ struct Kept {
   double sum, largest, smallest;
 };
 
+double epsilon(at::ScalarType type) {
+  return type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+}
+
+// What a basis made of the Gram matrix loses at most, whatever the eigenvalues are.
+double most_lost(double total, int64_t rank, at::ScalarType type) {
+  return 4 * std::sqrt(static_cast<double>(rank)) * epsilon(type) * total;
+}
+
 // The Gram matrix of A is wrong by no more than 2 eps |A|^2 (1.3 at most in what was tried). A basis made of it loses
 // no more than 2 sqrt(rank) times that and, by the sin-theta theorem, no more than its square times largest / gap^2,
 // where the gap to what is left is at least smallest - left. (The latter bounds what a start loses in its normal
 // equations too.) This may be 0.1 % of the error: 0.2 % of its square.
 bool resolved(const Kept& kept, double total, int64_t rank, at::ScalarType type) {
-  const double eps =
-      type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+  const double eps = epsilon(type);
   const double left = total - kept.sum, gap = kept.smallest - left;
   if (left < 16 * eps * total) return false;  // the difference itself is rounding
-  double lost = 4 * std::sqrt(static_cast<double>(rank)) * eps * total;
+  double lost = most_lost(total, rank, type);
   if (gap > 0) lost = std::min(lost, std::pow(4 * eps * total / gap, 2) * kept.largest);
   return lost <= 0.002 * left;
 }
@@ -108,14 +116,38 @@ std::pair<at::Tensor, Kept> by_eigenvectors(const at::Tensor& g, int64_t rank) {
   return {vectors.narrow(1, g.size(0) - rank, rank).t(), kept_of(values, rank)};
 }
 
+// Rows of length 1, with their products, whose Cholesky factor exists: they are shifted.
+struct UnitRows {
+  at::Tensor rows, lengths, lower;
+};
+
+std::optional<UnitRows> unit_rows(const at::Tensor& rows) {
+  const at::Tensor lengths = at::linalg_vector_norm(rows, 2, {1}, /*keepdim=*/true).clamp_min(1e-30);
+  const at::Tensor unit = rows / lengths;
+  at::Tensor products = at::mm(unit, unit.t());
+  products.diagonal().add_(5e-7 * static_cast<double>(rows.size(0)));
+  const auto [lower, failed] = at::linalg_cholesky_ex(products);
+  if (failed.item<int>() != 0) return std::nullopt;
+  return UnitRows{unit, lengths, lower};
+}
+
+// The sum of sin^2 of the angles between orthonormal rows B and the rows of L^-1 B G, where L L^T = B G B^T: B times
+// their transpose is L.
+std::optional<double> turn_of_solution(const at::Tensor& solution, const at::Tensor& lower) {
+  const auto unit = unit_rows(solution);
+  if (!unit) return std::nullopt;
+  const at::Tensor overlap = at::linalg_solve_triangular(unit->lower, lower.t() / unit->lengths, /*upper=*/false);
+  return static_cast<double>(solution.size(0)) - overlap.square().sum(at::kDouble).item<double>();
+}
+
 }  // namespace
 
 std::optional<at::Tensor> orthonormal(const at::Tensor& rows, int passes) {
-  at::Tensor q = rows / at::linalg_vector_norm(rows, 2, {1}, /*keepdim=*/true).clamp_min(1e-30);
-  for (int pass = 0; pass < passes; ++pass) {
-    at::Tensor products = at::mm(q, q.t());
-    if (pass == 0) products.diagonal().add_(5e-7 * static_cast<double>(rows.size(0)));
-    const auto [lower, failed] = at::linalg_cholesky_ex(products);
+  const auto unit = unit_rows(rows);
+  if (!unit) return std::nullopt;
+  at::Tensor q = at::linalg_solve_triangular(unit->lower, unit->rows, /*upper=*/false);
+  for (int pass = 1; pass < passes; ++pass) {
+    const auto [lower, failed] = at::linalg_cholesky_ex(at::mm(q, q.t()));
     if (failed.item<int>() != 0) return std::nullopt;
     q = at::linalg_solve_triangular(lower, q, /*upper=*/false);
   }
@@ -193,15 +225,17 @@ std::optional<std::pair<at::Tensor, at::Tensor>> warm(const at::Tensor& a, const
     // B = `rows`, Z = B A: the best in the rows of Z is A Z^T (Z Z^T)^-1 Z, and Z Z^T = L L^T.
     const at::Tensor half = at::linalg_solve_triangular(lower, image, /*upper=*/false);
     const double kept = half.square().sum(at::kDouble).item<double>();
-    Kept of_ritz = kept_of(at::linalg_eigvalsh(ritz), rank);
-    of_ritz.sum = kept;
-    if (!resolved(of_ritz, total, rank, at::kFloat)) return std::nullopt;
-    const auto next = orthonormal(half, 1);
-    if (!next) return std::nullopt;
-    if (near(turn(*rows, *next), rest)) {
+    if (most_lost(total, rank, at::kFloat) > 0.002 * (total - kept)) {
+      Kept of_ritz = kept_of(at::linalg_eigvalsh(ritz), rank);
+      of_ritz.sum = kept;
+      if (!resolved(of_ritz, total, rank, at::kFloat)) return std::nullopt;
+    }
+    const auto angles = turn_of_solution(half, lower);
+    if (!angles) return std::nullopt;
+    if (near(*angles, rest)) {
       return std::pair(at::linalg_solve_triangular(lower.t(), half, /*upper=*/true).t(), right);
     }
-    rows = next;
+    rows = orthonormal(half, 1);
   }
   return std::nullopt;
 }
