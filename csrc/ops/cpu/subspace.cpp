@@ -184,7 +184,7 @@ at::Tensor exact_basis(const at::Tensor& a, int64_t rank) {
 }
 
 at::Tensor turned_towards(const at::Tensor& a, const at::Tensor& basis) {
-  if (a.scalar_type() == at::kDouble || a.size(0) <= exact_rows) return leading(a, basis.size(0));
+  if (a.scalar_type() == at::kDouble || a.size(0) <= direct_rows) return leading(a, basis.size(0));
   const auto next = orthonormal(at::mm(at::mm(basis, a), a.t()), 2);
   return next ? *next : leading(a, basis.size(0));
 }

@@ -12,6 +12,9 @@ namespace cctorch::cpu::subspace {
 // Up to this many rows everything is exact and in float64: batches of small matrices are its common case.
 constexpr int64_t exact_rows = 64;
 
+// From more rows on, a basis that is nearly right saves time.
+constexpr int64_t direct_rows = 24;
+
 // The orthonormalized rows of `rows` (Cholesky QR); nothing where they are dependent. The first pass shifts the
 // Cholesky factor, which makes it safe but leaves angles between rows that were nearly dependent; two passes leave
 // none.

@@ -12,7 +12,7 @@ namespace cctorch {
 
 bool starts_from_bases(const at::Tensor& matrix) {
   return matrix.is_cpu() && matrix.scalar_type() != at::kDouble &&
-         std::min(matrix.size(-2), matrix.size(-1)) > cpu::subspace::exact_rows;
+         std::min(matrix.size(-2), matrix.size(-1)) > cpu::subspace::direct_rows;
 }
 
 }  // namespace cctorch
@@ -30,25 +30,31 @@ struct Piece {
   }
 };
 
+bool is_exact(const at::Tensor& matrices) {
+  return matrices.scalar_type() == at::kDouble || matrices.size(-2) <= subspace::exact_rows;
+}
+
+void factor_exactly(const Piece& piece) {
+  const at::Tensor matrices = piece.matrices.to(at::kDouble);
+  // What the matrices are rounded from decides how they are decomposed: float64 may ask for more than float32.
+  const at::Tensor basis = subspace::exact_basis(piece.matrices, piece.left.size(2));
+  piece.left.copy_(basis.mT());
+  piece.right.copy_(at::matmul(basis, matrices));
+}
+
 void factor(const Piece& piece) {
-  const int64_t rank = piece.left.size(2);
-  if (!starts_from_bases(piece.matrices)) {
-    const at::Tensor matrices = piece.matrices.to(at::kDouble);
-    // What the matrices are rounded from decides how they are decomposed: float64 may ask for more than float32.
-    const at::Tensor basis = subspace::exact_basis(piece.matrices, rank);
-    piece.left.copy_(basis.mT());
-    piece.right.copy_(at::matmul(basis, matrices));
-    return;
-  }
-  const at::Tensor matrix = piece.matrices[0].to(at::kFloat);
-  if (piece.basis.defined()) {
-    if (const auto factors = subspace::warm(matrix, piece.basis[0].to(at::kFloat))) {
+  const bool started = piece.basis.defined() && starts_from_bases(piece.matrices);
+  if (started) {
+    const auto factors = subspace::warm(piece.matrices[0].to(at::kFloat), piece.basis[0].to(at::kFloat));
+    if (factors) {
       piece.left[0].copy_(factors->first);
       piece.right[0].copy_(factors->second);
       return;
     }
   }
-  const at::Tensor basis = subspace::leading(matrix, rank);
+  if (is_exact(piece.matrices)) return factor_exactly(piece);
+  const at::Tensor matrix = piece.matrices[0].to(at::kFloat);
+  const at::Tensor basis = subspace::leading(matrix, piece.left.size(2));
   piece.left[0].copy_(basis.t());
   piece.right[0].copy_(at::mm(basis, matrix));
 }
@@ -60,7 +66,8 @@ void cut(std::vector<Piece>& pieces, const at::Tensor& matrices, const at::Tenso
   const auto batch = [](const at::Tensor& t) { return t.dim() == 2 ? t.unsqueeze(0) : t.flatten(0, -3); };
   const Piece whole{batch(matrices), basis.defined() ? batch(basis) : basis, batch(left), batch(right)};
   const int64_t count = whole.matrices.size(0);
-  const int64_t some = rows > subspace::exact_rows ? 1 : std::max<int64_t>(1, (1 << 18) / (rows * columns));
+  const bool alone = !is_exact(matrices) || (basis.defined() && starts_from_bases(matrices));
+  const int64_t some = alone ? 1 : std::max<int64_t>(1, (1 << 18) / (rows * columns));
   for (int64_t begin = 0; begin < count; begin += some) {
     const auto part = [&](const at::Tensor& t) {
       return t.defined() ? t.narrow(0, begin, std::min(some, count - begin)) : t;

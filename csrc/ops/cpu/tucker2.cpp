@@ -13,7 +13,7 @@ namespace cctorch {
 
 bool tucker2_starts_from_bases(const at::Tensor& weight) {
   return weight.is_cpu() && weight.scalar_type() != at::kDouble &&
-         std::max(weight.size(0), weight.size(1)) > cpu::subspace::exact_rows;
+         std::max(weight.size(0), weight.size(1)) > cpu::subspace::direct_rows;
 }
 
 }  // namespace cctorch
@@ -50,13 +50,16 @@ at::Tensor completed(const at::Tensor& basis, int64_t rank) {
 
 void factor(const at::Tensor& weight, const Tucker2Bases& start, int64_t iterations, const Tucker2Factors& factors) {
   // Small ones in float64, which costs little and resolves all that float32 can show.
-  const auto type = tucker2_starts_from_bases(weight) ? at::kFloat : at::kDouble;
-  const at::Tensor w = weight.to(type).reshape({weight.size(0), weight.size(1), -1});
+  const bool exact =
+      weight.scalar_type() == at::kDouble || std::max(weight.size(0), weight.size(1)) <= subspace::exact_rows;
+  at::Tensor w = weight.to(exact ? at::kDouble : at::kFloat).reshape({weight.size(0), weight.size(1), -1});
   const int64_t rank_out = factors[1].size(1), rank_in = factors[2].size(1);
   const auto useful = useful_ranks(w, rank_out, rank_in, iterations);
   std::optional<Tucker2Bases> bases;
-  if (start.out.defined() && type == at::kFloat && useful == std::pair(rank_out, rank_in)) {
-    bases = from(w, {start.out.to(type).t(), start.in.to(type).t()}, iterations);
+  if (start.out.defined() && tucker2_starts_from_bases(weight) && useful == std::pair(rank_out, rank_in)) {
+    const at::Tensor single = w.to(at::kFloat);
+    bases = from(single, {start.out.to(at::kFloat).t(), start.in.to(at::kFloat).t()}, iterations);
+    if (bases) w = single;
   }
   const auto best = [](const at::Tensor& a, const at::Tensor& basis) { return subspace::leading(a, basis.size(0)); };
   const Tucker2Steps steps{&subspace::leading, best};

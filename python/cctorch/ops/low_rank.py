@@ -139,8 +139,8 @@ def truncated_svd(
 
     With ``bases``, one half-step of subspace iteration replaces all that, if by an estimate (the angles by which
     the basis turned) the result is within the same 0.1 %; after a second half-step without success the bases are
-    ignored. They make no difference where the float64 route is taken, and none outside the CPU, where every matrix
-    goes through its float64 Gram matrix and nothing waits for the device.
+    ignored. They make no difference for m <= 24, for float64 input, and outside the CPU, where every matrix goes
+    through its float64 Gram matrix and nothing waits for the device.
 
     Several matrices are decomposed in parallel, one on each thread; a single one has all threads. No gradient.
 
@@ -178,7 +178,7 @@ def tucker2(
     ``einsum("no,oi...,ci->nc...", out, core, in)`` approximates a weight: the truncated higher-order SVD, then
     higher-order orthogonal iteration (De Lathauwer et al. 2000), which changes one basis at a time for the better.
     Each basis comes by the routes, and with the accuracy, of :func:`truncated_svd`; weights of up to 64 outputs and
-    inputs are decomposed in float64.
+    inputs are decomposed in float64, unless they start from bases.
 
     Args:
         weights: shapes ``(N, C, ...)``, on one device.

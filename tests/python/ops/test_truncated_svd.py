@@ -106,15 +106,26 @@ def basis_of(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("change", [0.0, 1e-3, 0.1, 0.3, 1.0, 100.0])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_started_from_the_bases_of_an_event(change: float, transpose: bool) -> None:
+@pytest.mark.parametrize(("rows", "rank"), [(160, 40), (48, 12), (25, 24), (32, 1)])
+def test_started_from_the_bases_of_an_event(change: float, transpose: bool, rows: int, rank: int) -> None:
     """Near or far: a basis that does not help is not believed."""
-    matrix = random(160, 400).T if transpose else random(160, 400)
-    left, right = one(matrix, 40)
+    matrix = random(400, rows) if transpose else random(rows, 400)
+    left, right = one(matrix, rank)
     projected = left @ right
     noise = random(*matrix.shape, seed=5)
     moved = projected + change * projected.norm() / noise.norm() * noise
     basis = basis_of(matrix, left, right)
-    assert error(moved, *one(moved, 40, basis)) <= 1.001 * least(moved, 40) + resolved(moved)
+    assert error(moved, *one(moved, rank, basis)) <= 1.001 * least(moved, rank) + resolved(moved)
+
+
+@pytest.mark.parametrize("shape", [(5, 30, 40), (2, 3, 60, 30), (4, 16, 20)])
+def test_a_batch_started_from_its_bases(shape: tuple[int, ...]) -> None:
+    matrices = random(*shape)
+    left, right = one(matrices, 8)
+    moved = left @ right + 0.02 * random(*shape, seed=5)
+    started = one(moved, 8, basis_of(matrices, left, right))
+    for m, a, b in zip(*(t.flatten(0, -3) for t in (moved, *started)), strict=True):
+        assert error(m, a, b) <= 1.001 * least(m, 8) + resolved(m)
 
 
 @pytest.mark.parametrize("basis", ["zero", "dependent", "random", "huge", "nan", "empty"])
