@@ -64,35 +64,61 @@ def _axis_back(x: Tensor, axis: int | None, batch: int) -> Tensor:
     return x if axis is None else _rows_of(x, batch).movedim(1, axis % x.dim() + 1)
 
 
-def _soft_threshold(
-    info: Any, dims: _Dims, x: Tensor, threshold: Tensor, axis: int | None = None
-) -> tuple[Tensor, int]:
-    x = _batched(x, dims[0], info.batch_size)
-    if dims[1] is None:
-        shifted = None if axis is None else axis % (x.dim() - 1) + 1
-        return torch.ops.cctorch.soft_threshold(x, threshold, shifted), 0
-    thresholds = threshold.movedim(dims[1], 0).flatten()
-    y = torch.ops.cctorch.soft_threshold(_axis_first(x, axis), thresholds, 0)
-    return _axis_back(y, axis, info.batch_size), 0
+def _argument(name: str, argument: str) -> int:
+    """The position of an operator's argument."""
+    schema = getattr(torch.ops.cctorch, name).default._schema
+    return [each.name for each in schema.arguments].index(argument)
 
 
-def _soft_threshold_backward(
-    info: Any, dims: _Dims, grad: Tensor, x: Tensor, threshold: Tensor, axis: int | None
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    size = info.batch_size
-    grad, x, threshold = (_batched(t, dim, size) for t, dim in zip((grad, x, threshold), dims[:3], strict=True))
-    grad_x, grad_threshold = torch.ops.cctorch.soft_threshold_backward(
-        _axis_first(grad, axis), _axis_first(x, axis), threshold.flatten(), 0
-    )
-    return (_axis_back(grad_x, axis, size), grad_threshold.view(threshold.shape)), (0, 0)
+def _with_axis(name: str, arguments: tuple[Any, ...]) -> tuple[list[Any], int | None, int]:
+    """An operator's arguments, with ``axis`` where it was left out; its value, and its position."""
+    position = _argument(name, "axis")
+    given = [*arguments, None][: position + 1] + list(arguments[position + 1 :])
+    return given, given[position], position
 
 
+def _per_slice(name: str, parameters: int) -> Callable[..., Any]:
+    """The rule of an operator on x with so many parameters, each one element or one for each index of ``axis``."""
+
+    def rule(info: Any, dims: _Dims, *arguments: Any) -> tuple[Tensor, int]:
+        op = getattr(torch.ops.cctorch, name)
+        given, axis, position = _with_axis(name, arguments)
+        x = _batched(given[0], dims[0], info.batch_size)
+        if all(dim is None for dim in dims[1 : 1 + parameters]):
+            given[position] = None if axis is None else axis % (x.dim() - 1) + 1
+            return op(x, *given[1:]), 0
+        for i in range(1, 1 + parameters):
+            given[i] = _batched(given[i], dims[i], info.batch_size).flatten()
+        given[0], given[position] = _axis_first(x, axis), 0
+        return _axis_back(op(*given), axis, info.batch_size), 0
+
+    return rule
+
+
+def _per_slice_backward(name: str, parameters: int) -> Callable[..., Any]:
+    """That of its gradient's operator: grad and x, the parameters, the rest."""
+
+    def rule(info: Any, dims: _Dims, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        given, axis, position = _with_axis(name, arguments)
+        size = info.batch_size
+        tensors = [_batched(given[i], dims[i], size) for i in range(2 + parameters)]
+        grad, x = (_axis_first(t, axis) for t in tensors[:2])
+        flat = [t.flatten() for t in tensors[2:]]
+        given[position] = 0
+        grad_x, *grads = getattr(torch.ops.cctorch, name)(grad, x, *flat, *given[2 + parameters :])
+        shaped = [g.view(t.shape) for g, t in zip(grads, tensors[2:], strict=True)]
+        return (_axis_back(grad_x, axis, size), *shaped), (0,) * (1 + parameters)
+
+    return rule
+
+
+_PARAMETERS = {"fake_quant": 1, "fake_quant_offset": 2, "pact": 1, "fp8_quant": 1, "soft_threshold": 1}
 _RULES: dict[str, Callable[..., Any]] = {
     "apply_mask": _apply_mask,
     "channel_gate": _channel_gate,
     "channel_gate_backward": _channel_gate_backward,
-    "soft_threshold": _soft_threshold,
-    "soft_threshold_backward": _soft_threshold_backward,
+    **{name: _per_slice(name, count) for name, count in _PARAMETERS.items()},
+    **{f"{name}_backward": _per_slice_backward(f"{name}_backward", count) for name, count in _PARAMETERS.items()},
 }
 for _name, _rule in _RULES.items():
     torch.library.register_vmap(f"cctorch::{_name}", _rule)

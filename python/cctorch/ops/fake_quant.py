@@ -32,7 +32,7 @@ def fake_quant(
             \text{clamp}(v, q_{min}, q_{max}) & \text{otherwise} \end{cases}
 
     LSQ recommends ``grad_scale = 1 / sqrt(numel * qmax)``, with the elements of one scale counted. The gradient cannot
-    be differentiated again.
+    be differentiated again. ``torch.vmap`` has a rule for it.
 
     Args:
         x: any shape; float32, float64, float16 or bfloat16. NaN stays NaN, infinities become the ends of the grid.
