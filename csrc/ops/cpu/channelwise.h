@@ -77,23 +77,26 @@ template <typename Formula, typename P = typename Formula::parameter_type>
 void forward(const Formula& formula, const Layout& l, const at::Tensor& y, const at::Tensor& x, const P* parameters) {
   const auto run = loops<Formula>(x.scalar_type());
   const int64_t item = x.element_size();
+  const simd::Stores stores = simd::stores_for(x.numel() * item);
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   const auto* from = static_cast<const char*>(x.const_data_ptr());
   if (has_long_rows(l)) {
     const Pieces pieces{l};
     at::parallel_for(0, pieces.count(), pieces.grain(), [&](int64_t begin, int64_t end) {
+      const simd::Fence fence(stores);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t offset = pieces.begin(i) * item;
-        run.forward(formula, to + offset, from + offset, pieces.size(i), parameters[pieces.channel(i)]);
+        run.forward(formula, to + offset, from + offset, pieces.size(i), parameters[pieces.channel(i)], stores);
       }
     });
     return;
   }
   const Period<typename Formula::value_type, P> period(l, parameters);
   at::parallel_for(0, period.count(), std::max<int64_t>(1, kGrain / period.size), [&](int64_t begin, int64_t end) {
+    const simd::Fence fence(stores);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t offset = i * period.size * item;
-      run.forward_each(formula, to + offset, from + offset, period.length(i), period.parameters());
+      run.forward_each(formula, to + offset, from + offset, period.length(i), period.parameters(), stores);
     }
   });
 }
@@ -103,12 +106,14 @@ std::vector<formula::Wide<P>> backward_short_rows(const Formula& formula, const 
                                                   const char* x, int64_t item, const simd::Loops<Formula>& run,
                                                   const P* parameters) {
   const Period<T, P> period(l, parameters);
+  const simd::Stores stores = simd::stores_for(period.numel() * item);
   // Sums are kept in the formula's type over this many periods, then added up in double.
   constexpr int64_t kShortSum = 64;
   const int64_t per_block = std::max(ceil_div(kBlock, period.size), ceil_div(period.count(), 64));
   const int64_t blocks = ceil_div(period.count(), per_block);
   std::vector<formula::Wide<P>> sums(blocks * period.size);
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const simd::Fence fence(stores);
     std::vector<T> short_sums(period.numbers.size());
     const formula::Columns<T, P> sums_of_elements{short_sums.data(), period.size};
     for (int64_t block = begin; block < end; ++block) {
@@ -119,7 +124,7 @@ std::vector<formula::Wide<P>> backward_short_rows(const Formula& formula, const 
         for (int64_t i = first; i < std::min(last, first + kShortSum); ++i) {
           const int64_t offset = i * period.size * item;
           run.backward_each(formula, out + offset, grad + offset, x + offset, period.length(i), period.parameters(),
-                            sums_of_elements);
+                            sums_of_elements, stores);
         }
         for (int64_t j = 0; j < period.size; ++j) block_sums[j] += formula::wide(sums_of_elements[j]);
       }
@@ -142,12 +147,14 @@ std::vector<formula::Wide<P>> backward(const Formula& formula, const Layout& l, 
   if (!has_long_rows(l)) return backward_short_rows(formula, l, out, gs, xs, item, run, parameters);
 
   const Pieces pieces{l};
+  const simd::Stores stores = simd::stores_for(x.numel() * item);
   std::vector<formula::Wide<P>> sums(pieces.count());
   at::parallel_for(0, pieces.count(), pieces.grain(), [&](int64_t begin, int64_t end) {
+    const simd::Fence fence(stores);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t offset = pieces.begin(i) * item;
-      sums[i] =
-          run.backward(formula, out + offset, gs + offset, xs + offset, pieces.size(i), parameters[pieces.channel(i)]);
+      sums[i] = run.backward(formula, out + offset, gs + offset, xs + offset, pieces.size(i),
+                             parameters[pieces.channel(i)], stores);
     }
   });
   std::vector<formula::Wide<P>> totals(l.channels);

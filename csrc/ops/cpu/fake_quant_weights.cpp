@@ -50,7 +50,11 @@ void quantize(const std::vector<SliceRows>& rows, const std::vector<at::Tensor>&
   const auto find_largest = largest<Bits>();
   const auto loops = channelwise::loops<formula::FakeQuant<T>>(type);
   const auto work = tasks(rows);
+  int64_t elements = 0;
+  for (const SliceRows& weight : rows) elements += weight.to.numel();
+  const simd::Stores stores = simd::stores_for(elements * static_cast<int64_t>(sizeof(S)));
   at::parallel_for(0, static_cast<int64_t>(work.size()), 1, [&](int64_t first, int64_t last) {
+    const simd::Fence fence(stores);
     for (int64_t i = first; i < last; ++i) {
       const Task& task = work[i];
       const SliceRows& weight = rows[task.weight];
@@ -60,7 +64,7 @@ void quantize(const std::vector<SliceRows>& rows, const std::vector<at::Tensor>&
         const S* from = weight.from.const_data_ptr<S>() + row * size;
         const Bits largest_bits = find_largest(reinterpret_cast<const Bits*>(from), size, infinity);
         scale[row] = formula.scale(static_cast<T>(std::bit_cast<S>(largest_bits)));
-        loops.forward(formula.grid, weight.to.mutable_data_ptr<S>() + row * size, from, size, scale[row]);
+        loops.forward(formula.grid, weight.to.mutable_data_ptr<S>() + row * size, from, size, scale[row], stores);
       }
     }
   });

@@ -9,10 +9,10 @@ namespace {
 
 template <typename S, typename Formula, typename T = typename Formula::value_type>
 void forward(const Formula& shared_formula, void* y, const void* x, int64_t n,
-             typename Formula::parameter_type parameter) {
+             typename Formula::parameter_type parameter, Stores stores) {
   const Formula formula = shared_formula;
   Reader<S, T> read_x;
-  Writer<S, T> write_y;
+  Writer<S, T> write_y(stores);
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int64_t size = tile_size(begin, n);
     const T* xs = read_x(x, begin, size);
@@ -26,11 +26,11 @@ void forward(const Formula& shared_formula, void* y, const void* x, int64_t n,
 template <typename S, typename Formula, typename T = typename Formula::value_type,
           typename P = typename Formula::parameter_type>
 formula::Wide<P> backward(const Formula& shared_formula, void* grad_x, const void* grad, const void* x, int64_t n,
-                          P parameter) {
+                          P parameter, Stores stores) {
   const Formula formula = shared_formula;
   Reader<S, T> read_x;
   Reader<S, T> read_grad;
-  Writer<S, T> write;
+  Writer<S, T> write(stores);
   formula::Wide<P> total{};
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int64_t size = tile_size(begin, n);
@@ -63,10 +63,10 @@ formula::Wide<P> backward(const Formula& shared_formula, void* grad_x, const voi
 
 template <typename S, typename Formula, typename T = typename Formula::value_type>
 void forward_each(const Formula& shared_formula, void* y, const void* x, int64_t n,
-                  typename Loops<Formula>::Parameters parameters) {
+                  typename Loops<Formula>::Parameters parameters, Stores stores) {
   const Formula formula = shared_formula;
   Reader<S, T> read_x;
-  Writer<S, T> write_y;
+  Writer<S, T> write_y(stores);
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int64_t size = tile_size(begin, n);
     const T* xs = read_x(x, begin, size);
@@ -87,11 +87,11 @@ void forward_each(const Formula& shared_formula, void* y, const void* x, int64_t
 
 template <typename S, typename Formula, typename T = typename Formula::value_type>
 void backward_each(const Formula& shared_formula, void* grad_x, const void* grad, const void* x, int64_t n,
-                   typename Loops<Formula>::Parameters parameters, typename Loops<Formula>::Sums sums) {
+                   typename Loops<Formula>::Parameters parameters, typename Loops<Formula>::Sums sums, Stores stores) {
   const Formula formula = shared_formula;
   Reader<S, T> read_x;
   Reader<S, T> read_grad;
-  Writer<S, T> write;
+  Writer<S, T> write(stores);
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int64_t size = tile_size(begin, n);
     const T* xs = read_x(x, begin, size);

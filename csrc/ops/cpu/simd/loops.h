@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "csrc/ops/cpu/simd/stores.h"
 #include "csrc/ops/formula/channel_gate.h"
 #include "csrc/ops/formula/fake_quant.h"
 #include "csrc/ops/formula/float_quant.h"
@@ -21,13 +22,14 @@ struct Loops {
   using Sums = formula::Columns<T, P>;
 
   // n elements that share their parameter
-  void (*forward)(const Formula&, void* y, const void* x, int64_t n, P parameter);
-  formula::Wide<P> (*backward)(const Formula&, void* grad_x, const void* grad, const void* x, int64_t n, P parameter);
+  void (*forward)(const Formula&, void* y, const void* x, int64_t n, P parameter, Stores stores);
+  formula::Wide<P> (*backward)(const Formula&, void* grad_x, const void* grad, const void* x, int64_t n, P parameter,
+                               Stores stores);
 
   // n elements with a parameter each; backward adds to grad_parameters
-  void (*forward_each)(const Formula&, void* y, const void* x, int64_t n, Parameters parameters);
+  void (*forward_each)(const Formula&, void* y, const void* x, int64_t n, Parameters parameters, Stores stores);
   void (*backward_each)(const Formula&, void* grad_x, const void* grad, const void* x, int64_t n, Parameters parameters,
-                        Sums grad_parameters);
+                        Sums grad_parameters, Stores stores);
 };
 
 // Every formula that the loops are compiled for, with float and with double arithmetic.

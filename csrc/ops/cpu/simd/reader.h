@@ -1,8 +1,11 @@
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 
 #include "csrc/ops/cpu/simd/half.h"
+#include "csrc/ops/cpu/simd/stores.h"
 
 namespace cctorch::simd::CCTORCH_ISA {
 
@@ -25,17 +28,63 @@ struct Reader<T, T> {
   const T* operator()(const void* from, int64_t begin, int64_t) { return static_cast<const T*>(from) + begin; }
 };
 
-template <typename S, typename T>
-struct Writer {
-  T buffer[kTile];
-  T* tile(void*, int64_t) { return buffer; }
-  void flush(void* to, int64_t begin, int64_t n) { from_float(buffer, static_cast<S*>(to) + begin, n); }
-};
+// n numbers from `from`, written around the caches: what is larger than they are would push everything else out, and
+// each line would be read before it is written.
+template <typename S>
+void stream(const S* from, S* to, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  const auto misplaced = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / sizeof(S)) % kLine;
+  const int64_t head = misplaced == 0 ? 0 : kLine - misplaced;
+  int64_t i = 0;
+  for (; i < head && i < n; ++i) to[i] = from[i];
+  for (; i + kLine <= n; i += kLine) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#elif defined(__AVX__)
+    for (int64_t part = 0; part < kLine; part += kLine / 2) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + part),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + part)));
+    }
+#else
+    for (int64_t part = 0; part < kLine; part += kLine / 4) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + part),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + part)));
+    }
+#endif
+  }
+  for (; i < n; ++i) to[i] = from[i];
+}
 
-template <typename T>
-struct Writer<T, T> {
-  T* tile(void* to, int64_t begin) { return static_cast<T*>(to) + begin; }
-  void flush(void*, int64_t, int64_t) {}
+// Where a loop writes a tile: the destination itself, or a buffer that is converted, or streamed, from there.
+template <typename S, typename T>
+class Writer {
+ public:
+  explicit Writer(Stores stores = Stores::kThroughCaches) : streams_(stores == Stores::kAroundCaches) {}
+
+  T* tile(void* to, int64_t begin) {
+    if constexpr (kConverts) {
+      return buffer_;
+    } else {
+      return streams_ ? buffer_ : static_cast<T*>(to) + begin;
+    }
+  }
+
+  void flush(void* to, int64_t begin, int64_t n) {
+    S* out = static_cast<S*>(to) + begin;
+    if constexpr (kConverts) {
+      from_float(buffer_, streams_ ? converted_ : out, n);
+      if (streams_) stream(converted_, out, n);
+    } else {
+      if (streams_) stream(buffer_, out, n);
+    }
+  }
+
+ private:
+  static constexpr bool kConverts = !__is_same(S, T);
+
+  bool streams_;
+  T buffer_[kTile];
+  S converted_[kConverts ? kTile : 1];
 };
 
 }  // namespace cctorch::simd::CCTORCH_ISA
