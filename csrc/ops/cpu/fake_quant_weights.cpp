@@ -35,6 +35,15 @@ std::vector<Task> tasks(const std::vector<SliceRows>& rows) {
   return result;
 }
 
+// While one part of a row is written the same part of the next row comes into the cache.
+constexpr int64_t kPart = 1024;
+
+template <typename S>
+void prefetch(const S* from, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(from + i, /*rw=*/0, /*locality=*/2);
+}
+
 template <typename Bits>
 simd::Largest<Bits> largest() {
   return for_isa(&simd::baseline::largest<Bits>, &simd::avx2::largest<Bits>, &simd::avx512::largest<Bits>)();
@@ -64,7 +73,12 @@ void quantize(const std::vector<SliceRows>& rows, const std::vector<at::Tensor>&
         const S* from = weight.from.const_data_ptr<S>() + row * size;
         const Bits largest_bits = find_largest(reinterpret_cast<const Bits*>(from), size, infinity);
         scale[row] = formula.scale(static_cast<T>(std::bit_cast<S>(largest_bits)));
-        loops.forward(formula.grid, weight.to.mutable_data_ptr<S>() + row * size, from, size, scale[row], stores);
+        S* to = weight.to.mutable_data_ptr<S>() + row * size;
+        for (int64_t part = 0; part < size; part += kPart) {
+          const int64_t length = std::min(kPart, size - part);
+          if (row + 1 < task.end) prefetch(from + size + part, length);
+          loops.forward(formula.grid, to + part, from + part, length, scale[row], stores);
+        }
       }
     }
   });
