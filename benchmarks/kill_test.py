@@ -3,9 +3,10 @@
     python benchmarks/kill_test.py --ranks 2 --kills 50
 
 A blow is one of: kill -9 of one rank (torchrun restarts all of them), of everything, SIGTERM or SIGINT to the launcher,
-SIGUSR1 to it, kill -9 of everything and a newest checkpoint of which the end is lost. After each, the same command is
-given again. A run that ends is compared (plan, weights of both models, the loss of every step, all metrics but times),
-then another one begins, until there were as many blows as were asked for. One rank is a process without torchrun.
+SIGUSR1 to it, kill -9 of everything and a newest checkpoint of which one file has lost its end. After each, the same
+command is given again. A run that ends is compared (plan, weights of both models, the loss of every step, all metrics
+but times), then another one begins, until there were as many blows as were asked for. One rank is a process without
+torchrun.
 """
 
 from __future__ import annotations
@@ -125,9 +126,10 @@ class KillTest:
         for victim in (process.pid, *workers):
             _kill(victim)
         process.wait()
-        last = self.folder / name / "checkpoints" / "last.pt"
-        if blow.endswith("cut") and last.exists() and (last.parent / "previous.pt").exists():
-            last.write_bytes(last.read_bytes()[: -self.chance.randrange(1, 3000)])
+        last = self.folder / name / "checkpoints" / "last"
+        if blow.endswith("cut") and last.exists() and (last.parent / "previous").exists():
+            file = self.chance.choice(sorted(last.iterdir()))
+            os.truncate(file, self.chance.randrange(file.stat().st_size))
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:
         run = ["-m", "cctorch", "run", str(self.config), f"name={name}"]

@@ -79,6 +79,11 @@ def joined(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def background_group() -> dist.ProcessGroup | None:
+    """All ranks, for what another thread sends beside the main one, from CPU to CPU. Alone: None."""
+    return dist.new_group(timeout=_PATIENCE, backend="gloo") if dist.is_initialized() else None
+
+
 def sum_(tensor: Tensor) -> Tensor:
     """Adds `tensor` up over the ranks, in place. The result is the same on all of them to the bit."""
     if world_size() > 1:

@@ -39,7 +39,8 @@ from cctorch.nn import BatchNorm2d
 from cctorch.regularize_stage import RegularizeStage, select
 from cctorch.repair import repair
 from cctorch.session import locked, logged
-from cctorch.store import Architecture, Events, Folder, State, Steps, build, load_model
+from cctorch.state import Checkpoints, Saved, State
+from cctorch.store import Architecture, Events, Folder, Steps, build, load_model
 from cctorch.summary import Summary, counted, search_results, show
 from cctorch.train import (
     Criterion,
@@ -105,15 +106,15 @@ class _Run:
         self.architecture = Architecture(
             config.model.name, self.data.classes, self.data.shape, self.data.mean, self.data.std
         )
-        (state, self.damaged), rng = distributed.on_main(
-            lambda: ((None, []) if fresh else folder.load_state(), torch.get_rng_state())
-        )
-        torch.set_rng_state(rng)
-        self.resuming = state is not None
-        self.state = state or State()
-        self.model = self._model()
+        self.checkpoints = Checkpoints(folder.checkpoints)
+        saved, self.damaged = (None, []) if fresh else self.checkpoints.newest()
+        self.resuming = saved is not None
+        self.state = saved.state if saved else State()
+        torch.set_rng_state(distributed.on_main(torch.get_rng_state))
+        self.model = self._place(build(self.architecture, self.state.plan))
+        momentum = self._load(saved) if saved else self._load_weights()
         self.parallel = self._parallel()
-        self.optimizer = self._optimizer(self.state.momentum)
+        self.optimizer = self._optimizer(momentum)
         self.regularized = self._regularized()
 
     @property
@@ -152,6 +153,7 @@ class _Run:
         finally:
             self.events.close()
             self.steps.close()
+            self.checkpoints.wait()
 
     def _load_data(self) -> data.Dataset:
         """Rank 0 goes first: it downloads, and decodes into the cache, what is not there."""
@@ -165,13 +167,18 @@ class _Run:
             load()
         return loaded[0]
 
-    def _model(self) -> nn.Module:
-        model = build(self.architecture, self.state.plan)
-        if self.state.model:
-            models.load_state(model, self.state.model, str(self.folder.checkpoints / "last.pt"))
-        elif self.config.model.weights is not None:
-            models.load_weights(model, expand(self.config.model.weights))
-        return self._place(model)
+    def _load_weights(self) -> dict[str, Tensor]:
+        if self.config.model.weights is not None:
+            models.load_weights(self.model, expand(self.config.model.weights))
+        return {}
+
+    def _load(self, saved: Saved) -> dict[str, Tensor]:
+        """Fills the model and what the regularizer remembers. Returns the momentum."""
+        momentum, regularization = saved.like("momentum"), saved.like("regularization")
+        model = self.model.state_dict()
+        self.checkpoints.load(saved, {"model": model, "momentum": momentum, "regularization": regularization})
+        self.state.regularization |= regularization
+        return momentum
 
     def _regularized(self) -> list[str]:
         """Names of the parameters that the regularization events act on, in the dense model."""
@@ -213,13 +220,17 @@ class _Run:
         distributed.assert_identical(f"{stage}, epoch {epoch}", self.model.state_dict().items())
         self.state.stage, self.state.epoch = stage, epoch
         self.state.losses, self.state.seconds = (partial.losses, partial.seconds) if partial else ([], 0.0)
-        self.state.model, self.state.events = self.model.state_dict(), self.events.all
-        self.state.momentum = momentum_by_name(self.model, self.optimizer)
+        self.state.events = self.events.all
+        momentum = momentum_by_name(self.model, self.optimizer)
+        regularization: dict[str, Tensor] = {}
         if self.regularizing:
-            self.state.regularization = dict(self.regularizing.events.state_dict())
+            remembered = self.regularizing.events.state_dict()
+            regularization = {key: value for key, value in remembered.items() if isinstance(value, Tensor)}
+            self.state.regularization = {key: value for key, value in remembered.items() if key not in regularization}
             self.state.results["trace"] = self.regularizing.trace
         self.state.steps_bytes = self.steps.size()
-        distributed.on_main(lambda: self.folder.save_state(self.state))
+        model = self.model.state_dict()
+        self.checkpoints.save(self.state, {"model": model, "momentum": momentum, "regularization": regularization})
 
     def _train(self) -> None:
         """Ends an interrupted epoch in a checkpoint. What is deferred until then is decided by all ranks together."""
@@ -314,6 +325,7 @@ class _Run:
         self.state.stage = stage
         self.optimizer = self._optimizer(momentum)
         self._save(stage, 0)
+        self.checkpoints.wait()  # what follows may need the memory of the copy, or measure times
 
     def _compress(self, settings: Compress) -> None:
         images = self.feed.batches(self.data.train, self.config.train.batch_size)
@@ -412,6 +424,7 @@ class _Run:
         self.state.results["regularized"] = asdict(result)
         self._compressed(top1)
         self._save("measure", 0)
+        self.checkpoints.wait()
 
     def _epochs_before(self, stage: str) -> int:
         stages = {"train": self.config.train, "finetune": self.config.finetune, "regularize": self.config.regularize}
