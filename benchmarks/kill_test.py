@@ -40,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--sharded", action="store_true", help="FSDP2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/kill_test"), help="is emptied first")
     arguments = parser.parse_args()
@@ -51,9 +52,11 @@ def main() -> int:
         "q": [{"kind": "uniform_noise", "strength": 0.01}, {"kind": "magnitude_pruning", "sparsity": 0.5}],
         "frequency": {"kind": "constant", "period": 7},
     }
-    changes = {"train": training, "finetune": training, "regularize": regularize}
+    stages = {"train": training, "finetune": training, "regularize": regularize}
     config = arguments.folder / "tiny.yaml"
-    config.write_text(yaml.safe_dump(tree(data.resolve(), arguments.folder.resolve(), **changes)))
+    config.write_text(
+        yaml.safe_dump(tree(data.resolve(), arguments.folder.resolve(), **stages, sharded=arguments.sharded))
+    )
     test = KillTest(arguments.folder, config, arguments.ranks, random.Random(arguments.seed))
     return test.execute(arguments.kills)
 

@@ -178,9 +178,9 @@ def assert_identical(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """
     if world_size() == 1:
         return
-    names, values = zip(*tensors, strict=True)
-    _compare(f"{what}: the names of the layers", ["names"], [_hash("\n".join(names).encode())])
-    _compare(what, names, [_hash_tensor(value) for value in values])
+    found = dict(tensors)
+    _compare(f"{what}: the names of the layers", ["names"], [_hash("\n".join(found).encode())])
+    _compare(what, found, [_hash_tensor(value) for value in found.values()])
 
 
 def parallel(model: nn.Module, example: Tensor, *, broadcasts_buffers: bool) -> nn.Module:

@@ -63,14 +63,22 @@ class Saved:
     def state(self) -> State:
         return State(**copy.deepcopy(self.content["state"]))
 
+    def restore_generator(self) -> None:
+        """Random numbers go on where they were."""
+        state = np.frombuffer(base64.b64decode(self.content["rng"]), np.uint8)
+        torch.set_rng_state(torch.from_numpy(state.copy()))
+
     def like(self, group: str) -> dict[str, Tensor]:
-        """Tensors for `Checkpoints.load` to fill: those that `group` had."""
-        prefix = f"{group}."
+        """Tensors for `Checkpoints.load` to fill: those that `group` had, whole, on the CPU."""
+        stored = self.content["tensors"]
         return {
-            name.removeprefix(prefix): torch.empty(stored["shape"], dtype=state_files.dtype_of(stored))
-            for name, stored in self.content["tensors"].items()
-            if name.startswith(prefix)
+            name: torch.empty(stored[f"{group}.{name}"]["shape"], dtype=state_files.dtype_of(stored[f"{group}.{name}"]))
+            for name in self.names(group)
         }
+
+    def names(self, group: str) -> list[str]:
+        prefix = f"{group}."
+        return [name.removeprefix(prefix) for name in self.content["tensors"] if name.startswith(prefix)]
 
 
 class Checkpoints:
@@ -104,15 +112,13 @@ class Checkpoints:
         return None, []
 
     def load(self, saved: Saved, tensors: Tensors) -> None:
-        """Fills `tensors` in place, and the random generator. Raises CheckpointError where one is not in `saved`."""
+        """Fills `tensors` in place. Raises CheckpointError where one is not in `saved`, or of another shape there."""
         _expect_one_process()
         reader = state_files.Reader(saved.folder, saved.content)
         try:
             load(_filled(tensors), storage_reader=reader, process_group=self._group)
         except CheckpointException as failed:
             raise CheckpointError(f"{saved.folder} does not fit this configuration: {_cause(failed)}") from failed
-        rng = np.frombuffer(base64.b64decode(saved.content["rng"]), np.uint8)
-        torch.set_rng_state(torch.from_numpy(rng.copy()))
 
     def save(self, state: State, tensors: Tensors) -> None:
         """Copies all there is to be written, and writes it in the background, behind what is being written.

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cctorch import cli, collaborative, measure
+from cctorch import cli, collaborative, measure, network
 from cctorch import run as driver
 from cctorch.config import Config
 from cctorch.interruption import Interrupted, Interruption
@@ -27,7 +27,7 @@ from tiny_run import config, tree, write_dataset
 PLACES = {
     "training": (driver, "learning_rate", 2),  # called for the lines of steps.jsonl
     "validation": (measure, "accuracy", 1),
-    "saving": (driver, "momentum_by_name", 1),
+    "saving": (network, "momentum_by_name", 1),
     "search": (collaborative, "compress", 1),
     "measurement": (measure, "latency", 2),
 }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +338,50 @@ def test_a_run_does_not_depend_on_the_number_of_ranks(settings: dict[str, Any], 
     folder = alone.parent / name
     _assert_ended_alike(folder, alone)
     assert sorted(log.name for log in (folder / "logs").iterdir()) == [f"rank{rank}.log" for rank in range(1, ranks)]
+
+
+def _sharded(settings: dict[str, Any]) -> None:
+    """On two ranks: a run, and one that is interrupted in each of its stages of training and goes on."""
+    settings = {**settings, "sharded": True}
+    _run(settings, "sharded")
+    step, output = torch.optim.SGD.step, Path(settings["output"])
+    # It is heard one step later: after 3, 3 and 2 of the 4 steps of the stages.
+    for stop in (2, 3, 2):
+        calls = itertools.count(1)
+
+        def signalled(*arguments: Any, calls: Iterator[int] = calls, stop: int = stop, **options: Any) -> Any:
+            if next(calls) == stop and dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return step(*arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.SGD, "step", signalled)
+            with pytest.raises(Interrupted):
+                _run(settings, "broken")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.copytree(output / "broken", output / "copied")
+    dist.barrier()
+    _run(settings, "broken")
+
+
+def test_a_sharded_run_ends_as_one_alone_does(settings: dict[str, Any], alone: Path) -> None:
+    spawn(2, alone.parent / "sharded-files", _sharded, settings)
+    sharded, broken, copied = (alone.parent / name for name in ("sharded", "broken", "copied"))
+    _assert_ended_alike(sharded, alone)
+    tensors = [load_file(folder / "checkpoints" / "compressed.safetensors") for folder in (sharded, broken)]
+    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+    assert torch.equal(_losses(sharded), _losses(broken))
+    content = json.loads((copied / "checkpoints" / "last" / "state.json").read_text())["content"]
+    assert content["state"]["stage"] == "regularize"
+    assert len(content["state"]["losses"]) == 2
+    for group in ("model", "momentum"):
+        parts = content["tensors"][f"{group}.conv1.weight"]["parts"]
+        assert [part["file"] for part in parts] == ["rank0.safetensors", "rank1.safetensors"]
+    shutil.rmtree(broken)
+    copied.rename(broken)
+    _run({**settings, "sharded": True}, "broken")
+    _assert_ended_alike(broken, alone)
 
 
 def _assert_ended_alike(folder: Path, alone: Path) -> None:

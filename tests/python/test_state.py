@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from cctorch import atomic
 from cctorch.models import CheckpointError
-from cctorch.state import Checkpoints, State, Tensors
+from cctorch.state import Checkpoints, Saved, State, Tensors
 from safetensors import safe_open
 from spawned import spawn
 from torch import Tensor
@@ -48,7 +48,7 @@ def _each(tensors: Tensors) -> dict[str, Tensor]:
     return {f"{group}.{name}": value for group, named in tensors.items() for name, value in named.items()}
 
 
-def _assert_loads(checkpoints: Checkpoints, epoch: int, warnings: int = 0) -> None:
+def _assert_loads(checkpoints: Checkpoints, epoch: int, warnings: int = 0) -> Saved:
     saved, warned = checkpoints.newest()
     assert saved is not None
     assert len(warned) == warnings, warned
@@ -61,6 +61,7 @@ def _assert_loads(checkpoints: Checkpoints, epoch: int, warnings: int = 0) -> No
     for name, value in _each(wanted).items():
         assert _each(found)[name].dtype == value.dtype
         assert torch.equal(_each(found)[name], value), name
+    return saved
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
@@ -73,7 +74,9 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     checkpoints.save(_state(1), _whole())
     drawn = torch.rand(4)
     checkpoints.wait()
-    _assert_loads(checkpoints, 1)
+    saved = _assert_loads(checkpoints, 1)
+    torch.manual_seed(4)
+    saved.restore_generator()
     assert torch.equal(torch.rand(4), drawn)
     assert [item.name for item in tmp_path.iterdir()] == ["last"]
     assert sorted(file.name for file in (tmp_path / "last").iterdir()) == ["rank0.safetensors", "state.json"]
