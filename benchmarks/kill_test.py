@@ -3,9 +3,10 @@
     python benchmarks/kill_test.py --ranks 2 --kills 50
 
 A blow is one of: kill -9 of one rank (torchrun restarts all of them), of everything, SIGTERM or SIGINT to the launcher,
-SIGUSR1 to it, kill -9 of everything and a newest checkpoint of which the end is lost. After each, the same command is
-given again. A run that ends is compared (plan, weights of both models, the loss of every step, all metrics but times),
-then another one begins, until there were as many blows as were asked for. One rank is a process without torchrun.
+SIGUSR1 to it, kill -9 of everything and a newest checkpoint of which one file has lost its end. After each, the same
+command is given again. A run that ends is compared (plan, weights of both models, the loss of every step, all metrics
+but times), then another one begins, until there were as many blows as were asked for. One rank is a process without
+torchrun.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--sharded", action="store_true", help="FSDP2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/kill_test"), help="is emptied first")
     arguments = parser.parse_args()
@@ -50,9 +52,11 @@ def main() -> int:
         "q": [{"kind": "uniform_noise", "strength": 0.01}, {"kind": "magnitude_pruning", "sparsity": 0.5}],
         "frequency": {"kind": "constant", "period": 7},
     }
-    changes = {"train": training, "finetune": training, "regularize": regularize}
+    stages = {"train": training, "finetune": training, "regularize": regularize}
     config = arguments.folder / "tiny.yaml"
-    config.write_text(yaml.safe_dump(tree(data.resolve(), arguments.folder.resolve(), **changes)))
+    config.write_text(
+        yaml.safe_dump(tree(data.resolve(), arguments.folder.resolve(), **stages, sharded=arguments.sharded))
+    )
     test = KillTest(arguments.folder, config, arguments.ranks, random.Random(arguments.seed))
     return test.execute(arguments.kills)
 
@@ -125,9 +129,10 @@ class KillTest:
         for victim in (process.pid, *workers):
             _kill(victim)
         process.wait()
-        last = self.folder / name / "checkpoints" / "last.pt"
-        if blow.endswith("cut") and last.exists() and (last.parent / "previous.pt").exists():
-            last.write_bytes(last.read_bytes()[: -self.chance.randrange(1, 3000)])
+        last = self.folder / name / "checkpoints" / "last"
+        if blow.endswith("cut") and last.exists() and (last.parent / "previous").exists():
+            file = self.chance.choice(sorted(last.iterdir()))
+            os.truncate(file, self.chance.randrange(file.stat().st_size))
 
     def _start(self, name: str) -> subprocess.Popen[bytes]:
         run = ["-m", "cctorch", "run", str(self.config), f"name={name}"]

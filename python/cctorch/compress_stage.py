@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from cctorch import collaborative, data, distributed
 from cctorch.config import Compress
+from cctorch.store import Folder
 
 
 def search(
@@ -46,3 +48,13 @@ def search(
         progress=progress,
         across_ranks=True,
     )
+
+
+def save(found: collaborative.Compression, folder: Folder) -> None:
+    """Plan, gradients and rate curves."""
+    folder.write("plan.json", found.plan.to_json())
+    folder.save_gradients(found.gradients)
+    curves = [
+        {key: getattr(curve, key) for key in ("name", "rate", "loss", "a", "b", "allocated")} for curve in found.curves
+    ]
+    folder.write("curves.json", json.dumps(curves))

@@ -207,6 +207,8 @@ class Config(Section):
     # Under torchrun, train on the statistics of the whole batch, which makes the result independent of the number of
     # ranks up to rounding. false: each rank on those of its share, with less communication and another result.
     synchronize_batch_norm: bool = True
+    # Under torchrun, each rank keeps a shard of parameters, gradients and momentum (FSDP2) instead of all of them.
+    sharded: bool = False
     output: str = "runs"
     data: Data
     model: Model

@@ -79,6 +79,11 @@ def joined(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def background_group() -> dist.ProcessGroup | None:
+    """All ranks, for what another thread sends beside the main one, from CPU to CPU. Alone: None."""
+    return dist.new_group(timeout=_PATIENCE, backend="gloo") if dist.is_initialized() else None
+
+
 def sum_(tensor: Tensor) -> Tensor:
     """Adds `tensor` up over the ranks, in place. The result is the same on all of them to the bit."""
     if world_size() > 1:
@@ -173,9 +178,9 @@ def assert_identical(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """
     if world_size() == 1:
         return
-    names, values = zip(*tensors, strict=True)
-    _compare(f"{what}: the names of the layers", ["names"], [_hash("\n".join(names).encode())])
-    _compare(what, names, [_hash_tensor(value) for value in values])
+    found = dict(tensors)
+    _compare(f"{what}: the names of the layers", ["names"], [_hash("\n".join(found).encode())])
+    _compare(what, found, [_hash_tensor(value) for value in found.values()])
 
 
 def parallel(model: nn.Module, example: Tensor, *, broadcasts_buffers: bool) -> nn.Module:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cctorch import sharding
 from cctorch.config import ConfigError, Regularize
 from cctorch.nn import LowRankConv2d, LowRankLinear
 from cctorch.nn.gather import unwrapped
 from cctorch.regularize import Compose, Event, Events
+from cctorch.sharded_events import ShardedEvents
 
 # Relative to the largest singular value: what rounding leaves of a weight that was multiplied out of its factors.
 _RANK_TOLERANCE = 1e-5
@@ -55,8 +57,9 @@ class RegularizeStage:
         quantities = [q.make() for q in settings.q]
         regularizer = quantities[0] if len(quantities) == 1 else Compose(quantities)
         schedule = settings.frequency.make()
+        events = ShardedEvents if sharding.is_sharded(model) else Events
         try:
-            self.events = Events(
+            self.events = events(
                 self.parameters, regularizer, schedule, optimizer, clear_momentum=settings.clear_momentum
             )
         except ValueError as error:
@@ -78,7 +81,7 @@ class RegularizeStage:
         return {"events": len(recent), "update": update, "bits": int(recent[-1][3]) if recent else None}
 
     def result(self, top1: float, top1_between: float) -> Regularized:
-        described = [{"name": name, **describe(parameter)} for name, parameter in self.parameters]
+        described = [{"name": name, **describe(sharding.whole(parameter))} for name, parameter in self.parameters]
         bits, dense_bits = (int(size) for size in self.trace[-1][3:])
         return Regularized(top1, top1_between, len(self.trace), bits, dense_bits, self.trace, described)
 

@@ -9,9 +9,7 @@ Started by torchrun, every rank calls `run`: each works on its share of every ba
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,11 +18,9 @@ from torch import Tensor, nn
 from cctorch import (
     _C,
     batch_norm,
-    collaborative,
     compress_stage,
     data,
     distributed,
-    measure,
     measure_stage,
     models,
     report,
@@ -35,22 +31,14 @@ from cctorch.device import describe, select_device
 from cctorch.graph import trace
 from cctorch.interruption import Interruption
 from cctorch.log import Log, duration
-from cctorch.nn import BatchNorm2d
+from cctorch.network import Network
 from cctorch.regularize_stage import RegularizeStage, select
 from cctorch.repair import repair
 from cctorch.session import locked, logged
-from cctorch.store import Architecture, Events, Folder, State, Steps, build, load_model
+from cctorch.state import Checkpoints, Saved, State
+from cctorch.store import Architecture, Events, Folder, Steps, build, load_model
 from cctorch.summary import Summary, counted, search_results, show
-from cctorch.train import (
-    Criterion,
-    Partial,
-    learning_rate,
-    make_criterion,
-    make_optimizer,
-    momentum_by_name,
-    restore_momentum,
-    train_epoch,
-)
+from cctorch.train import Criterion, Partial, learning_rate, make_criterion, train_epoch
 
 
 def run(config: Config, *, fresh: bool = False, console: Console | None = None) -> Summary:
@@ -105,16 +93,15 @@ class _Run:
         self.architecture = Architecture(
             config.model.name, self.data.classes, self.data.shape, self.data.mean, self.data.std
         )
-        (state, self.damaged), rng = distributed.on_main(
-            lambda: ((None, []) if fresh else folder.load_state(), torch.get_rng_state())
-        )
-        torch.set_rng_state(rng)
-        self.resuming = state is not None
-        self.state = state or State()
-        self.model = self._model()
-        self.parallel = self._parallel()
-        self.optimizer = self._optimizer(self.state.momentum)
+        self.checkpoints = Checkpoints(folder.checkpoints)
+        saved, self.damaged = (None, []) if fresh else self.checkpoints.newest()
+        self.resuming = saved is not None
+        self.state = saved.state if saved else State()
+        torch.set_rng_state(distributed.on_main(torch.get_rng_state))
+        self.network = self._network(saved)
         self.regularized = self._regularized()
+        if saved is not None:
+            saved.restore_generator()
 
     @property
     def device_name(self) -> str:
@@ -148,10 +135,12 @@ class _Run:
                 self._finish_compressed()
             if self.state.stage == "regularize":
                 self._regularize()
-            return distributed.on_main(self._measure)
+            whole = self.network.whole(self._blank)
+            return distributed.on_main(lambda: self._measure(self.network.place(whole)))
         finally:
             self.events.close()
             self.steps.close()
+            self.checkpoints.wait()
 
     def _load_data(self) -> data.Dataset:
         """Rank 0 goes first: it downloads, and decodes into the cache, what is not there."""
@@ -165,13 +154,25 @@ class _Run:
             load()
         return loaded[0]
 
-    def _model(self) -> nn.Module:
-        model = build(self.architecture, self.state.plan)
-        if self.state.model:
-            models.load_state(model, self.state.model, str(self.folder.checkpoints / "last.pt"))
-        elif self.config.model.weights is not None:
+    def _network(self, saved: Saved | None) -> Network:
+        """As `saved`, or with the configuration's weights, or fresh ones."""
+        model = self._blank()
+        if saved is None and self.config.model.weights is not None:
             models.load_weights(model, expand(self.config.model.weights))
-        return self._place(model)
+        network = Network(model, self.config, self.settings, self.feed, self.device)
+        if saved is not None:
+            parameters = dict(network.model.named_parameters())
+            momentum = {name: torch.empty_like(parameters[name]).detach() for name in saved.names("momentum")}
+            regularization = saved.like("regularization")
+            model_state = network.model.state_dict()
+            tensors = {"model": model_state, "momentum": momentum, "regularization": regularization}
+            self.checkpoints.load(saved, tensors)
+            self.state.regularization |= regularization
+            network.optimize(self.settings, momentum)
+        return network
+
+    def _blank(self) -> nn.Module:
+        return build(self.architecture, self.state.plan)
 
     def _regularized(self) -> list[str]:
         """Names of the parameters that the regularization events act on, in the dense model."""
@@ -181,45 +182,27 @@ class _Run:
         names = select(build(self.architecture, None), settings.parameters)
         if self.config.compress is None:
             # The shapes are known already: one that does not fit Q is refused before any training.
-            RegularizeStage(settings, self.model, names, self.optimizer, {}, [])
+            RegularizeStage(settings, self.network.model, names, self.network.optimizer, {}, [])
         return names
 
-    def _place(self, model: nn.Module) -> nn.Module:
-        return self.feed.place(model, self.device)
-
-    def _parallel(self) -> nn.Module:
-        """The model for training steps, anew whenever its parameters are."""
-        synchronized = self.config.synchronize_batch_norm
-        for module in self.model.modules():
-            if isinstance(module, BatchNorm2d):
-                module.synchronized = synchronized
-        return distributed.parallel(self.model, self.feed.example(1), broadcasts_buffers=not synchronized)
-
     def _dense(self) -> nn.Module:
-        return self._place(distributed.on_main(lambda: load_model(self.folder.dense)[0]))
-
-    def _share(self, images: data.Batches) -> data.Batches:
-        return images.block(distributed.rank(), distributed.world_size())
-
-    def _optimizer(self, momentum: dict[str, Tensor]) -> torch.optim.SGD:
-        optimizer = make_optimizer(self.model, self.settings)
-        restore_momentum(self.model, optimizer, momentum)
-        return optimizer
-
-    def _accuracy(self, images: data.ImageSet, model: nn.Module | None = None) -> float:
-        return measure.accuracy(model or self.model, self._share(self.feed.batches(images, 500)), across_ranks=True)
+        return self.network.place(distributed.on_main(lambda: load_model(self.folder.dense)[0]))
 
     def _save(self, stage: str, epoch: int, partial: Partial | None = None) -> None:
-        distributed.assert_identical(f"{stage}, epoch {epoch}", self.model.state_dict().items())
+        self.network.assert_identical(f"{stage}, epoch {epoch}")
         self.state.stage, self.state.epoch = stage, epoch
         self.state.losses, self.state.seconds = (partial.losses, partial.seconds) if partial else ([], 0.0)
-        self.state.model, self.state.events = self.model.state_dict(), self.events.all
-        self.state.momentum = momentum_by_name(self.model, self.optimizer)
+        self.state.events = self.events.all
+        regularization: dict[str, Tensor] = {}
         if self.regularizing:
-            self.state.regularization = dict(self.regularizing.events.state_dict())
+            remembered = self.regularizing.events.state_dict()
+            regularization = {key: value for key, value in remembered.items() if isinstance(value, Tensor)}
+            self.state.regularization = {key: value for key, value in remembered.items() if key not in regularization}
             self.state.results["trace"] = self.regularizing.trace
         self.state.steps_bytes = self.steps.size()
-        distributed.on_main(lambda: self.folder.save_state(self.state))
+        model, momentum = self.network.model.state_dict(), self.network.momentum()
+        tensors = {"model": model, "momentum": momentum, "regularization": regularization}
+        self.checkpoints.save(self.state, tensors)
 
     def _train(self) -> None:
         """Ends an interrupted epoch in a checkpoint. What is deferred until then is decided by all ranks together."""
@@ -255,9 +238,9 @@ class _Run:
                 written = len(losses)
 
             result = train_epoch(
-                self.parallel,
+                self.network.parallel,
                 batches.epoch(self.config.seed, self._epochs_before(stage) + epoch, settings.augment, written),
-                self.optimizer,
+                self.network.optimizer,
                 settings,
                 epoch=epoch,
                 steps=steps,
@@ -269,12 +252,12 @@ class _Run:
                 done=partial,
             )
         if not self.config.synchronize_batch_norm:
-            distributed.broadcast_buffers(self.model)
+            distributed.broadcast_buffers(self.network.model)
         if result is None:
             self._save(stage, epoch, partial)
             raise self.interruption.interrupted()
         with self._as_if_compressed():
-            accuracy = self._accuracy(self.data.validation) if len(self.data.validation) else None
+            accuracy = self.network.accuracy(self.data.validation) if len(self.data.validation) else None
         recent = self.regularizing.since(self.state.events_before) if self.regularizing else {}
         self.events.add("epoch", stage, epoch=epoch + 1, accuracy=accuracy, **asdict(result), **recent)
         shown = "" if accuracy is None else f"  validation top-1 {accuracy:.2f} %"
@@ -299,58 +282,57 @@ class _Run:
         return make_criterion(settings, (distillation, self._dense()))
 
     def _finish_dense(self) -> None:
-        top1 = self._accuracy(self.data.test)
+        top1 = self.network.accuracy(self.data.test)
         self.events.add("dense", "train", accuracy=top1)
         self.log.line(f"dense model: test top-1 {top1:.2f} %")
         self.state.results["dense_top1"] = top1
-        distributed.on_main(lambda: self.folder.save_model(self.folder.dense, self.model, None, self.architecture))
+        whole = self.network.whole(self._blank)
+        distributed.on_main(lambda: self.folder.save_model(self.folder.dense, whole, None, self.architecture))
         if not self.config.compress:
-            self.state.results |= counted(trace(self.model, self.feed.example(2)).specs)
-        self._begin("compress" if self.config.compress else "regularize")
+            example = self.feed.example(2).to(next(whole.parameters()).device)
+            self.state.results |= counted(trace(whole, example).specs)
+        self._begin("compress" if self.config.compress else "regularize", self.network.momentum())
 
-    def _begin(self, stage: str) -> None:
+    def _begin(self, stage: str, momentum: dict[str, Tensor]) -> None:
         """Training that starts anew: the momentum stays, the learning rate is the stage's own."""
-        momentum = momentum_by_name(self.model, self.optimizer)
         self.state.stage = stage
-        self.optimizer = self._optimizer(momentum)
+        self.network.optimize(self.settings, momentum)
         self._save(stage, 0)
+        self.checkpoints.wait()  # what follows may need the memory of the copy, or measure times
 
     def _compress(self, settings: Compress) -> None:
         images = self.feed.batches(self.data.train, self.config.train.batch_size)
+        self.network.unwrap(self._blank, self.settings)
+        model = self.network.model
         with self.log.stages() as progress:
-            found = compress_stage.search(self.model, images, self.config.seed, settings, progress=progress)
+            found = compress_stage.search(model, images, self.config.seed, settings, progress=progress)
         for warning in found.warnings:
             self.log.warning(warning)
-        distributed.on_main(lambda: self._save_search(found))
+        distributed.on_main(lambda: compress_stage.save(found, self.folder))
         self.log.line(
             f"search: gradients {found.gradient_seconds:.1f} s, rate curves {found.curve_seconds:.1f} s, heuristic "
             f"{found.heuristic_seconds:.1f} s; MACs {found.dense_macs / 1e6:.2f} M -> {found.final_macs / 1e6:.2f} M"
         )
         self.state.plan = found.plan.to_json()
         self.state.results |= search_results(found)
-        del self.parallel  # its hooks go before another one puts up its own
-        self.model = self._place(apply(self.model, found.plan, self.optimizer))
-        distributed.assert_identical("the compressed layers", self.model.state_dict().items())
+        self.network.model = self.network.place(apply(model, found.plan, self.network.optimizer))
+        self.network.assert_identical("the compressed layers")
         self._reestimate(settings.bn_reestimate_images)
         self._repair(found.plan, settings)
-        self.parallel = self._parallel()
-        self._begin("finetune")
-
-    def _save_search(self, found: collaborative.Compression) -> None:
-        self.folder.write("plan.json", found.plan.to_json())
-        self.folder.save_gradients(found.gradients)
-        self.folder.write("curves.json", json.dumps([_curve(curve) for curve in found.curves]))
+        momentum = self.network.momentum()
+        self.network.wrap(self.network.model)
+        self._begin("finetune", momentum)
 
     def _reestimate(self, count: int) -> None:
-        top1 = self._accuracy(self.data.test)
+        top1 = self.network.accuracy(self.data.test)
         self.events.add("compressed", "compress", accuracy=top1)
         self.log.line(f"right after compression: test top-1 {top1:.2f} %")
         self.state.results |= {"top1_compressed": top1, "top1_reestimated": None}
         if count:
             batches = self.feed.batches(self.data.train, self.config.train.batch_size).head(count, self.config.seed)
             slices = batches.sliced(distributed.rank(), distributed.world_size())
-            batch_norm.reestimate(self.model, slices, across_ranks=True)
-            top1 = self._accuracy(self.data.test)
+            batch_norm.reestimate(self.network.model, slices, across_ranks=True)
+            top1 = self.network.accuracy(self.data.test)
             self.events.add("reestimated", "compress", accuracy=top1)
             self.log.line(f"BatchNorm statistics re-estimated: test top-1 {top1:.2f} %")
             self.state.results["top1_reestimated"] = top1
@@ -359,31 +341,33 @@ class _Run:
         if not settings.repair:
             return
         images = self.feed.batches(self.data.train, self.config.train.batch_size)
-        batches = self._share(images.head(settings.repair_images, self.config.seed))
+        images = images.head(settings.repair_images, self.config.seed)
+        batches = images.block(distributed.rank(), distributed.world_size())
+        model = self.network.model
         with self.log.stages() as progress:
-            repaired = repair(self.model, self._dense(), plan, batches, progress=progress, across_ranks=True)
+            repaired = repair(model, self._dense(), plan, batches, progress=progress, across_ranks=True)
         seconds = repaired.seconds
-        top1 = self._accuracy(self.data.test)
+        top1 = self.network.accuracy(self.data.test)
         self.events.add("repaired", "compress", accuracy=top1, seconds=seconds)
         self.log.line(f"weights fitted to the dense model's outputs in {seconds:.1f} s: test top-1 {top1:.2f} %")
         self.state.results |= {"top1_repaired": top1, "repair_seconds": seconds}
 
     def _finish_compressed(self) -> None:
-        top1 = self._accuracy(self.data.test)
+        top1 = self.network.accuracy(self.data.test)
         self.events.add("finetuned", "finetune", accuracy=top1)
         self.log.line(f"compressed model: test top-1 {top1:.2f} %")
         self._compressed(top1)
-        self._begin("regularize" if self.config.regularize else "measure")
+        self._begin("regularize" if self.config.regularize else "measure", self.network.momentum())
 
     def _compressed(self, top1: float) -> None:
         self.state.results["compressed_top1"] = top1
-        settings = self.config.checkpoint
+        settings, whole = self.config.checkpoint, self.network.whole(self._blank)
         file = distributed.on_main(
-            lambda: self.folder.save_compressed(self.model, self.state.plan, self.architecture, settings)
+            lambda: self.folder.save_compressed(whole, self.state.plan, self.architecture, settings)
         )
         if settings.lossy:
-            stored = self._place(distributed.on_main(lambda: load_model(file)[0]))
-            top1 = self._accuracy(self.data.test, stored)
+            stored = self.network.place(distributed.on_main(lambda: load_model(file)[0]))
+            top1 = self.network.accuracy(self.data.test, stored)
             self.events.add("stored", self.state.stage, accuracy=top1)
             bound = f"within {settings.error_bound:g} of the weights' root mean squares"
             self.log.line(f"{file.name}, {bound}: test top-1 {top1:.2f} %")
@@ -392,17 +376,17 @@ class _Run:
         assert self.config.regularize
         stage = RegularizeStage(
             self.config.regularize,
-            self.model,
+            self.network.model,
             self.regularized,
-            self.optimizer,
+            self.network.optimizer,
             self.state.regularization,
             self.state.results.setdefault("trace", []),
         )
         self.regularizing = stage
         self._train()
-        between = self._accuracy(self.data.test)
+        between = self.network.accuracy(self.data.test)
         stage.finish()
-        top1 = self._accuracy(self.data.test)
+        top1 = self.network.accuracy(self.data.test)
         self.events.add("regularized", "regularize", accuracy=top1)
         result = stage.result(top1, between)
         self.log.line(
@@ -412,6 +396,7 @@ class _Run:
         self.state.results["regularized"] = asdict(result)
         self._compressed(top1)
         self._save("measure", 0)
+        self.checkpoints.wait()
 
     def _epochs_before(self, stage: str) -> int:
         stages = {"train": self.config.train, "finetune": self.config.finetune, "regularize": self.config.regularize}
@@ -421,11 +406,7 @@ class _Run:
     def _as_if_compressed(self) -> contextlib.AbstractContextManager[object]:
         return self.regularizing.events.as_if_at_event() if self.regularizing else contextlib.nullcontext()
 
-    def _measure(self) -> Summary:
+    def _measure(self, model: nn.Module) -> Summary:
         return measure_stage.measured(
-            self.config, self.folder, self.feed, self.model, self.device, self.state.results, self.log
+            self.config, self.folder, self.feed, model, self.device, self.state.results, self.log
         )
-
-
-def _curve(curve: _C.RateCurve) -> dict[str, Any]:
-    return {name: getattr(curve, name) for name in ("name", "rate", "loss", "a", "b", "allocated")}

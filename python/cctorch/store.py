@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
 import json
 import os
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import safetensors
 import safetensors.torch
-import torch
 import yaml
 from torch import Tensor, nn
 
-from cctorch import atomic, distributed, models
+from cctorch import atomic, distributed, models, state_files
 from cctorch.config import Checkpoint, Config, ConfigError
 from cctorch.models import CheckpointError
 from cctorch.summary import Summary
@@ -45,35 +43,10 @@ _FILES = {
     "checkpoints",
     "tensorboard",
 }
-_CHECKPOINTS = {
-    "last.pt",
-    "previous.pt",
-    "next.pt",
-    "gradients.pt",
-    "dense.safetensors",
-    "compressed.safetensors",
-    "compressed.h5",
-}
-
-
-@dataclass
-class State:
-    """Where a run stands: everything needed to go on as if it had never stopped."""
-
-    stage: str = "train"
-    epoch: int = 0
-    plan: str | None = None
-    model: dict[str, Tensor] = field(default_factory=dict)
-    momentum: dict[str, Tensor] = field(default_factory=dict)
-    regularization: dict[str, Any] = field(default_factory=dict)
-    # Of an epoch that was interrupted: `train.Partial`, and the regularization events before it.
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    events_before: int = 0
-    # Of steps.jsonl: what follows belongs to steps that will be done again.
-    steps_bytes: int = 0
-    events: list[dict[str, Any]] = field(default_factory=list)
-    results: dict[str, Any] = field(default_factory=dict)
+_STATES = ("last", "previous", "next")
+_CHECKPOINTS = {*_STATES, "gradients.safetensors", "dense.safetensors", "compressed.safetensors", "compressed.h5"}
+# Of earlier versions.
+_CHECKPOINTS |= {"last.pt", "previous.pt", "next.pt", "gradients.pt"}
 
 
 class Writer(NamedTuple):
@@ -100,9 +73,12 @@ def load_model(path: Path) -> tuple[nn.Module, Architecture]:
 
     Raises CheckpointError for a file that is damaged or of another kind.
     """
-    tensors, plan, described = (_load_hdf5 if path.suffix == ".h5" else _load_safetensors)(path)
-    architecture = Architecture(**{key: _tuples(value) for key, value in json.loads(described).items()})
-    model = build(architecture, plan)
+    tensors, metadata = (_load_hdf5 if path.suffix == ".h5" else _load_safetensors)(path)
+    if "architecture" not in metadata:
+        raise CheckpointError(f"{path} holds tensors, but not the architecture of a run's model")
+    described = json.loads(metadata["architecture"])
+    architecture = Architecture(**{key: _tuples(value) for key, value in described.items()})
+    model = build(architecture, metadata.get("plan"))
     models.load_state(model, tensors, str(path))
     return model.eval(), architecture
 
@@ -128,7 +104,7 @@ class Folder:
             self.checkpoints / "dense.safetensors",
             self.checkpoints / "compressed.safetensors",
         )
-        self.gradients = self.checkpoints / "gradients.pt"
+        self.gradients = self.checkpoints / "gradients.safetensors"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -144,6 +120,13 @@ class Folder:
             file.write(f"{os.getpid()} {socket.gethostname()}")
             file.flush()
             yield
+
+    def holder(self) -> str:
+        """What `locked` has written into the lock, in this process or in another; empty where there is no lock."""
+        try:
+            return (self.path / _LOCK).read_text()
+        except FileNotFoundError:
+            return ""
 
     def writer(self) -> Writer | None:
         """The process that is in `locked`, if there is one; number 0 for an instant after it came."""
@@ -165,6 +148,9 @@ class Folder:
         foreign = [item for item in self.path.iterdir() if not self._own(item, _FILES)]
         if self.checkpoints.is_dir():
             foreign += [item for item in self.checkpoints.iterdir() if not self._own(item, _CHECKPOINTS)]
+        for state in (self.checkpoints / name for name in _STATES):
+            if state.is_dir():
+                foreign += [item for item in state.iterdir() if not state_files.is_own(item)]
         for name, ours in (("tensorboard", "events.out.tfevents*"), ("logs", "rank*.log")):
             if (self.path / name).is_dir():
                 foreign += [item for item in (self.path / name).iterdir() if not item.match(ours)]
@@ -241,55 +227,15 @@ class Folder:
 
     def save_gradients(self, gradients: dict[str, Tensor]) -> None:
         """Of the dense model's layers: a sweep begins with them."""
-        _save(self.gradients, {"format": _FORMAT, "model": gradients})
+        tensors = {name: value.contiguous() for name, value in gradients.items()}
+        atomic.write(self.gradients, safetensors.torch.save(tensors, {"format": str(_FORMAT)}))
 
     def load_gradients(self) -> tuple[dict[str, Tensor] | None, str]:
         """None where there are none, with what is wrong with the file if it is damaged."""
         try:
-            return (_load(self.gradients)["model"], "") if self.gradients.exists() else (None, "")
+            return (_load_safetensors(self.gradients)[0], "") if self.gradients.exists() else (None, "")
         except CheckpointError as error:
             return None, str(error)
-
-    def save_state(self, state: State) -> None:
-        """Keeps the last two states: a full disk or a crash leaves at least one of them whole."""
-        content = {
-            "format": _FORMAT,
-            "stage": state.stage,
-            "epoch": state.epoch,
-            "plan": state.plan,
-            "model": state.model,
-            "momentum": state.momentum,
-            "regularization": state.regularization,
-            "losses": state.losses,
-            "seconds": state.seconds,
-            "events_before": state.events_before,
-            "steps_bytes": state.steps_bytes,
-            "events": json.dumps(state.events),
-            "results": json.dumps(state.results),
-            "rng": torch.get_rng_state(),
-        }
-        fresh, last = self.checkpoints / "next.pt", self.checkpoints / "last.pt"
-        _save(fresh, content)
-        if last.exists():
-            last.replace(self.checkpoints / "previous.pt")
-        fresh.replace(last)
-
-    def load_state(self) -> tuple[State | None, list[str]]:
-        """The last state that can be read, None if there is none yet, and warnings about those that can't."""
-        files = [file for name in ("last.pt", "previous.pt") if (file := self.checkpoints / name).exists()]
-        warnings = []
-        for file in files:
-            try:
-                content = _load(file)
-            except CheckpointError as error:
-                warnings.append(f"{error}; going back to the state before it")
-                continue
-            torch.set_rng_state(content.pop("rng"))
-            content["events"], content["results"] = json.loads(content["events"]), json.loads(content["results"])
-            return State(**{key: value for key, value in content.items() if key != "format"}), warnings
-        if files:
-            raise CheckpointError(f"no checkpoint in {self.checkpoints} can be read: start over with --fresh")
-        return None, []
 
 
 class Events:
@@ -369,21 +315,8 @@ def _lock(file: TextIO) -> bool:
     return False
 
 
-def _save(path: Path, content: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    atomic.write(path, buffer.getvalue())
-
-
-def _load(path: Path) -> dict[str, Any]:
-    content = models.load_tensors(path)
-    if not isinstance(content, dict) or content.get("format") != _FORMAT or "model" not in content:
-        raise CheckpointError(f"{path} is not a checkpoint of this version of cctorch (format {_FORMAT})")
-    return content
-
-
-def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None, str]:
-    """Tensors, plan and architecture."""
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
@@ -392,18 +325,16 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None, str]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged, or no safetensors file ({error}): copy it again") from error
-    if metadata.get("format") != str(_FORMAT) or "architecture" not in metadata:
-        raise CheckpointError(f"{path} is not a model of this version of cctorch (format {_FORMAT})")
-    return tensors, metadata.get("plan"), metadata["architecture"]
+    if metadata.get("format") != str(_FORMAT):
+        raise CheckpointError(f"{path} is not of this version of cctorch (format {_FORMAT})")
+    return tensors, metadata
 
 
-def _load_hdf5(path: Path) -> tuple[dict[str, Tensor], str | None, str]:
+def _load_hdf5(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from cctorch import checkpoint
 
     found = checkpoint.load(path)
-    if "architecture" not in found.metadata:
-        raise CheckpointError(f"{path} holds tensors, but not the architecture of a run's model")
-    return found.tensors, found.plan, found.metadata["architecture"]
+    return found.tensors, found.metadata if found.plan is None else {**found.metadata, "plan": found.plan}
 
 
 def _tuples(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cctorch import cli, collaborative, measure, models
+from cctorch import cli, collaborative, measure, network
 from cctorch import run as driver
 from cctorch.config import Config
 from cctorch.interruption import Interrupted, Interruption
@@ -27,7 +27,7 @@ from tiny_run import config, tree, write_dataset
 PLACES = {
     "training": (driver, "learning_rate", 2),  # called for the lines of steps.jsonl
     "validation": (measure, "accuracy", 1),
-    "saving": (driver, "momentum_by_name", 1),
+    "saving": (network, "momentum_by_name", 1),
     "search": (collaborative, "compress", 1),
     "measurement": (measure, "latency", 2),
 }
@@ -112,7 +112,8 @@ def test_a_signal_within_an_epoch_loses_no_step(
         _signalled_at(patch, torch.optim.SGD, "step", step, signal.SIGUSR1)
         with pytest.raises(Interrupted, match="SIGUSR1 received"):
             run(settings, console=_quiet())
-    state = models.load_tensors(settings.folder / "checkpoints" / "last.pt")
+    last = settings.folder / "checkpoints" / "last"
+    state = json.loads((last / "state.json").read_text())["content"]["state"]
     assert (state["epoch"], len(state["losses"])) == divmod(step, 10)
     found = status(settings.folder)
     assert (found.epoch, found.step) == divmod(step, 10)
@@ -121,8 +122,8 @@ def test_a_signal_within_an_epoch_loses_no_step(
         _signalled_at(patch, torch.optim.SGD, "step", 2, signal.SIGTERM)
         with pytest.raises(Interrupted):
             run(settings, console=_quiet())
-    last = settings.folder / "checkpoints" / "last.pt"
-    last.write_bytes(last.read_bytes()[:-1000])
+    tensors = last / "rank0.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1000])
     run(settings, console=_quiet())
     _assert_same(settings, undisturbed)
 

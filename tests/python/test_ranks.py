@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
+import itertools
 import json
-from collections.abc import Callable
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from cctorch import apply, batch_norm, collaborative, distributed, measure, models, repair
+from cctorch import apply, batch_norm, collaborative, distributed, measure, models, repair, session
+from cctorch import run as driver
 from cctorch.config import ConfigError, parse_config
 from cctorch.data import Batches, ImageSet
 from cctorch.interruption import Interrupted
@@ -23,22 +28,11 @@ from cctorch.run import run
 from cctorch.train import Partial, _Losses
 from rich.console import Console
 from safetensors.torch import load_file
+from spawned import spawn
 from tiny_run import images_and_labels, tree, write_dataset
 from torch import Tensor, nn
 
 RANKS = 3
-
-
-def _spawn(ranks: int, folder: Path, function: Callable[..., None], *arguments: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(_enter, (ranks, str(folder / "rendezvous"), function, arguments), nprocs=ranks)
-
-
-def _enter(rank: int, ranks: int, rendezvous: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=ranks)
-    function(*arguments)
-    dist.destroy_process_group()
 
 
 def _batches(count: int, batch_size: int) -> Batches:
@@ -243,7 +237,7 @@ def _all_of(functions: list[Callable[[], None]]) -> None:
 
 
 def test_three_ranks_find_what_one_process_finds(tmp_path: Path) -> None:
-    _spawn(RANKS, tmp_path, _all_of, TOGETHER)
+    spawn(RANKS, tmp_path, _all_of, TOGETHER)
 
 
 def _run(settings: dict[str, Any], name: str) -> None:
@@ -280,6 +274,51 @@ def alone(settings: dict[str, Any]) -> Path:
     return Path(settings["output"]) / "alone"
 
 
+def _disturbed(settings: dict[str, Any]) -> None:
+    """On two ranks: a folder that rank 1 does not see, a full disk on rank 1, a damaged checkpoint."""
+    rank, elsewhere = dist.get_rank(), Path(settings["output"]) / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    checkpoints = Path(settings["output"]) / "disturbed" / "checkpoints"
+    write = os.write
+
+    def full(descriptor: int, content: Any) -> int:
+        if rank == 1 and (checkpoints / "last").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "_SECONDS_TO_APPEAR", 0.0)
+        patch.chdir(elsewhere if rank == 1 else elsewhere.parent)
+        with pytest.raises(ConfigError, match=r"output: .*disturbed of rank 0 is not seen by rank 1 \(on "):
+            _run({**settings, "output": "."}, "disturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match=r"the disk is full: .*rank1\.safetensors"):
+            _run(settings, "disturbed")
+    dist.barrier()
+    assert [item.name for item in checkpoints.iterdir() if item.is_dir()] == ["last"]
+    assert "the disk is full" in (checkpoints.parent / "failure.txt").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "train_epoch", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            _run(settings, "disturbed")
+    dist.barrier()
+    if rank == 0:
+        shutil.copytree(checkpoints.parent, elsewhere / "interrupted")
+        os.truncate(checkpoints / "last" / "rank1.safetensors", 1000)
+    dist.barrier()
+    _run(settings, "disturbed")
+    if rank == 0:
+        said = " ".join((checkpoints.parent / "run.log").read_text().split())
+        assert "rank1.safetensors is not what was written; going back to the state before it" in said
+        assert "resuming at stage train, after epoch 1" in said
+        assert "resuming at stage compress, after epoch 0" in said
+
+
+def _interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def _losses(folder: Path) -> Tensor:
     lines = (folder / "steps.jsonl").read_text().splitlines()
     return torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
@@ -295,8 +334,57 @@ def _epochs(folder: Path) -> Tensor:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_run_does_not_depend_on_the_number_of_ranks(settings: dict[str, Any], alone: Path, ranks: int) -> None:
     name = f"of{ranks}"
-    _spawn(ranks, alone.parent / f"files{ranks}", _run, settings, name)
+    spawn(ranks, alone.parent / f"files{ranks}", _run, settings, name)
     folder = alone.parent / name
+    _assert_ended_alike(folder, alone)
+    assert sorted(log.name for log in (folder / "logs").iterdir()) == [f"rank{rank}.log" for rank in range(1, ranks)]
+
+
+def _sharded(settings: dict[str, Any]) -> None:
+    """On two ranks: a run, and one that is interrupted in each of its stages of training and goes on."""
+    settings = {**settings, "sharded": True}
+    _run(settings, "sharded")
+    step, output = torch.optim.SGD.step, Path(settings["output"])
+    # It is heard one step later: after 3, 3 and 2 of the 4 steps of the stages.
+    for stop in (2, 3, 2):
+        calls = itertools.count(1)
+
+        def signalled(*arguments: Any, calls: Iterator[int] = calls, stop: int = stop, **options: Any) -> Any:
+            if next(calls) == stop and dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return step(*arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.SGD, "step", signalled)
+            with pytest.raises(Interrupted):
+                _run(settings, "broken")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.copytree(output / "broken", output / "copied")
+    dist.barrier()
+    _run(settings, "broken")
+
+
+def test_a_sharded_run_ends_as_one_alone_does(settings: dict[str, Any], alone: Path) -> None:
+    spawn(2, alone.parent / "sharded-files", _sharded, settings)
+    sharded, broken, copied = (alone.parent / name for name in ("sharded", "broken", "copied"))
+    _assert_ended_alike(sharded, alone)
+    tensors = [load_file(folder / "checkpoints" / "compressed.safetensors") for folder in (sharded, broken)]
+    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+    assert torch.equal(_losses(sharded), _losses(broken))
+    content = json.loads((copied / "checkpoints" / "last" / "state.json").read_text())["content"]
+    assert content["state"]["stage"] == "regularize"
+    assert len(content["state"]["losses"]) == 2
+    for group in ("model", "momentum"):
+        parts = content["tensors"][f"{group}.conv1.weight"]["parts"]
+        assert [part["file"] for part in parts] == ["rank0.safetensors", "rank1.safetensors"]
+    shutil.rmtree(broken)
+    copied.rename(broken)
+    _run({**settings, "sharded": True}, "broken")
+    _assert_ended_alike(broken, alone)
+
+
+def _assert_ended_alike(folder: Path, alone: Path) -> None:
     assert (folder / "plan.json").read_text() == (alone / "plan.json").read_text()
     assert len(_losses(folder)) == 12
     torch.testing.assert_close(_losses(folder), _losses(alone), rtol=1e-9, atol=0)
@@ -305,4 +393,13 @@ def test_a_run_does_not_depend_on_the_number_of_ranks(settings: dict[str, Any], 
         found, wanted = (load_file(f / "checkpoints" / checkpoint) for f in (folder, alone))
         # Rounding decides on the signs of the two factors of a weight.
         _assert_close(*({name: value.abs() for name, value in state.items()} for state in (found, wanted)), 1e-7)
-    assert sorted(log.name for log in (folder / "logs").iterdir()) == [f"rank{rank}.log" for rank in range(1, ranks)]
+
+
+def test_two_ranks_go_on_from_what_is_left_and_so_does_one(settings: dict[str, Any], alone: Path) -> None:
+    spawn(2, alone.parent / "disturbed-files", _disturbed, settings)
+    folder = alone.parent / "disturbed"
+    _assert_ended_alike(folder, alone)
+    shutil.rmtree(folder)
+    (alone.parent / "elsewhere" / "interrupted").rename(folder)
+    _run(settings, "disturbed")
+    _assert_ended_alike(folder, alone)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cctorch import models, report, store
+from cctorch import measure, models, report, store
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
 from cctorch.regularize_stage import describe, located, select
@@ -105,13 +105,13 @@ def test_accuracies_of_the_epochs_are_as_if_at_an_event(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
-    original: Callable[..., float] = driver.measure.accuracy
+    original: Callable[..., float] = measure.accuracy
 
     def spy(model: nn.Module, batches: Any, **options: Any) -> float:
         seen.append(describe(model.get_submodule("layer1.0.conv1").weight)["sparsity"])  # type: ignore[arg-type]
         return original(model, batches, **options)
 
-    monkeypatch.setattr(driver.measure, "accuracy", spy)
+    monkeypatch.setattr(measure, "accuracy", spy)
     _run(_config(dataset, tmp_path, frequency={"kind": "constant", "period": 100}))
     # Two epochs of training, the dense model, two epochs as if at an event, the weights between, the last event.
     assert [round(sparsity, 2) for sparsity in seen] == [0, 0, 0, 0.75, 0.75, 0, 0.75]

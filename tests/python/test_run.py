@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cctorch import _C, batch_norm, collaborative, export, measure, models, report, store
+from cctorch import _C, batch_norm, collaborative, export, measure, models, report, state, store
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
 from cctorch.data import DataError
@@ -95,9 +96,9 @@ def test_a_run_leaves_all_its_files(finished: tuple[Config, Summary, str]) -> No
     assert {item.name for item in (folder / "checkpoints").iterdir()} == {
         "dense.safetensors",
         "compressed.safetensors",
-        "gradients.pt",
-        "last.pt",
-        "previous.pt",
+        "gradients.safetensors",
+        "last",
+        "previous",
     }
     assert parse_config(yaml.safe_load((folder / "config.yaml").read_text())) == settings
     assert Summary.from_json((folder / "summary.json").read_text()) == summary
@@ -151,7 +152,7 @@ def test_a_run_says_what_it_found(finished: tuple[Config, Summary, str]) -> None
 INTERRUPTIONS = [
     ("first epoch", driver, "train_epoch", 1),
     ("second epoch", driver, "train_epoch", 2),
-    ("between epochs", store.Folder, "save_state", 2),
+    ("between epochs", state.Checkpoints, "save", 2),
     ("dense model", store.Folder, "save_model", 1),
     ("search", collaborative, "compress", 1),
     ("surgery", driver, "apply", 1),
@@ -222,35 +223,83 @@ def test_a_finished_run_is_read_and_not_repeated(
     assert "is finished; --fresh starts it over" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def _interrupted(settings: Config, monkeypatch: pytest.MonkeyPatch, epoch: int) -> Path:
+    """The folder of checkpoints of a run that ended before `epoch` did, all stages counted together."""
+    with monkeypatch.context() as patch:
+        _fail_at(patch, driver, "train_epoch", epoch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, console=_quiet())
+    return settings.folder / "checkpoints"
+
+
+def _flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a missing file": lambda last: (last / "rank0.safetensors").unlink(),
+    "a file cut short": lambda last: os.truncate(last / "rank0.safetensors", 1000),
+    "a changed header": lambda last: _flip(last / "rank0.safetensors", 40),
+    "a changed value": lambda last: _flip(last / "rank0.safetensors", -40),
+    "a missing state": lambda last: (last / "state.json").unlink(),
+    "a state cut short": lambda last: os.truncate(last / "state.json", 1000),
+    "a changed state": lambda last: _flip(last / "state.json", -40),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    finished: tuple[Config, Summary, str], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    settings = config(dataset, tmp_path)
+    checkpoints = _interrupted(settings, monkeypatch, 4)
+    DAMAGES[damage](checkpoints / "last")
+    console = _quiet()
+    run(settings, console=console)
+    said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "last is damaged" in said
+    assert "going back to the state before it" in said
+    assert "resuming at stage finetune, after epoch 0" in said
+    assert _same(settings, finished[0])
+
+
+def test_without_a_checkpoint_that_is_whole_a_run_does_not_go_on(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(dataset, tmp_path)
+    checkpoints = _interrupted(settings, monkeypatch, 3)
+    for name in ("last", "previous"):
+        (checkpoints / name / "rank0.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="can be read: start over with --fresh"):
+        run(settings, console=_quiet())
+    for name in ("last", "previous"):
+        shutil.rmtree(checkpoints / name)
+    (checkpoints / "last.pt").touch()
+    with pytest.raises(CheckpointError, match=r"last\.pt is a checkpoint of an earlier version"):
+        run(settings, console=_quiet())
+
+
+def test_a_run_that_was_killed_between_the_renames_goes_on(
     finished: tuple[Config, Summary, str], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(dataset, tmp_path)
-    with monkeypatch.context() as patch:
-        _fail_at(patch, driver, "train_epoch", 4, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            run(settings, console=_quiet())
-    last = settings.folder / "checkpoints" / "last.pt"
-    last.write_bytes(last.read_bytes()[:-1000])
-    console = _quiet()
-    run(settings, console=console)
-    assert "last.pt is damaged" in console.file.getvalue()  # type: ignore[attr-defined]
+    checkpoints = _interrupted(settings, monkeypatch, 2)
+    (checkpoints / "last").rename(checkpoints / "previous")
+    run(settings, console=_quiet())
     assert _same(settings, finished[0])
-    (settings.folder / "summary.json").unlink()
-    for name in ("last.pt", "previous.pt"):
-        (settings.folder / "checkpoints" / name).write_bytes(b"")
-    with pytest.raises(CheckpointError, match="can be read: start over with --fresh"):
-        run(settings, console=_quiet())
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on_later(
     finished: tuple[Config, Summary, str], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(dataset, tmp_path)
+    checkpoints = settings.folder / "checkpoints"
     write = os.write
 
     def full(descriptor: int, content: Any) -> int:
-        if len(content) > 300_000 and (settings.folder / "checkpoints" / "last.pt").exists():
+        if len(content) > 300_000 and (checkpoints / "last").exists():
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, content)
 
@@ -258,7 +307,8 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(
         patch.setattr(os, "write", full)
         with pytest.raises(OSError, match="the disk is full"):
             run(settings, console=_quiet())
-    assert models.load_tensors(settings.folder / "checkpoints" / "last.pt")["epoch"] == 1
+    assert not (checkpoints / "next").exists()
+    assert json.loads((checkpoints / "last" / "state.json").read_text())["content"]["state"]["epoch"] == 1
     run(settings, console=_quiet())
     assert _same(settings, finished[0])
 
@@ -318,7 +368,13 @@ def test_fresh_deletes_a_runs_own_files_only(dataset: Path, tmp_path: Path, monk
         run(settings, console=_quiet())
     (settings.folder / "logs").mkdir()
     (settings.folder / "logs" / "rank1.log").touch()
-    for foreign in ("notes.txt", "checkpoints/mine.pt", "tensorboard/mine", "logs/mine.log"):
+    for foreign in (
+        "notes.txt",
+        "checkpoints/mine.pt",
+        "checkpoints/last/mine.pt",
+        "tensorboard/mine",
+        "logs/mine.log",
+    ):
         (settings.folder / foreign).touch()
         before = sorted(settings.folder.rglob("*"))
         with pytest.raises(ConfigError, match=f"deletes nothing.*{foreign} is not a run's own file"):
