@@ -48,6 +48,8 @@ def torchvision_model(name: str) -> tuple[nn.Module, Tensor, list[tuple[Tensor, 
         model: nn.Module = nn.Sequential(vgg.features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
     else:
         model = torchvision.models.get_model(name, weights=None)
+        if name.startswith("vit"):  # its head starts with zeros, whatever comes before it
+            nn.init.normal_(model.get_submodule("heads.head").weight, std=0.02)
     images = torch.randn(4, 3, side, side)
     return model.eval(), images[:1], [(images, torch.arange(4))]
 

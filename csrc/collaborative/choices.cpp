@@ -28,8 +28,7 @@ LayerPlan plan_of(const Layer& layer, const RunningLayer& running, const Form& f
 }
 
 // (E1) of the weight that the plan leaves: the truncated SVD of the original weight's kept channels.
-double loss_of(const Layer& layer, const LayerPlan& plan, const Options& options) {
-  RunningLayer running(layer.weight, layer.gradient, options.basis);
+double loss_of(RunningLayer running, const LayerPlan& plan) {
   std::vector<int64_t> removed;
   for (int64_t channel = 0; channel < running.channels(); ++channel) {
     if (!std::binary_search(plan.kept_in.begin(), plan.kept_in.end(), channel)) removed.push_back(channel);
@@ -43,8 +42,9 @@ double loss_of(const Layer& layer, const LayerPlan& plan, const Options& options
   return running.loss();
 }
 
-void walk_down(const Layer& layer, const Cost& cost, const Options& options, std::vector<Choice>& choices) {
-  RunningLayer running(layer.weight, layer.gradient, options.basis);
+void walk_down(const Layer& layer, const RunningLayer& dense, const Cost& cost, const Options& options,
+               std::vector<Choice>& choices) {
+  RunningLayer running = dense;
   const double floor = (1.0 - std::min(options.max_rate, layer.max_rate)) * cost.dense();
   double last = cost.dense();
   while (remove_best_units(running, options)) {
@@ -54,7 +54,7 @@ void walk_down(const Layer& layer, const Cost& cost, const Options& options, std
     if (!(form.cost < last)) continue;
     last = form.cost;
     LayerPlan plan = plan_of(layer, running, form);
-    const double loss = loss_of(layer, plan, options);
+    const double loss = loss_of(dense, plan);
     choices.push_back({form.cost, loss, std::move(plan)});
   }
 }
@@ -84,10 +84,12 @@ std::string left_alone(const std::string& layer, const std::vector<double>& loss
 LayerChoices removal_choices(const Layer& layer, const Options& options) {
   const LayerSpec& spec = layer.spec;
   const Cost cost(spec, layer.table);
-  LayerChoices found{spec.name, RunningLayer(layer.weight, layer.gradient, options.basis).largest_loss(), {}};
+  RunningLayer dense(layer.weight, layer.gradient, options);
+  LayerChoices found{spec.name, dense.largest_loss(), {}};
   found.choices.push_back(
       {cost.dense(), 0.0, LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels)});
   if (!(found.largest_loss > 0)) return found;
+  if (dense.share() > 0) dense.decompose();  // once for all that follows
   // Mixed removals that end as a merely pruned layer chose its channels with a decomposition in mind: pruning alone is
   // a way of its own.
   std::vector<Units> ways;
@@ -96,7 +98,7 @@ LayerChoices removal_choices(const Layer& layer, const Options& options) {
   for (const Units way : ways) {
     Options along = options;
     along.units = way;
-    walk_down(layer, cost, along, found.choices);
+    walk_down(layer, dense, cost, along, found.choices);
   }
   keep_unbeaten(found.choices);
   return found;
@@ -108,7 +110,7 @@ std::vector<LayerChoices> layer_choices(const std::vector<Layer>& layers, const 
   TORCH_CHECK_VALUE(!layers.empty(), "compress: the model has no layer that can be compressed");
   for (const Layer& layer : layers) check_layer(layer);
   std::vector<LayerChoices> choices(layers.size());
-  for_each_layer(layers, "multi-step heuristic", progress,
+  for_each_layer(layers, "multi-step heuristic", options, progress,
                  [&](size_t l) { choices[l] = removal_choices(layers[l], options); });
   return choices;
 }

@@ -23,18 +23,37 @@ std::vector<int64_t> best_units(const std::vector<double>& scores, int64_t count
   return units;
 }
 
-// One ranking's removals: singular values first, all by the spectrum they were scored on, then channels. One of each
+// What one ranking removes: singular values first, all by the spectrum they were scored on, then channels. One of each
 // kind stays.
-void remove_units(RunningLayer& layer, const std::vector<int64_t>& units) {
+struct Removal {
   std::vector<int64_t> channels, values;
-  for (const int64_t unit : units) {
+
+  void add(int64_t unit, const RunningLayer& layer) {
     const bool is_channel = unit < layer.channels();
     std::vector<int64_t>& kind = is_channel ? channels : values;
     const int64_t left = is_channel ? layer.channels_left() : layer.rank();
     if (static_cast<int64_t>(kind.size()) + 1 < left) kind.push_back(is_channel ? unit : unit - layer.channels());
   }
-  if (!values.empty()) layer.remove_values(values);
-  layer.remove_channels(channels);
+
+  void carry_out(RunningLayer& layer) const {
+    if (!values.empty()) layer.remove_values(values);
+    layer.remove_channels(channels);
+  }
+
+  RemovalPath::Step step(const RunningLayer& layer) const {
+    const int64_t left = layer.channels_left() - static_cast<int64_t>(channels.size());
+    const int64_t inputs = left * layer.kernel_size(), pruned = inputs * layer.outputs();
+    const int64_t rank = std::min(layer.rank() - static_cast<int64_t>(values.size()), inputs);
+    const bool factored = layer.decomposed() || !values.empty();
+    return {layer.channels() - left, factored ? std::optional(rank) : std::nullopt,
+            factored ? (inputs + layer.outputs()) * rank : pruned, pruned};
+  }
+};
+
+int64_t units_per_ranking(const RunningLayer& layer, const Options& options) {
+  const auto dense = static_cast<double>(layer.units(options.units));
+  const auto left = static_cast<double>(layer.units_left(options.units));
+  return std::max<int64_t>(static_cast<int64_t>(std::max(options.step_fraction * dense, layer.share() * left)), 1);
 }
 
 double goal_of(const RemovalPath& path, double rate) {
@@ -48,25 +67,28 @@ bool reaches(const RemovalPath::Step& step, double goal) {
 }  // namespace
 
 bool remove_best_units(RunningLayer& layer, const Options& options) {
-  const auto step = static_cast<int64_t>(options.step_fraction * static_cast<double>(layer.units(options.units)));
-  const std::vector<int64_t> units = best_units(layer.scores(options), std::max<int64_t>(step, 1));
-  if (!units.empty()) remove_units(layer, units);
+  const std::vector<int64_t> units = best_units(layer.scores(options), units_per_ranking(layer, options));
+  Removal removal;
+  for (const int64_t unit : units) removal.add(unit, layer);
+  removal.carry_out(layer);
   return !units.empty();
 }
 
-RemovalPath removal_path(const Layer& layer, double rate, const Options& options) {
-  const LayerSpec& spec = layer.spec;
-  const int64_t dense = spec.out_channels * spec.in_channels * spec.kernel_size();
-  RemovalPath path{{}, {{0, std::nullopt, dense, dense}}};
-  if (!(rate > 0)) return path;
-  RunningLayer running(layer.weight, layer.gradient, options.basis);
+RemovalPath removal_path(RunningLayer layer, double rate, const Options& options) {
+  RemovalPath path{{}, {{0, std::nullopt, layer.dense_macs(), layer.dense_macs()}}};
   const double goal = goal_of(path, rate);
-  while (!reaches(path.steps.back(), goal) && remove_best_units(running, options)) {
-    path.steps.push_back({static_cast<int64_t>(running.removed_channels().size()),
-                          running.decomposed() ? std::optional(running.rank()) : std::nullopt, running.macs(),
-                          running.pruned_macs()});
+  const bool every_unit = layer.share() > 0;  // is a point of the way, where many of them go by one ranking
+  while (!reaches(path.steps.back(), goal)) {
+    const std::vector<int64_t> units = best_units(layer.scores(options), units_per_ranking(layer, options));
+    if (units.empty()) break;
+    Removal removal;
+    for (size_t u = 0; u < units.size() && !reaches(path.steps.back(), goal); ++u) {
+      removal.add(units[u], layer);
+      if (every_unit || u + 1 == units.size()) path.steps.push_back(removal.step(layer));
+    }
+    removal.carry_out(layer);
   }
-  path.order = running.removed_channels();
+  path.order = layer.removed_channels();
   return path;
 }
 

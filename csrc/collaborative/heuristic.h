@@ -26,8 +26,8 @@ struct RemovalPath {
   std::vector<Step> steps;     // the first is the dense layer
 };
 
-// Removes units until the layer has given up `rate` of its multiply-accumulates.
-RemovalPath removal_path(const Layer& layer, double rate, const Options& options);
+// Removes units until the dense layer has given up `rate` of its multiply-accumulates.
+RemovalPath removal_path(RunningLayer layer, double rate, const Options& options);
 
 // The first step that has given up `rate`, or the last one.
 LayerPlan plan_at(const LayerSpec& spec, const RemovalPath& path, double rate);

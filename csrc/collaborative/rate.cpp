@@ -6,8 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-
-#include "csrc/collaborative/running_layer.h"
+#include <utility>
 
 namespace cctorch::collaborative {
 
@@ -27,11 +26,12 @@ std::vector<int64_t> removal_order(RunningLayer& layer, Units units) {
 
 // Removes units in order, `step` at a time, singular values before channels, and records the joint loss and the rate
 // after each step; stops with the layer empty.
-void trace_removals(RunningLayer& layer, const std::vector<int64_t>& order, int64_t step, RateCurve& curve) {
+void trace_removals(RunningLayer layer, const std::vector<int64_t>& order, size_t step, RateCurve& curve) {
   const auto dense = static_cast<double>(layer.dense_macs());
   std::vector<int64_t> values_gone;  // by their place in the dense weight's spectrum, sorted
-  for (size_t begin = 0; begin < order.size(); begin += step) {
-    const size_t end = std::min(begin + static_cast<size_t>(step), order.size());
+  for (size_t begin = 0, end = 0; begin < order.size(); begin = end) {
+    const auto shared = static_cast<size_t>(layer.share() * static_cast<double>(order.size()));
+    end = std::min(begin + std::max(step, shared), order.size());
     std::vector<int64_t> channels, values;
     for (size_t u = begin; u < end; ++u) {
       const bool is_channel = order[u] < layer.channels();
@@ -102,15 +102,14 @@ void fit_exponential(RateCurve& curve) {
   curve.a = std::exp(mean_log - curve.b * mean_rate);
 }
 
-RateCurve rate_curve(const Layer& layer, const Options& options) {
+RateCurve rate_curve(std::string name, RunningLayer& dense, const Options& options) {
   RateCurve curve;
-  curve.name = layer.spec.name;
-  RunningLayer running(layer.weight, layer.gradient, options.basis);
-  const std::vector<int64_t> order = removal_order(running, options.units);
+  curve.name = std::move(name);
+  const std::vector<int64_t> order = removal_order(dense, options.units);
   // However coarse the heuristic may be: a fit needs points.
   const double fraction = std::min(options.step_fraction, Options{}.step_fraction);
-  const auto step = static_cast<int64_t>(fraction * static_cast<double>(order.size()));
-  trace_removals(running, order, std::max<int64_t>(step, 1), curve);
+  const auto step = static_cast<size_t>(fraction * static_cast<double>(order.size()));
+  trace_removals(dense, order, std::max<size_t>(step, 1), curve);
   fit_exponential(curve);
   return curve;
 }

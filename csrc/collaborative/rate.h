@@ -2,8 +2,11 @@
 
 #include <cctorch/collaborative.h>
 
+#include <string>
 #include <string_view>
 #include <vector>
+
+#include "csrc/collaborative/running_layer.h"
 
 namespace cctorch::collaborative {
 
@@ -17,7 +20,8 @@ void fit_exponential(RateCurve& curve);
 
 // Loss against rate while a layer's units go, at most a hundredth of them between two points, the least harmful first,
 // and the exponential fitted to it. The fit has b = 0 where the loss does not respond to the layer, or rises nowhere.
-RateCurve rate_curve(const Layer& layer, const Options& options);
+// `dense` is decomposed if it was not; what is removed is removed from a copy.
+RateCurve rate_curve(std::string name, RunningLayer& dense, const Options& options);
 
 // The highest rate that removing units can, and may, bring a layer to.
 double highest_rate(const Layer& layer, const Options& options);

@@ -12,7 +12,8 @@ namespace cctorch::collaborative {
 namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
-
+constexpr double least_share = 0.01, largest_share = 0.125;
+constexpr int64_t largest_in_double = 2048;
 // N x C x k... to Ck x N, never the caller's memory.
 at::Tensor unfold(const at::Tensor& weight, at::ScalarType precision) {
   const at::Tensor matrix = weight.detach().reshape({weight.size(0), -1}).t();
@@ -48,14 +49,27 @@ std::vector<int64_t> others(const std::vector<int64_t>& sorted, int64_t count) {
 
 }  // namespace
 
-RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, Basis basis)
+double ranking_macs(int64_t inputs, int64_t outputs, int64_t rank) {
+  const auto m = static_cast<double>(inputs), n = static_cast<double>(outputs), r = static_cast<double>(rank);
+  // The sums, the Gram matrix in float64, both factors' turns, and an eigenproblem, which products of 12 r^3 take as
+  // long as.
+  return r * (3 * m * n + r * (2 * m + m + n + 12 * r));
+}
+
+double ranking_share(double macs, const Options& options) {
+  const double share = options.basis == Basis::exact ? 0.0 : macs / options.effort;
+  return share < least_share ? 0.0 : std::min(share, largest_share);
+}
+
+RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const Options& options)
     : outputs_(weight.size(0)),
       channels_(weight.size(1)),
       kernel_size_(weight.numel() / (outputs_ * channels_)),
       full_rank_(std::min(outputs_, channels_ * kernel_size_)),
       values_left_(full_rank_),
       kept_(channels_),
-      precision_(basis == Basis::exact ? at::kDouble : at::kFloat),
+      options_(options),
+      precision_(options.basis == Basis::exact ? at::kDouble : at::kFloat),
       weight_scale_(scale_of(weight)),
       gradient_scale_(scale_of(gradient)),
       original_(scaled(weight, weight_scale_, precision_)),
@@ -66,8 +80,8 @@ RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient,
 }
 
 RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& running,
-                           int64_t rank, Basis basis)
-    : RunningLayer(weight, gradient, basis) {
+                           int64_t rank, const Options& options)
+    : RunningLayer(weight, gradient, options) {
   running_ = scaled(running, weight_scale_, precision_);
   const std::vector<double> magnitude = to_vector(per_channel(running_.abs()));
   std::vector<int64_t> empty;
@@ -83,11 +97,19 @@ int64_t RunningLayer::units(Units kind) const {
   return (kind == Units::singular_values ? 0 : channels_) + (kind == Units::channels ? 0 : full_rank_);
 }
 
+int64_t RunningLayer::units_left(Units kind) const {
+  return (kind == Units::singular_values ? 0 : channels_left()) + (kind == Units::channels ? 0 : rank());
+}
+
 int64_t RunningLayer::rank() const { return std::min(values_left_, channels_left() * kernel_size_); }
 
 int64_t RunningLayer::macs() const {
   if (!removed_values_) return pruned_macs();
   return (channels_left() * kernel_size_ + outputs_) * rank();
+}
+
+double RunningLayer::share() const {
+  return ranking_share(ranking_macs(channels_left() * kernel_size_, outputs_, rank()), options_);
 }
 
 at::Tensor RunningLayer::per_channel(const at::Tensor& matrix) const {
@@ -120,16 +142,27 @@ void RunningLayer::factor() {
   }
 }
 
+bool RunningLayer::basis_serves() const {
+  if (decomposition_current_) return true;
+  return share() > 0 && squares_gone_ < 0.5 * basis_squares_ && left_.size(1) == rank();
+}
+
 void RunningLayer::decompose() {
-  if (decomposition_current_) return;
+  if (basis_serves()) return;
   if (!left_.defined()) factor();
+  // float32 sees no value below 3e-4 of the largest. Where float64 takes long, those may be any directions: they lose
+  // nothing.
+  const at::Tensor right = right_.to(right_.size(1) > largest_in_double ? precision_ : at::kDouble);
+  const at::Tensor gram = at::mm(right.t(), right);
+  const at::Tensor vectors = std::get<1>(at::linalg_eigh(gram));
   // Ascending eigenvalues: the last rank() columns, reversed, belong to the largest singular values.
-  const at::Tensor right = right_.to(at::kDouble);  // float32 would see no value below 3e-4 of the largest
-  const at::Tensor vectors = std::get<1>(at::linalg_eigh(at::mm(right.t(), right)));
   const at::Tensor turn = vectors.narrow(1, vectors.size(1) - rank(), rank()).flip(1).to(precision_);
   left_ = at::mm(left_, turn);
   right_ = at::mm(right_, turn);
   decomposition_current_ = true;
+  basis_squares_ = share() > 0 ? total(gram.diagonal()) : 0.0;
+  squares_gone_ = 0;
+  next_terms_ = at::Tensor();
 }
 
 // Sums over the weight that the closed forms are made of (docs/collaborative-compression.md).
@@ -143,7 +176,10 @@ struct RunningLayer::UnitSums {
 RunningLayer::UnitSums RunningLayer::unit_sums(bool of_values) {
   decompose();
   const at::Tensor left_square = left_.square();
-  const int64_t at_once = std::max<int64_t>(1, (int64_t{1} << 16) / (kernel_size_ * outputs_));
+  const int64_t rows_at_once = std::max<int64_t>(256, (int64_t{1} << 16) / outputs_);
+  const int64_t at_once = std::max<int64_t>(1, rows_at_once / kernel_size_);
+  const bool wide = share() > 0, intact = running_.is_same(original_), next_known = next_terms_.defined();
+  if (wide && !next_known) next_terms_ = at::empty_like(right_);
   UnitSums sums{};
   sums.value_next = sums.value_cross = sums.value_square = at::zeros({right_.size(1)}, at::kDouble);
   std::vector<at::Tensor> loss, cross, square, next;
@@ -156,16 +192,19 @@ RunningLayer::UnitSums RunningLayer::unit_sums(bool of_values) {
     const at::Tensor difference = running - block(original_);
     const at::Tensor weighted_difference = weighting * difference;
     const at::Tensor weighted_running = weighting * running;
-    const at::Tensor next_terms = at::mm(weighting, left_square).mul_(right.square());
+    const at::Tensor next_terms = next_known ? block(next_terms_) : at::mm(weighting, left_square).mul_(right.square());
+    if (wide && !next_known) block(next_terms_).copy_(next_terms);
     next.push_back(per_channel(next_terms));
     square.push_back(per_channel(weighted_running * running));
     cross.push_back(per_channel(weighted_difference * running).neg_());
     loss.push_back(per_channel(weighted_difference * difference));
     if (!of_values) continue;
     sums.value_next = sums.value_next + next_terms.sum(0);
-    sums.value_cross = sums.value_cross + at::mm(weighted_difference, left_).mul_(right).sum(0);
+    if (!intact) sums.value_cross = sums.value_cross + at::mm(weighted_difference, left_).mul_(right).sum(0);
+    if (wide) continue;
     sums.value_square = sums.value_square + at::mm(weighted_running, left_).mul_(right).sum(0);
   }
+  if (wide) sums.value_square = sums.value_next;
   sums.channel_loss = at::cat(loss);
   sums.channel_cross = at::cat(cross);
   sums.channel_square = at::cat(square);
@@ -246,6 +285,10 @@ void RunningLayer::remove_channels(const std::vector<int64_t>& channels) {
     positions.push_back(std::lower_bound(kept_.begin(), kept_.end(), channel) - kept_.begin());
   }
   std::sort(positions.begin(), positions.end());
+  if (basis_squares_ > 0) {
+    const at::Tensor rows = right_.view({channels_left(), -1}).index_select(0, index_of(positions));
+    squares_gone_ += total(rows.square_().sum(1).to(at::kDouble));
+  }
   removed_loss_ += channel_dense_.index_select(0, index_of(positions)).sum().item<double>();
   keep_channels(others(positions, channels_left()));
   removed_channels_.insert(removed_channels_.end(), channels.begin(), channels.end());
@@ -257,10 +300,16 @@ void RunningLayer::keep_channels(const std::vector<int64_t>& positions) {
   const auto keep = [&](at::Tensor& matrix) {
     matrix = matrix.view({channels_left(), kernel_size_, matrix.size(1)}).index_select(0, index).flatten(0, 1);
   };
+  const bool intact = running_.is_same(original_);
   keep(original_);
   keep(weighting_);
-  keep(running_);
+  if (intact) {
+    running_ = original_;
+  } else {
+    keep(running_);
+  }
   if (right_.defined()) keep(right_);
+  if (next_terms_.defined()) keep(next_terms_);
   channel_dense_ = channel_dense_.index_select(0, index);
   std::vector<int64_t> kept;
   for (const int64_t position : positions) kept.push_back(kept_[position]);
@@ -277,6 +326,7 @@ void RunningLayer::remove_values(std::vector<int64_t> indices) {
   // What is left has the same singular vectors.
   left_ = left_.index_select(1, kept);
   right_ = right_.index_select(1, kept);
+  if (next_terms_.defined()) next_terms_ = next_terms_.index_select(1, kept);
   removed_values_ = true;
 }
 

@@ -8,6 +8,14 @@
 
 namespace cctorch::collaborative {
 
+// Multiply-accumulates, or what takes as long, of ranking the units of an unfolded weight of this size.
+double ranking_macs(int64_t inputs, int64_t outputs, int64_t rank);
+
+// The share of a layer's units that goes between two rankings of this cost, such that Options::effort holds: at most an
+// eighth. Zero, which stands for Options::step_fraction, up to a hundredth, and for Basis::exact; other layers are
+// wide.
+double ranking_share(double macs, const Options& options);
+
 // A layer on its way from dense to compressed: the running weight X, what has been removed from it, and the scores of
 // what remains. Matrices are on the CPU, transposed, and without the channels removed so far: C'k x N. With
 // Basis::exact they are float64; with Basis::fixed float32, and eigenproblems and sums over channels are float64.
@@ -17,15 +25,20 @@ namespace cctorch::collaborative {
 // are columns that go, channels rows of `right`, after which the eigenvectors of right^T right (r x r) turn the columns
 // into singular triplets again. (Subtracting the rows from a kept right^T right would be cheaper, and would lose what
 // is left where they dominated it.)
+//
+// Wide layers put that off until channels with half of X's squares have gone. In between, a singular value is a column
+// of `left` with what X has along it: X = right left^T holds as before, and with it all that is said of the removal of
+// such a column.
 class RunningLayer {
  public:
-  RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, Basis basis);
+  RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const Options& options);
   RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& running, int64_t rank,
-               Basis basis);
+               const Options& options);
 
   int64_t channels() const { return channels_; }
   int64_t full_rank() const { return full_rank_; }
   int64_t units(Units kind) const;  // of the dense layer
+  int64_t units_left(Units kind) const;
   int64_t kernel_size() const { return kernel_size_; }
   int64_t outputs() const { return outputs_; }
   int64_t channels_left() const { return static_cast<int64_t>(kept_.size()); }
@@ -41,6 +54,12 @@ class RunningLayer {
   int64_t pruned_macs() const { return outputs_ * channels_left() * kernel_size_; }
   int64_t dense_macs() const { return outputs_ * channels_ * kernel_size_; }
 
+  double share() const;  // ranking_share() as the layer now stands
+
+  // Finds the singular vectors, unless the present ones serve. What needs them does so by itself: this is for a layer
+  // that copies are made of.
+  void decompose();
+
   double loss() const;                 // (E1) of X
   double largest_loss() const;         // (E1) of X = 0
   std::vector<double> losses_alone();  // (E1) of each unit removed alone: channels, then singular values
@@ -54,8 +73,8 @@ class RunningLayer {
   struct UnitSums;
 
   void keep_channels(const std::vector<int64_t>& positions);
+  bool basis_serves() const;
   void factor();
-  void decompose();
   double loss_scale() const { return weight_scale_ * weight_scale_ * gradient_scale_ * gradient_scale_; }
   UnitSums unit_sums(bool of_values);
   at::Tensor per_channel(const at::Tensor& matrix) const;                    // C'k x N or C'k x r, summed to C'
@@ -66,13 +85,16 @@ class RunningLayer {
   bool removed_values_ = false;
   std::vector<int64_t> kept_;  // ascending; the p-th has rows p k to (p + 1) k
   std::vector<int64_t> removed_channels_;
+  Options options_;
   at::ScalarType precision_;
-  double weight_scale_, gradient_scale_;       // largest magnitudes, divided by: float32 holds the squares
-  at::Tensor original_, weighting_, running_;  // W, G, X: C'k x N
-  at::Tensor channel_dense_;                   // w of the closed forms, sum of G∘W^2 for each channel: C'
-  double removed_loss_ = 0;                    // the same, summed over the removed channels
-  at::Tensor left_, right_;                    // N x r, C'k x r; undefined until they are needed
-  bool decomposition_current_ = false;
+  double weight_scale_, gradient_scale_;         // largest magnitudes, divided by: float32 holds the squares
+  at::Tensor original_, weighting_, running_;    // W, G, X: C'k x N
+  at::Tensor channel_dense_;                     // w of the closed forms, sum of G∘W^2 for each channel: C'
+  double removed_loss_ = 0;                      // the same, summed over the removed channels
+  at::Tensor left_, right_;                      // N x r, C'k x r; undefined until they are needed
+  bool decomposition_current_ = false;           // no channel has gone since
+  double basis_squares_ = 0, squares_gone_ = 0;  // of X when the basis was new, and of the channels gone since
+  at::Tensor next_terms_;                        // (G left^2) ∘ right^2 of a wide layer while its basis serves: C'k x r
 };
 
 }  // namespace cctorch::collaborative

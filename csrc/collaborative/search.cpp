@@ -11,6 +11,7 @@
 #include "csrc/collaborative/for_each_layer.h"
 #include "csrc/collaborative/heuristic.h"
 #include "csrc/collaborative/rate.h"
+#include "csrc/collaborative/running_layer.h"
 
 namespace cctorch::collaborative {
 
@@ -60,15 +61,21 @@ struct Search::State {
                       to_string(options.budget), ", but the layers alone have ", total);
     curves.resize(layers.size());
     paths.resize(layers.size());
+    std::vector<std::optional<RunningLayer>> dense(layers.size());  // the wide ones, as decomposed for the curve
     auto start = Clock::now();
-    for_each_layer(layers, "rate optimization", progress,
-                   [&](size_t l) { curves[l] = rate_curve(layers[l], options); });
+    for_each_layer(layers, "rate optimization", options, progress, [&](size_t l) {
+      RunningLayer layer(layers[l].weight, layers[l].gradient, options);
+      curves[l] = rate_curve(layers[l].spec.name, layer, options);
+      if (layer.share() > 0) dense[l] = std::move(layer);
+    });
     double lambda = 0;
     const std::vector<RateCurve> highest = allocated(options.target, lambda);
     curve_seconds = seconds_since(start);
     start = Clock::now();
-    for_each_layer(layers, "multi-step heuristic", progress,
-                   [&](size_t l) { paths[l] = removal_path(layers[l], highest[l].allocated, options); });
+    for_each_layer(layers, "multi-step heuristic", options, progress, [&](size_t l) {
+      if (!dense[l]) dense[l].emplace(layers[l].weight, layers[l].gradient, options);
+      paths[l] = removal_path(*std::exchange(dense[l], std::nullopt), highest[l].allocated, options);
+    });
     heuristic_seconds = seconds_since(start);
   }
 

@@ -35,7 +35,7 @@ std::vector<double> unit_scores(const at::Tensor& weight, const at::Tensor& grad
                     running.sizes(), " must have one shape of at least 2 dimensions");
   const int64_t full_rank = std::min(weight.size(0), weight.numel() / weight.size(0));
   TORCH_CHECK_VALUE(rank >= 0 && rank <= full_rank, "unit_scores: rank = ", rank, ", expected 0 to ", full_rank);
-  return RunningLayer(weight, gradient, running, rank, options.basis).scores(options);
+  return RunningLayer(weight, gradient, running, rank, options).scores(options);
 }
 
 std::pair<at::Tensor, at::Tensor> factorize(const at::Tensor& weight, const std::vector<int64_t>& kept_in,

@@ -62,7 +62,7 @@ collaborative::Search search(std::vector<collaborative::Layer> layers, double mo
 void bind_options(py::module_& module) {
   py::class_<Options>(module, "SolverOptions")
       .def(py::init([](double target, double gamma, double step_fraction, double max_rate, const std::string& units,
-                       const std::string& basis, const std::string& budget, int64_t multiple) {
+                       const std::string& basis, const std::string& budget, int64_t multiple, double effort) {
              return Options{target,
                             gamma,
                             step_fraction,
@@ -70,15 +70,18 @@ void bind_options(py::module_& module) {
                             parse(units_names, "units", units),
                             parse(basis_names, "basis", basis),
                             parse(budget_names, "budget", budget),
-                            multiple};
+                            multiple,
+                            effort};
            }),
            py::arg("target") = 0.5, py::arg("gamma") = 0.9, py::arg("step_fraction") = 0.01, py::arg("max_rate") = 0.95,
-           py::arg("units") = "both", py::arg("basis") = "fixed", py::arg("budget") = "macs", py::arg("multiple") = 1)
+           py::arg("units") = "both", py::arg("basis") = "fixed", py::arg("budget") = "macs", py::arg("multiple") = 1,
+           py::arg("effort") = Options{}.effort)
       .def_readwrite("target", &Options::target)
       .def_readwrite("gamma", &Options::gamma)
       .def_readwrite("step_fraction", &Options::step_fraction)
       .def_readwrite("max_rate", &Options::max_rate)
       .def_readwrite("multiple", &Options::multiple)
+      .def_readwrite("effort", &Options::effort)
       .def_property(
           "units", [](const Options& self) { return name_of(units_names, self.units); },
           [](Options& self, const std::string& text) { self.units = parse(units_names, "units", text); })

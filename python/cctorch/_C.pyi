@@ -115,6 +115,7 @@ class SolverOptions:
     basis: Literal["exact", "fixed"]
     budget: Literal["macs", "parameters", "table"]
     multiple: int
+    effort: float
     def __init__(
         self,
         target: float = 0.5,
@@ -125,6 +126,7 @@ class SolverOptions:
         basis: Literal["exact", "fixed"] = "fixed",
         budget: Literal["macs", "parameters", "table"] = "macs",
         multiple: int = 1,
+        effort: float = 1.5e11,
     ) -> None: ...
 
 class CostTable:
