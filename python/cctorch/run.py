@@ -136,7 +136,9 @@ class _Run:
             if self.state.stage == "regularize":
                 self._regularize()
             whole = self.network.whole(self._blank)
-            return distributed.on_main(lambda: self._measure(self.network.place(whole)))
+            summary = distributed.on_main(lambda: self._measure(self.network.place(whole)))
+            self.checkpoints.close()
+            return summary
         finally:
             self.events.close()
             self.steps.close()

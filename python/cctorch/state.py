@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -148,6 +149,13 @@ class Checkpoints:
                 self._writer.discard()
             raise _cause(failed) from failed
         self._pending = None
+
+    def close(self) -> None:
+        """On every rank, at the end: waits, and lets go of what the ranks talk through in the background."""
+        self.wait()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
 
 def _whole(folder: Path) -> Saved:

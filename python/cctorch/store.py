@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TextIO
 import safetensors
 import safetensors.torch
 import yaml
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from cctorch import atomic, distributed, models, state_files
@@ -172,7 +173,7 @@ class Folder:
         file = self.path / "config.yaml"
         if not file.exists():
             return
-        old, new = _flat(yaml.safe_load(file.read_text())), _flat(config.model_dump())
+        old, new = _flat({**_settings(), **yaml.safe_load(file.read_text())}), _flat(config.model_dump())
         changed = [
             f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
         ]
@@ -339,6 +340,12 @@ def _load_hdf5(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _settings() -> dict[str, Any]:
+    """Those outside of any section, as they are where a file, of an earlier version, does not have them."""
+    defaults = {name: setting.default for name, setting in Config.model_fields.items() if not setting.is_required()}
+    return {name: value for name, value in defaults.items() if not isinstance(value, BaseModel)}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -277,6 +277,9 @@ def test_without_a_checkpoint_that_is_whole_a_run_does_not_go_on(
     for name in ("last", "previous"):
         shutil.rmtree(checkpoints / name)
     (checkpoints / "last.pt").touch()
+    described = yaml.safe_load((settings.folder / "config.yaml").read_text())
+    del described["sharded"]
+    (settings.folder / "config.yaml").write_text(yaml.safe_dump(described))
     with pytest.raises(CheckpointError, match=r"last\.pt is a checkpoint of an earlier version"):
         run(settings, console=_quiet())
 

@@ -182,7 +182,10 @@ def _two_ranks(folder: Path) -> None:
             if wrong:
                 os.truncate(folder.parent / name / "last" / wrong, 200)
     dist.barrier()
-    _assert_loads(Checkpoints(folder.parent / "damaged"), 1, warnings=1)
+    damaged = Checkpoints(folder.parent / "damaged")
+    _assert_loads(damaged, 1, warnings=1)
+    for each in (checkpoints, damaged):
+        each.close()
 
 
 def _full_on_one_rank(checkpoints: Checkpoints, folder: Path) -> None:
