@@ -3,6 +3,7 @@
 #include <ostream>
 
 #include "csrc/nn/layer_parts.h"
+#include "csrc/nn/synchronized_batch_norm.h"
 
 namespace cctorch::nn {
 
@@ -26,7 +27,24 @@ LayerSpec BatchNorm2dImpl::spec(const std::string& name) const {
 
 at::Tensor BatchNorm2dImpl::forward(const at::Tensor& x) {
   if (observing_) positions_ = x.size(-2) * x.size(-1);
+  if (is_training() && ranks_.count() > 1) return synchronized_forward(x);
   return BatchNormImplBase::forward(x);
+}
+
+at::Tensor BatchNorm2dImpl::synchronized_forward(const at::Tensor& x) {
+  _check_input_dim(x);
+  const at::Tensor scale = weight.defined() ? weight : x.new_ones(x.size(1));
+  const at::Tensor shift = bias.defined() ? bias : x.new_zeros(x.size(1));
+  const auto [y, mean, variance] = synchronized_batch_norm(x, scale, shift, options.eps(), ranks_);
+  if (options.track_running_stats()) {
+    const torch::NoGradGuard no_grad;
+    num_batches_tracked += 1;
+    const double share =
+        options.momentum().has_value() ? *options.momentum() : 1.0 / num_batches_tracked.item<double>();
+    running_mean.lerp_(mean, share);
+    running_var.lerp_(variance, share);
+  }
+  return y;
 }
 
 void BatchNorm2dImpl::check_structure(const LayerPlan&) const {}

@@ -1,3 +1,4 @@
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros_like.h>
 #include <cctorch/nn/compressible.h>
 #include <cctorch/nn/gradients.h>
@@ -53,7 +54,7 @@ std::vector<LayerSpec> layer_specs(torch::nn::Module& model, const std::function
 namespace collaborative {
 
 std::vector<Layer> mean_gradients(torch::nn::Module& model, const std::vector<LayerSpec>& specs,
-                                  const NextLoss& next_loss) {
+                                  const NextLoss& next_loss, const distributed::Ranks& ranks) {
   TORCH_CHECK_VALUE(!specs.empty(), "specs: empty, expected at least one layer");
   const auto modules = model.named_modules("", /*include_self=*/false);
   std::vector<at::Tensor> weights, sums;
@@ -73,7 +74,7 @@ std::vector<Layer> mean_gradients(torch::nn::Module& model, const std::vector<La
 
   const EvalMode eval(model);
   const torch::AutoGradMode grad_mode(true);
-  int64_t examples = 0;
+  int64_t own = 0;
   while (const std::optional<BatchLoss> batch = next_loss()) {
     TORCH_CHECK_VALUE(batch->examples > 0, "next_loss: a batch of ", batch->examples,
                       " examples, expected at least one");
@@ -83,8 +84,10 @@ std::vector<Layer> mean_gradients(torch::nn::Module& model, const std::vector<La
       TORCH_CHECK_VALUE(gradients[i].defined(), "layer '", specs[i].name, "' does not contribute to the loss");
       sums[i].add_(gradients[i], static_cast<double>(batch->examples));
     }
-    examples += batch->examples;
+    own += batch->examples;
   }
+  for (const at::Tensor& sum : sums) ranks.sum_(sum);
+  const int64_t examples = ranks.gather(at::full({}, own, at::kLong)).sum().item<int64_t>();
   TORCH_CHECK_VALUE(examples > 0, "next_loss: no batch, expected at least one");
 
   std::vector<Layer> layers;

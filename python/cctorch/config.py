@@ -110,6 +110,8 @@ class Training(Section):
     channels_last: bool = True
     # Autocast to bfloat16 on CUDA.
     bf16: bool = False
+    # On CUDA, with one rank: record the step once and replay it, which saves the launches of its kernels.
+    cuda_graphs: bool = False
 
 
 class Distillation(Section):
@@ -163,6 +165,12 @@ class Regularize(Training):
     # convolution and the last linear layer.
     parameters: list[str] | None = None
     clear_momentum: bool = False
+
+    @model_validator(mode="after")
+    def _momentum_stays(self) -> Regularize:
+        if self.cuda_graphs and self.clear_momentum:
+            raise ValueError("cuda_graphs with clear_momentum: expected one of them, since a graph keeps the momentum")
+        return self
 
 
 class Measure(Section):

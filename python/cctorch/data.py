@@ -110,9 +110,9 @@ class Batches:
         epoch, whatever the number of ranks."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         count, device = len(self.images), self.images.labels.device
-        order = torch.randperm(count, generator=generator).to(device)
-        offsets = torch.randint(0, 2 * _PAD + 1, (2, count), generator=generator).to(device)
-        flips = torch.randint(0, 2, (count,), generator=generator, dtype=torch.bool).to(device)
+        order = _sent(torch.randperm(count, generator=generator), device)
+        offsets = _sent(torch.randint(0, 2 * _PAD + 1, (2, count), generator=generator), device)
+        flips = _sent(torch.randint(0, 2, (count,), generator=generator, dtype=torch.bool), device)
         scale, shift = self._affine()
         for part in self._parts(first):
             index = order[part]
@@ -136,7 +136,7 @@ class Batches:
     def _affine(self) -> tuple[Tensor, Tensor]:
         device = self.images.labels.device
         mean, std = torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
-        return (1 / (255 * std)).to(device), (-mean / std).to(device)
+        return _sent(1 / (255 * std), device), _sent(-mean / std, device)
 
     def _normalize(self, images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -162,6 +162,11 @@ class Feed:
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return model.to(device=device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On its way to the device: nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _bounds(count: int, rank: int, ranks: int) -> tuple[int, int]:

@@ -20,7 +20,15 @@ def select_device(config: Config) -> torch.device:
             f"torchrun --nproc-per-node: rank {distributed.local_rank()} of this machine has no GPU; expected at most "
             f"{torch.cuda.device_count()} processes, one for each GPU, or device=cpu"
         )
+    _refuse_graphs(config)
     return torch.device("cuda", distributed.local_rank())
+
+
+def _refuse_graphs(config: Config) -> None:
+    """DistributedDataParallel can be recorded under conditions on NCCL and its threads that are not met here."""
+    for name, settings in (("train", config.train), ("finetune", config.finetune), ("regularize", config.regularize)):
+        if settings is not None and settings.cuda_graphs:
+            raise ConfigError(f"{name}.cuda_graphs = True with several ranks: expected false, or one process")
 
 
 def describe(device: torch.device) -> str:

@@ -36,9 +36,10 @@ from cctorch.regularize_stage import RegularizeStage, select
 from cctorch.repair import repair
 from cctorch.session import locked, logged
 from cctorch.state import Checkpoints, Saved, State
+from cctorch.step import Criterion, GraphedStep, Step, make_step
 from cctorch.store import Architecture, Events, Folder, Steps, build, load_model
 from cctorch.summary import Summary, counted, search_results, show
-from cctorch.train import Criterion, Partial, learning_rate, make_criterion, train_epoch
+from cctorch.train import Partial, learning_rate, make_criterion, train_epoch
 
 
 def run(config: Config, *, fresh: bool = False, console: Console | None = None) -> Summary:
@@ -210,14 +211,14 @@ class _Run:
         """Ends an interrupted epoch in a checkpoint. What is deferred until then is decided by all ranks together."""
         stage, settings = self.state.stage, self.settings
         self._check_slices(settings)
-        criterion = self._criterion(settings)
+        step = make_step(self.network.parallel, self.network.optimizer, settings, self._criterion(settings))
         with self.interruption.deferred():
             for epoch in range(self.state.epoch, settings.epochs):
-                self._epoch(stage, settings, epoch, criterion)
+                self._epoch(stage, settings, epoch, step)
                 if distributed.any_rank(self.interruption.requested):
                     raise self.interruption.interrupted()
 
-    def _epoch(self, stage: str, settings: Training, epoch: int, criterion: Criterion) -> None:
+    def _epoch(self, stage: str, settings: Training, epoch: int, step: Step | GraphedStep) -> None:
         label = f"{stage} {epoch + 1}/{settings.epochs}"
         batches = self.feed.batches(self.data.train, settings.batch_size)
         batches = batches.sliced(distributed.rank(), distributed.world_size())
@@ -247,7 +248,7 @@ class _Run:
                 epoch=epoch,
                 steps=steps,
                 images=len(self.data.train),
-                criterion=criterion,
+                train_step=step,
                 progress=progress,
                 after_step=self.regularizing.step if self.regularizing else lambda: None,
                 stop=lambda: self.vote(self.interruption.requested),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +13,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from cctorch import distributed
 from cctorch.config import Distillation, Training
+from cctorch.step import Criterion, GraphedStep, Step, graphed, make_step
 
 _STEPS_BETWEEN_READS = 20
-
-Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From inputs, outputs and labels to the mean loss of a batch."""
 
 
 class TrainingError(RuntimeError):
@@ -65,7 +62,11 @@ def learning_rate(settings: Training, step: int, total: int) -> float:
 
 def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.SGD:
     return torch.optim.SGD(
-        model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        model.parameters(),
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        fused=graphed(model, settings) or None,
     )
 
 
@@ -119,14 +120,15 @@ def train_epoch(
     epoch: int,
     steps: int,
     images: int,
-    criterion: Criterion | None = None,
+    train_step: Step | GraphedStep | None = None,
     progress: Callable[[list[float]], None] = lambda losses: None,
     after_step: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
     done: Partial | None = None,
 ) -> Epoch | None:
-    """Trains on each of `steps` batches once; `epoch` counts from 0. `criterion` is cross entropy unless given.
-    `progress` gets the losses of all steps so far; `after_step` follows each step of the optimizer.
+    """Trains on each of `steps` batches once; `epoch` counts from 0. `progress` gets the losses of all steps so far;
+    `after_step` follows each step of the optimizer. `train_step` is made of `model`, `optimizer` and `settings`, with
+    cross entropy, unless given: a recorded one serves all epochs.
 
     The epoch goes on behind what is `done`, and so does `batches`. Where `stop` says so after a step, the epoch ends
     there: `done` then holds what was, and the result is None.
@@ -136,30 +138,15 @@ def train_epoch(
 
     The loss stays on the device and is read every 20 steps. Raises TrainingError where it is not finite.
     """
-    parameters = list(model.parameters())
-    device = parameters[0].device
+    device = next(model.parameters()).device
     done = done or Partial()
     losses = _Losses(steps, device, done, epoch)
-    criterion = criterion or make_criterion(settings)
-    ranks = distributed.world_size()
-    autocast = settings.bf16 and device.type == "cuda"
+    train_step = train_step or make_step(model, optimizer, settings, make_criterion(settings))
     start, lr = time.perf_counter() - done.seconds, 0.0
     model.train()
     for step, (x, y) in enumerate(batches, start=len(done.losses)):
         lr = learning_rate(settings, epoch * steps + step, settings.epochs * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
-            outputs = model(x)
-            loss = criterion(x, outputs, y) if len(y) else outputs.sum()
-            if ranks > 1:
-                # The mean over the whole batch is the sum of these; gradients are averaged over the ranks.
-                loss = loss * (len(y) / min(settings.batch_size, images - step * settings.batch_size))
-        optimizer.zero_grad(set_to_none=True)
-        (loss * ranks if ranks > 1 else loss).backward()
-        if settings.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm)
-        optimizer.step()
+        loss = train_step(x, y, lr, min(settings.batch_size, images - step * settings.batch_size))
         after_step()
         losses.put(step, loss)
         stopped = step + 1 < steps and stop()
@@ -181,7 +168,7 @@ class _Losses:
         self._done, self._epoch = done, epoch
 
     def put(self, step: int, loss: Tensor) -> None:
-        self._values[step] = loss.detach()
+        self._values[step] = loss
 
     def read(self, steps: int) -> None:
         first = len(self._done.losses)

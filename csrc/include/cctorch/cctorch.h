@@ -4,6 +4,7 @@
 #include <cctorch/channel_gate.h>
 #include <cctorch/channel_graph.h>
 #include <cctorch/collaborative.h>
+#include <cctorch/distributed.h>
 #include <cctorch/fake_quant.h>
 #include <cctorch/fake_quant_weights.h>
 #include <cctorch/float_quant.h>

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <cctorch/collaborative.h>
+#include <cctorch/distributed.h>
 #include <cctorch/plan.h>
 #include <torch/nn/module.h>
 
@@ -29,10 +30,11 @@ using NextLoss = std::function<std::optional<BatchLoss>()>;
 
 // What solve() reads of each layer in `specs`: its weight, and the gradient of the mean loss over all examples, summed
 // in float64. The losses are computed in eval mode; `.grad` and the training mode of every module are left as they are.
+// With several ranks, the losses are over this rank's share of the examples; the result is that over all of them.
 // Throws c10::Error naming the layer if it does not exist, is compressed already or does not reach the loss, or if
-// there is no batch or one of no examples.
+// there is no batch, on any rank, or one of no examples.
 std::vector<Layer> mean_gradients(torch::nn::Module& model, const std::vector<LayerSpec>& specs,
-                                  const NextLoss& next_loss);
+                                  const NextLoss& next_loss, const distributed::Ranks& ranks = {});
 
 }  // namespace collaborative
 }  // namespace cctorch

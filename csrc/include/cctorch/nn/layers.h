@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cctorch/distributed.h>
 #include <cctorch/nn/compressible.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/modules/batchnorm.h>
@@ -10,6 +11,7 @@
 #include <cstdint>
 #include <iosfwd>
 #include <string>
+#include <utility>
 
 namespace cctorch::nn {
 
@@ -93,10 +95,20 @@ class BatchNorm2dImpl : public torch::nn::BatchNormImplBase<2, BatchNorm2dImpl>,
   LayerSpec spec(const std::string& name) const override;
   at::Tensor forward(const at::Tensor& x);
 
+  // From now on training is by the statistics of all ranks' examples, as if one process had them; a rank may have none.
+  // Every rank has to call forward, and the backward pass.
+  void synchronize(distributed::Ranks ranks) { ranks_ = std::move(ranks); }
+  const distributed::Ranks& ranks() const { return ranks_; }
+
  protected:
   void check_structure(const LayerPlan& plan) const override;
   void carry_out(const LayerPlan& plan) override;
   void _check_input_dim(const at::Tensor& x) override;
+
+ private:
+  at::Tensor synchronized_forward(const at::Tensor& x);
+
+  distributed::Ranks ranks_;
 };
 TORCH_MODULE(BatchNorm2d);
 
