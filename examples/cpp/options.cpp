@@ -74,6 +74,7 @@ const std::vector<Flag>& flags() {
       {"--limit", "N", "use only the first N images of each set; 0 for all", count(&Options::limit, 0)},
       {"--seed", "N", "seed of initialization, order and augmentation", count(&Options::seed, 0)},
       {"--device", "NAME", "auto, cpu or cuda", set_device},
+      {"--float64", "", "compute in float64: slow, and numbers of ranks can be compared", turn_on(&Options::float64)},
       {"--synthetic", "", "make a small data set in DIR of --out and use it", turn_on(&Options::synthetic)},
       {"--help", "", "print this", turn_on(&Options::help)},
   };
@@ -107,7 +108,8 @@ std::string help_text() {
       "Trains a ResNet on Fashion-MNIST, compresses it by Collaborative Compression, fine-tunes it, and compares.\n\n"
       "  train_resnet                                    ResNet-20, half of the multiply-accumulates removed\n"
       "  train_resnet --target 0.7 --finetune-epochs 5   remove more, and give it longer to recover\n"
-      "  train_resnet --synthetic --blocks 1 --batch 32  a try of a few seconds, without any data\n\n"
+      "  train_resnet --synthetic --blocks 1 --batch 32  a try of a few seconds, without any data\n"
+      "  torchrun --no-python --nproc-per-node 2 train_resnet   data parallel: --batch is that of all ranks\n\n"
       "Options:\n";
   for (const Flag& flag : flags()) {
     text += fmt::format("  {:<22} {}\n", flag.name + " " + flag.placeholder, flag.help);

@@ -16,6 +16,7 @@ struct Options {
   int64_t seed = 0;
   double target = 0.5;
   double lr = 0.1;
+  bool float64 = false;
   bool synthetic = false;
   bool help = false;
 };

@@ -73,6 +73,12 @@ at::Tensor ResNetImpl::forward(const at::Tensor& x) {
   return linear_(y.mean({2, 3}));
 }
 
+void ResNetImpl::synchronize(const cctorch::distributed::Ranks& ranks) {
+  for (const auto& module : modules(/*include_self=*/false)) {
+    if (auto* const norm = module->as<cctorch::nn::BatchNorm2d>()) norm->synchronize(ranks);
+  }
+}
+
 ChannelGraph ResNetImpl::channel_graph() const {
   ChannelGraph graph;
   auto y = graph.layer("conv1", LayerKind::conv2d, graph.input(1), stem_channels);

@@ -32,6 +32,9 @@ class ResNetImpl : public torch::nn::Module {
   // x: batch x 1 x height x width; class scores.
   at::Tensor forward(const at::Tensor& x);
 
+  // Batch normalization by the statistics of all ranks' images.
+  void synchronize(const cctorch::distributed::Ranks& ranks);
+
   // Which channels live and die together.
   cctorch::ChannelGraph channel_graph() const;
 

@@ -1,11 +1,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <cctorch/distributed.h>
 #include <cctorch/nn.h>
 #include <torch/optim/sgd.h>
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "fashion_mnist.h"
 #include "resnet.h"
@@ -17,18 +19,23 @@ struct Schedule {
   double peak_lr = 0.1;
 };
 
+// Of all ranks, each of which works on its share of every batch; the results are those of one process up to rounding.
+using cctorch::distributed::Ranks;
+
 // One cycle (Smith 2018): linear up to peak_lr over the first 30 % of the steps, then half a cosine down to zero.
-// Random crops and flips. Throws std::runtime_error when the loss is no longer finite.
-void train(ResNet& model, torch::optim::SGD& optimizer, const Images& images, const Schedule& schedule);
+// Random crops and flips, the same for any number of ranks. Returns the mean loss of each epoch. Throws
+// std::runtime_error when the loss is no longer finite.
+std::vector<double> train(ResNet& model, torch::optim::SGD& optimizer, const Images& images, const Schedule& schedule,
+                          const Ranks& ranks);
 
 // Percent of the images whose highest score is the label's, in eval mode.
-double accuracy(ResNet& model, const Images& images, int64_t batch);
+double accuracy(ResNet& model, const Images& images, int64_t batch, const Ranks& ranks);
 
-// Mean cross-entropy of one batch after the other, without augmentation.
-cctorch::collaborative::NextLoss losses(ResNet& model, const Images& images, int64_t batch);
+// Mean cross-entropy of one batch after the other of this rank's images, without augmentation.
+cctorch::collaborative::NextLoss losses(ResNet& model, const Images& images, int64_t batch, const Ranks& ranks);
 
 // Takes the statistics of the batch normalizations anew, over the first `limit` images.
-void reestimate(ResNet& model, const Images& images, int64_t batch, int64_t limit);
+void reestimate(ResNet& model, const Images& images, int64_t batch, int64_t limit, const Ranks& ranks);
 
 // Median seconds of a forward pass over `batch` images, in eval mode.
 double latency(ResNet& model, const Images& images, int64_t batch);
