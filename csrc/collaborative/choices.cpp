@@ -54,7 +54,8 @@ void walk_down(const Layer& layer, const RunningLayer& dense, const Cost& cost, 
     if (!(form.cost < last)) continue;
     last = form.cost;
     LayerPlan plan = plan_of(layer, running, form);
-    const double loss = loss_of(dense, plan);
+    // A wide layer would be decomposed once more for it. What it has lost so far is about what it loses when deployed.
+    const double loss = dense.share() > 0 ? running.loss() : loss_of(dense, plan);
     choices.push_back({form.cost, loss, std::move(plan)});
   }
 }
@@ -89,7 +90,6 @@ LayerChoices removal_choices(const Layer& layer, const Options& options) {
   found.choices.push_back(
       {cost.dense(), 0.0, LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels)});
   if (!(found.largest_loss > 0)) return found;
-  if (dense.share() > 0) dense.decompose();  // once for all that follows
   // Mixed removals that end as a merely pruned layer chose its channels with a decomposition in mind: pruning alone is
   // a way of its own.
   std::vector<Units> ways;

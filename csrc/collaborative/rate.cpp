@@ -15,10 +15,9 @@ namespace {
 constexpr double log_offset = 1e-10;
 
 std::vector<int64_t> removal_order(RunningLayer& layer, Units units) {
-  const std::vector<double> losses = layer.losses_alone();
+  const std::vector<double> losses = layer.losses_alone(units != Units::channels);
   std::vector<int64_t> order(losses.size());
   std::iota(order.begin(), order.end(), 0);
-  if (units == Units::channels) order.resize(layer.channels());
   if (units == Units::singular_values) order.erase(order.begin(), order.begin() + layer.channels());
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return losses[a] < losses[b]; });
   return order;

@@ -174,35 +174,41 @@ struct RunningLayer::UnitSums {
 
 // In blocks of channels that stay in the cache between the passes over them.
 RunningLayer::UnitSums RunningLayer::unit_sums(bool of_values) {
-  decompose();
-  const at::Tensor left_square = left_.square();
+  const bool wide = share() > 0, intact = running_.is_same(original_);
+  const bool of_next = of_values || !wide;  // T alone is not worth the singular vectors of a wide layer
+  if (of_next) decompose();
+  const at::Tensor left_square = of_next ? left_.square() : at::Tensor();
+  const bool next_known = next_terms_.defined();
+  if (of_next && wide && !next_known) next_terms_ = at::empty_like(right_);
   const int64_t rows_at_once = std::max<int64_t>(256, (int64_t{1} << 16) / outputs_);
   const int64_t at_once = std::max<int64_t>(1, rows_at_once / kernel_size_);
-  const bool wide = share() > 0, intact = running_.is_same(original_), next_known = next_terms_.defined();
-  if (wide && !next_known) next_terms_ = at::empty_like(right_);
   UnitSums sums{};
-  sums.value_next = sums.value_cross = sums.value_square = at::zeros({right_.size(1)}, at::kDouble);
+  sums.value_next = sums.value_cross = sums.value_square = at::zeros({of_next ? right_.size(1) : 0}, at::kDouble);
   std::vector<at::Tensor> loss, cross, square, next;
   for (int64_t begin = 0; begin < channels_left(); begin += at_once) {
     const int64_t end = std::min(begin + at_once, channels_left());
     const auto block = [&](const at::Tensor& matrix) {
       return matrix.narrow(0, begin * kernel_size_, (end - begin) * kernel_size_);
     };
-    const at::Tensor running = block(running_), weighting = block(weighting_), right = block(right_);
+    const at::Tensor running = block(running_), weighting = block(weighting_);
     const at::Tensor difference = running - block(original_);
     const at::Tensor weighted_difference = weighting * difference;
     const at::Tensor weighted_running = weighting * running;
-    const at::Tensor next_terms = next_known ? block(next_terms_) : at::mm(weighting, left_square).mul_(right.square());
-    if (wide && !next_known) block(next_terms_).copy_(next_terms);
-    next.push_back(per_channel(next_terms));
     square.push_back(per_channel(weighted_running * running));
     cross.push_back(per_channel(weighted_difference * running).neg_());
     loss.push_back(per_channel(weighted_difference * difference));
+    if (!of_next) {
+      next.push_back(at::zeros_like(loss.back()));
+      continue;
+    }
+    const at::Tensor right = block(right_);
+    const at::Tensor next_terms = next_known ? block(next_terms_) : at::mm(weighting, left_square).mul_(right.square());
+    if (wide && !next_known) block(next_terms_).copy_(next_terms);
+    next.push_back(per_channel(next_terms));
     if (!of_values) continue;
     sums.value_next = sums.value_next + next_terms.sum(0);
     if (!intact) sums.value_cross = sums.value_cross + at::mm(weighted_difference, left_).mul_(right).sum(0);
-    if (wide) continue;
-    sums.value_square = sums.value_square + at::mm(weighted_running, left_).mul_(right).sum(0);
+    if (!wide) sums.value_square = sums.value_square + at::mm(weighted_running, left_).mul_(right).sum(0);
   }
   if (wide) sums.value_square = sums.value_next;
   sums.channel_loss = at::cat(loss);
@@ -216,10 +222,11 @@ RunningLayer::UnitSums RunningLayer::unit_sums(bool of_values) {
   return sums;
 }
 
-std::vector<double> RunningLayer::losses_alone() {
-  const UnitSums sums = unit_sums(true);
+std::vector<double> RunningLayer::losses_alone(bool of_values) {
+  const UnitSums sums = unit_sums(of_values);
   const double scale = loss_scale();
   std::vector<double> losses = to_all(scale * (sums.loss - sums.channel_loss + channel_dense_), scale * sums.loss);
+  if (!of_values) return losses;
   const std::vector<double> values = to_vector(scale * (sums.loss - 2 * sums.value_cross + sums.value_next));
   losses.insert(losses.end(), values.begin(), values.end());
   return losses;

@@ -56,13 +56,10 @@ class RunningLayer {
 
   double share() const;  // ranking_share() as the layer now stands
 
-  // Finds the singular vectors, unless the present ones serve. What needs them does so by itself: this is for a layer
-  // that copies are made of.
-  void decompose();
-
-  double loss() const;                 // (E1) of X
-  double largest_loss() const;         // (E1) of X = 0
-  std::vector<double> losses_alone();  // (E1) of each unit removed alone: channels, then singular values
+  double loss() const;          // (E1) of X
+  double largest_loss() const;  // (E1) of X = 0
+  // (E1) of each unit removed alone: channels, then singular values
+  std::vector<double> losses_alone(bool of_values);
   std::vector<double> scores(const Options& options);  // (E3) of each unit: channels, then the rank() singular values
 
   // Channels that are still there, each named once.
@@ -75,6 +72,7 @@ class RunningLayer {
   void keep_channels(const std::vector<int64_t>& positions);
   bool basis_serves() const;
   void factor();
+  void decompose();  // unless the present singular vectors serve
   double loss_scale() const { return weight_scale_ * weight_scale_ * gradient_scale_ * gradient_scale_; }
   UnitSums unit_sums(bool of_values);
   at::Tensor per_channel(const at::Tensor& matrix) const;                    // C'k x N or C'k x r, summed to C'

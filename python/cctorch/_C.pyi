@@ -126,7 +126,7 @@ class SolverOptions:
         basis: Literal["exact", "fixed"] = "fixed",
         budget: Literal["macs", "parameters", "table"] = "macs",
         multiple: int = 1,
-        effort: float = 1.5e11,
+        effort: float = 3e11,
     ) -> None: ...
 
 class CostTable:

@@ -55,7 +55,7 @@ struct Options {
   int64_t multiple = 1;  // of kept channels and ranks, where not all are kept; with Budget::table, the table's holds
   // With Basis::fixed, multiply-accumulates for removing 63 % of a layer's units, and again of what is then left.
   // Layers for which it does not pay for rankings step_fraction apart are ranked less often; infinity: none.
-  double effort = 1.5e11;
+  double effort = 3e11;
 };
 
 // Loss against rate for one layer, and what the budget made of it: loss ~ a exp(b rate). With a table, the points are

@@ -130,13 +130,13 @@ def test_effort_changes_nothing_where_the_options_ask_for_coarser_steps_or_the_e
 
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_result_does_not_depend_on_the_number_of_threads(multiple):
-    layers = [layer(shape, seed) for seed, shape in enumerate([(16, 16), (256, 320), (320, 256), (24, 24, 3, 3)])]
+    layers = [layer(shape, seed) for seed, shape in enumerate([(16, 16), (128, 192), (192, 128), (24, 24, 3, 3)])]
     threads = torch.get_num_threads()
     plans = []
     try:
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            plans.append(search(layers, target=0.5, multiple=multiple, effort=1e8).at(0.5).plan)
+            plans.append(search(layers, target=0.5, multiple=multiple, effort=1e7).at(0.5).plan)
     finally:
         torch.set_num_threads(threads)
     assert plans[0] == plans[1] == plans[2]
