@@ -5,8 +5,8 @@
 Layers are made up. "trained": singular values that fall as a power, input channels of uneven size, the gradient a mean
 of 64 outer products of rectified inputs and uneven outputs. "random", of the first shape only: weight and gradient are
 normal. Both searches are asked for the same share; loss is (E1) of the truncated SVD that each plan leaves, over that
-of the search without limit, whose last step of a hundredth of the units may go further than asked. OUTPUT/wide/wide.json
-and wide.md.
+of the search without limit, whose last step of a hundredth of the units may go further than asked. Written to
+OUTPUT/wide/wide.json and wide.md.
 """
 
 import argparse
