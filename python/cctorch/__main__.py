@@ -1,5 +1,3 @@
-import sys
+from cctorch.cli import entry
 
-from cctorch.cli import main
-
-sys.exit(main())
+entry()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from cctorch import distributed
 from cctorch.interruption import Interrupted
@@ -114,6 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; this goes on from the last checkpoint:\n  {_again(given)}", file=sys.stderr)
         return 130
+
+
+def entry() -> NoReturn:
+    """The command: ends the process with what `main` returns."""
+    code = main()
+    if distributed.launched():
+        distributed.leave(code)
+    sys.exit(code)
 
 
 def _again(given: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from cctorch import distributed
 
 
 def spawn(ranks: int, folder: Path, function: Callable[..., None], *arguments: Any) -> None:
@@ -22,3 +23,4 @@ def _enter(rank: int, ranks: int, rendezvous: str, function: Callable[..., None]
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=ranks)
     function(*arguments)
     dist.destroy_process_group()
+    distributed.leave(0)
