@@ -7,18 +7,10 @@
 #include <string>
 
 #include "tests/cpp/distributed/ranks_in_threads.h"
+#include "tests/cpp/refusal.h"
 
 namespace cctorch::distributed {
 namespace {
-
-std::string refusal(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "";
-}
 
 TEST(Ranks, AloneNothingHappens) {
   const Ranks alone;

@@ -10,6 +10,7 @@
 #include <memory>
 #include <sstream>
 
+#include "tests/cpp/refusal.h"
 #include "tiny_net.h"
 
 namespace cctorch {
@@ -40,15 +41,6 @@ CompressionPlan mixed_plan() {
 void mask_conv2(TinyNet& model) {
   torch::NoGradGuard no_grad;
   model->conv2->weight.index_fill_(1, index(dropped), 0);
-}
-
-std::string refusal(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "";
 }
 
 TEST(Apply, EqualsTheMaskedAndProjectedModel) {

@@ -4,6 +4,8 @@
 
 #include <sstream>
 
+#include "tests/cpp/refusal.h"
+
 namespace cctorch {
 namespace {
 
@@ -24,15 +26,6 @@ CompressionPlan example() {
   return plan;
 }
 
-std::string message_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "";
-}
-
 TEST(Plan, JsonRoundTrip) {
   const CompressionPlan plan = example();
   EXPECT_EQ(CompressionPlan::from_json(plan.to_json()), plan);
@@ -48,7 +41,7 @@ TEST(Plan, EveryTruncationOfTheJsonIsRefused) {
 TEST(Plan, ErrorsNameLayerAndField) {
   CompressionPlan plan = example();
   plan.layers[0].kept_in = {0, 4, 5};
-  const std::string message = message_of([&] { plan.validate(); });
+  const std::string message = refusal([&] { plan.validate(); });
   EXPECT_NE(message.find("'conv'"), std::string::npos) << message;
   EXPECT_NE(message.find("kept_in[1] = 4"), std::string::npos) << message;
 }
@@ -57,7 +50,7 @@ TEST(Plan, RefusesUnsortedRepeatedEmptyAndDuplicateNames) {
   const auto refused = [](const auto& change) {
     CompressionPlan plan = example();
     change(plan);
-    return !message_of([&] { plan.validate(); }).empty();
+    return !refusal([&] { plan.validate(); }).empty();
   };
   EXPECT_FALSE(refused([](CompressionPlan&) {}));
   EXPECT_TRUE(refused([](CompressionPlan& p) { p.layers[0].kept_in = {2, 0, 3}; }));
