@@ -11,9 +11,8 @@ right after compression, with BatchNorm re-estimated and repaired, each of both 
     gamma = 0           units ranked by their own loss only
     uniform rates       the same share of every layer, instead of the fitted curves
     channels only, singular values only
-    torch-pruning       global magnitude (group norm) and Taylor, on the filters inside the blocks (its surgery does not
-                        follow a parameter-free shortcut: the streams of residual sums keep all their channels), at the
-                        ratio that brings it closest to the first row's MACs. Taylor: one pass over as many images.
+    torch-pruning       global magnitude (group norm) and Taylor (one pass over as many images), at the ratio that
+                        brings it closest to the first row's MACs; torch_pruning_peer.py says what it may prune
 
 A row is written to OUTPUT/<network>.json as it comes. Rows that are there are not computed again.
 """
@@ -30,7 +29,8 @@ from cctorch import _C, apply, batch_norm, collaborative, data, measure, repair
 from cctorch.config import load_config
 from cctorch.graph import trace
 from latency_budget import gradients_of, load
-from torch import Tensor, nn
+from torch import nn
+from torch_pruning_peer import IMPORTANCES, TorchPruning
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "collaborative": {},
@@ -39,7 +39,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "channels only": {"units": "channels"},
     "singular values only": {"units": "singular_values"},
 }
-PEERS = {"torch-pruning, magnitude": "GroupMagnitudeImportance", "torch-pruning, Taylor": "GroupTaylorImportance"}
+PEERS = {f"torch-pruning, {importance}": importance for importance in IMPORTANCES}
 ROWS = (*SEARCHES, "uniform rates", *PEERS)
 
 
@@ -51,16 +51,17 @@ class Ablation:
         self.training = data.Batches(images.train, 250, images.mean, images.std, True)
         self.test = data.Batches(images.test, 500, images.mean, images.std, True)
         self.example = next(iter(self.training))[0][:2]
-        self.seed, self.target = config.seed, arguments.target
+        self.seed, self.target, self.count = config.seed, arguments.target, arguments.count
         self.gradient_images = self.training.head(arguments.images, self.seed)
         graph = trace(self.model, self.example)
         self.macs = _C.dense_macs(graph.specs)
         self.gradients = gradients_of(self.model, graph, self.gradient_images, arguments.gradients)
+        self.peer = TorchPruning(self.model, self.example, self.gradient_images)
 
     def row(self, name: str, macs: float | None) -> dict[str, Any]:
         if name in PEERS:
             assert macs is not None
-            model, ratio = self.peer(PEERS[name], macs)
+            model, ratio = self.peer.closest(PEERS[name], self.counted, macs)
             return {"name": name, "ratio": ratio, **self.figures(model, None, self.counted(model))}
         if name == "uniform rates":
             plan, final = self.uniform()
@@ -70,7 +71,7 @@ class Ablation:
                 trace(self.model, self.example),
                 self.gradients,
                 _C.SolverOptions(target=self.target, **SEARCHES[name]),
-                count="nominal",
+                count=self.count,
             )
             plan, final = found.plan, found.final_macs
         return {"name": name, **self.figures(apply(copy.deepcopy(self.model), plan), plan, final)}
@@ -91,16 +92,27 @@ class Ablation:
         return self.training.head(4000, self.seed)
 
     def uniform(self) -> tuple[_C.CompressionPlan, int]:
+        searched = sum(spec.macs for spec in trace(self.model, self.example).specs if spec.name in self.gradients)
+        rate = self.target * self.macs / searched
+        if self.count == "nominal":
+            return self.at_rate(rate)
+        low, high = 0.0, rate  # dead filters only add to what is removed
+        for _ in range(9):
+            rate = (low + high) / 2
+            plan, final = self.at_rate(rate)
+            low, high = (low, rate) if final < (1 - self.target) * self.macs else (rate, high)
+        return plan, final
+
+    def at_rate(self, rate: float) -> tuple[_C.CompressionPlan, int]:
         graph = trace(self.model, self.example)
         weights = dict(self.model.named_parameters())
-        searched = [spec for spec in graph.specs if spec.name in self.gradients]
-        rate = self.target * self.macs / sum(spec.macs for spec in searched)
         plan = _C.CompressionPlan()
         plan.method, plan.target = "uniform", self.target
         layers = []
-        for spec in searched:
-            layer = _C.SolverLayer(spec, weights[f"{spec.name}.weight"].detach(), self.gradients[spec.name])
-            layers += _C.solve([layer], spec.macs, _C.SolverOptions(target=rate), None).plan.layers
+        for spec in graph.specs:
+            if spec.name in self.gradients:
+                layer = _C.SolverLayer(spec, weights[f"{spec.name}.weight"].detach(), self.gradients[spec.name])
+                layers += _C.solve([layer], spec.macs, _C.SolverOptions(target=rate), None).plan.layers
         plan.layers = layers
         graph.channels.resolve(plan)
         _C.drop_idle_ranks(graph.specs, plan)
@@ -108,54 +120,6 @@ class Ablation:
 
     def counted(self, model: nn.Module) -> int:
         return _C.dense_macs(trace(model, self.example).specs)
-
-    def peer(self, importance: str, macs: float) -> tuple[nn.Module, float]:
-        """The model of the ratio that leaves the MACs closest to `macs`, by bisection."""
-        low, high, best = 0.0, 0.99, None
-        for _ in range(9):
-            ratio = (low + high) / 2
-            model = self.pruned(importance, ratio)
-            left = self.counted(model)
-            if best is None or abs(left - macs) < abs(best[1] - macs):
-                best = model, left, ratio
-            low, high = (low, ratio) if left < macs else (ratio, high)
-        assert best is not None
-        return best[0], best[2]
-
-    def pruned(self, importance: str, ratio: float) -> nn.Module:
-        import torch_pruning
-
-        model = copy.deepcopy(self.model)
-        if "Taylor" in importance:
-            self.taylor_gradients(model)
-        streams = [
-            layer for name, layer in model.named_modules() if name in ("conv1", "linear") or name[-5:] == "conv2"
-        ]
-        pruner = torch_pruning.pruner.BasePruner(
-            model,
-            self.example,
-            importance=getattr(torch_pruning.importance, importance)(),
-            pruning_ratio=ratio,
-            max_pruning_ratio=0.95,
-            global_pruning=True,
-            ignored_layers=streams,
-        )
-        pruner.step()
-        model.zero_grad(set_to_none=True)
-        return model
-
-    def taylor_gradients(self, model: nn.Module) -> None:
-        """The mean gradient of every parameter, computed once."""
-        if not hasattr(self, "all_gradients"):
-            self.all_gradients: dict[str, Tensor] = {}
-            copied = copy.deepcopy(self.model)
-            for images, labels in self.gradient_images:
-                (nn.functional.cross_entropy(copied(images), labels) / len(self.gradient_images)).backward()
-            for name, parameter in copied.named_parameters():
-                assert parameter.grad is not None
-                self.all_gradients[name] = parameter.grad
-        for name, parameter in model.named_parameters():
-            parameter.grad = self.all_gradients[name].clone()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -172,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--target", type=float, default=0.5)
+    parser.add_argument("--count", choices=("final", "nominal"), default="final", help="MACs that the target counts")
     parser.add_argument("--images", type=int, default=10_000, help="training images for the gradients")
     parser.add_argument("--gradients", type=Path, help="read them from this file, or write them to it")
     parser.add_argument("--rows", nargs="+", default=ROWS, help=f"default: {', '.join(ROWS)}")
@@ -180,7 +145,8 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / f"{Path(arguments.config).stem}.json"
     record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    record |= {"target": arguments.target, "gradient_images": arguments.images, "threads": torch.get_num_threads()}
+    record |= {"target": arguments.target, "count": arguments.count, "gradient_images": arguments.images}
+    record["threads"] = torch.get_num_threads()
     ablation = Ablation(arguments)
     for name in arguments.rows:
         rows = {row["name"]: row for row in record["rows"]}

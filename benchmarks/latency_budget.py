@@ -1,11 +1,13 @@
 """The same model under a budget of multiply-accumulates and under one of measured latency: time and accuracy.
 
+    pip install torch-pruning==1.6.1
     python benchmarks/latency_budget.py configs/resnet56_cifar10.yaml [--target 0.4] [--batch 1 128] [--json FILE]
+    python benchmarks/latency_budget.py --random resnet50 [--batch 1 32]
 
-For each batch: the dense model and both plans take turns in one process, and the ratio is the median over their turns.
-Top-1 on the test images as published or trained, right after compression, with BatchNorm statistics re-estimated, and
-repaired, each on 4,000 training images.
-Nothing is fine-tuned.
+For each batch the dense model, both plans and torch-pruning's models of the ratios that bring them closest to the time
+asked for take turns in one process, and the ratio is the median over their turns. Top-1 on the test images right after
+compression, with BatchNorm statistics re-estimated, and (plans) repaired, each on 4,000 training images. Nothing is
+fine-tuned. A network of torchvision's with random weights has times only.
 """
 
 import argparse
@@ -19,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from cctorch import _C, apply, batch_norm, collaborative, data, measure, models, repair
 from cctorch.config import Config, expand, load_config
 from cctorch.graph import ModelGraph, trace
 from cctorch.latency_budget import table_for
 from cctorch.store import Architecture, build
 from torch import Tensor, nn
+from torch_pruning_peer import IMPORTANCES, TorchPruning
+
+Row = dict[str, Any]
 
 
 def load(config: Config) -> tuple[nn.Module, data.Data]:
@@ -56,9 +62,126 @@ def ratios(models: list[nn.Module], example: Tensor, rounds: int) -> tuple[list[
     return [statistics.median(own) for own in runs], over_first
 
 
+class Budgets:
+    """One model with published weights and its images, or a random one of torchvision's, of which only times count."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.target = arguments.target
+        self.test: data.Batches | None = None
+        largest = max(arguments.batch)
+        if arguments.random:
+            self.model, self.seed = random_model(arguments.random), 0
+            self.examples = torch.randn(largest, 3, arguments.side, arguments.side)
+            training: Any = [(torch.randn(4, 3, arguments.side, arguments.side), torch.arange(4))]
+        else:
+            config = load_config(arguments.config)
+            self.model, images = load(config)
+            self.seed = config.seed
+            self.batches = data.Batches(images.train, 250, images.mean, images.std, True)
+            self.test = data.Batches(images.test, 500, images.mean, images.std, True)
+            self.examples = next(iter(data.Batches(images.test, largest, images.mean, images.std, True)))[0]
+            training = self.batches.head(arguments.images, config.seed)
+        self.model.eval()
+        self.gradients = gradients_of(self.model, self.graph(), training, arguments.gradients)
+        self.peer = TorchPruning(self.model, self.examples[:2], training)
+        found = collaborative.solve(self.model, self.graph(), self.gradients, self.options())
+        self.by_macs = self.carried_out(found)
+
+    def options(self) -> _C.SolverOptions:
+        return _C.SolverOptions(target=self.target)
+
+    def graph(self) -> ModelGraph:
+        return trace(self.model, self.examples[:2])
+
+    def top1(self, model: nn.Module) -> float | None:
+        return measure.accuracy(model, self.test) if self.test else None
+
+    def carried_out(self, found: collaborative.Compression) -> tuple[nn.Module, Row]:
+        model = apply(copy.deepcopy(self.model), found.plan)
+        row: Row = {"final_reduction": found.final_reduction, **self.reestimated(model)}
+        row["factored"] = sum(layer.rank is not None for layer in found.plan.layers)
+        row["gathers"] = sum(bool(layer.gather) for layer in found.plan.layers)
+        if self.test:
+            repair(model, self.model, found.plan, self.batches.head(4000, self.seed))
+            row["top1_repaired"] = self.top1(model)
+        return model, row
+
+    def reestimated(self, model: nn.Module) -> Row:
+        row: Row = {"top1_compressed": self.top1(model)}
+        if self.test:
+            batch_norm.reestimate(model, self.batches.head(4000, self.seed))
+        return row | {"top1_reestimated": self.top1(model)}
+
+    def by_latency(self, example: Tensor) -> tuple[nn.Module | None, Row]:
+        try:
+            found = collaborative.solve_latency(
+                self.model,
+                self.graph(),
+                self.gradients,
+                self.options(),
+                example,
+                table_for(self.model, example, len(example)),
+            )
+        except ValueError as error:
+            return None, {"error": str(error)}
+        assert found.latency is not None
+        model, row = self.carried_out(found)
+        return model, row | {"search": asdict(found.latency), "warnings": found.warnings}
+
+    def by_peer(self, importance: str, example: Tensor) -> tuple[nn.Module, Row]:
+        def time_of(model: nn.Module) -> float:
+            return ratios([self.model, model], example, rounds=1)[1][1]
+
+        model, ratio = self.peer.closest(importance, time_of, 1 - self.target, steps=7)
+        macs = _C.dense_macs(trace(model, self.examples[:2]).specs) / _C.dense_macs(self.graph().specs)
+        return model, {"ratio": ratio, "final_reduction": 1 - macs, **self.reestimated(model)}
+
+    def rows(self, batch: int, rounds: int) -> list[Row]:
+        example = self.examples[:batch].contiguous(memory_format=torch.channels_last)
+        start = time.perf_counter()
+        fast, by_latency = self.by_latency(example)
+        by_latency["search_seconds"] = time.perf_counter() - start
+        rows: list[Row] = [{"plan": "dense", "top1_compressed": self.top1(self.model)}]
+        rows.append({"plan": "MACs", **self.by_macs[1]})
+        timed = [self.model, self.by_macs[0]]
+        if fast is not None:
+            rows.append({"plan": "latency", **by_latency})
+            timed.append(fast)
+        for importance in IMPORTANCES:
+            model, row = self.by_peer(importance, example)
+            rows.append({"plan": f"torch-pruning, {importance}", **row})
+            timed.append(model)
+        for row, seconds, ratio in zip(rows, *ratios(timed, example, rounds), strict=True):
+            row |= {"batch": batch, "seconds": seconds, "ratio_to_dense": ratio, "load": os.getloadavg()[0]}
+        return rows if fast is not None else [*rows, {"plan": "latency", "batch": batch, **by_latency}]
+
+
+def random_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = torchvision.models.get_model(name, weights=None)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def table(rows: list[Row]) -> str:
+    text = "| batch | plan | time, of dense | ms | MACs removed | right after | BatchNorm re-estimated | repaired |\n"
+    text += "|---|---|---|---|---|---|---|---|\n"
+    for row in rows:
+        if "error" in row:
+            text += f"| {row['batch']} | {row['plan']} | {row['error']} | | | | | |\n"
+            continue
+        top1 = [row.get(f"top1_{kind}") for kind in ("compressed", "reestimated", "repaired")]
+        cells = [f"{row['batch']} | {row['plan']} | {row['ratio_to_dense']:.3f} | {row['seconds'] * 1e3:.2f}"]
+        cells += [f"{row['final_reduction']:.1%}" if "final_reduction" in row else ""]
+        cells += ["" if percent is None else f"{percent:.2f} %" for percent in top1]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?")
+    parser.add_argument("--random", metavar="NAME", help="a network of torchvision's instead of a configuration")
+    parser.add_argument("--side", type=int, default=224, help="of its images")
     parser.add_argument("--target", type=float, default=0.4, help="share of the budget to remove")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 128])
     parser.add_argument("--images", type=int, default=10_000, help="training images for the mean gradient")
@@ -66,61 +189,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of 20 turns each")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-
-    config = load_config(arguments.config)
-    model, images = load(config)
-    batches = data.Batches(images.train, 250, images.mean, images.std, True)
-    test = data.Batches(images.test, 500, images.mean, images.std, True)
-    examples = next(iter(data.Batches(images.test, max(arguments.batch), images.mean, images.std, True)))[0]
-    graph = trace(model, examples[:2])
-    gradients = gradients_of(model, graph, batches.head(arguments.images, config.seed), arguments.gradients)
-
-    def compressed(plan: _C.CompressionPlan) -> tuple[nn.Module, float, float, float]:
-        smaller = apply(copy.deepcopy(model), plan)
-        before = measure.accuracy(smaller, test)
-        batch_norm.reestimate(smaller, batches.head(4000, config.seed))
-        reestimated = measure.accuracy(smaller, test)
-        repair(smaller, model, plan, batches.head(4000, config.seed))
-        return smaller, before, reestimated, measure.accuracy(smaller, test)
-
-    rows: list[dict[str, Any]] = [{"plan": "dense", "top1": measure.accuracy(model, test)}]
-    print(json.dumps(rows[0]), flush=True)
-    options = {"target": arguments.target}
-    by_macs = collaborative.solve(model, trace(model, examples[:2]), gradients, _C.SolverOptions(**options))
-    macs_model, *macs_top1 = compressed(by_macs.plan)
+    if bool(arguments.config) == bool(arguments.random):
+        parser.error("expected a configuration or --random, one of both")
+    budgets = Budgets(arguments)
+    rows: list[Row] = []
     for batch in arguments.batch:
-        start = time.perf_counter()
-        example = examples[:batch].contiguous(memory_format=torch.channels_last)
-        row: dict[str, Any] = {"batch": batch, "target": arguments.target, "macs_plan": {"top1": macs_top1}}
-        row["macs_plan"]["final_reduction"] = by_macs.final_reduction
-        fast: list[nn.Module] = []
-        try:
-            found = collaborative.solve_latency(
-                model,
-                trace(model, examples[:2]),
-                gradients,
-                _C.SolverOptions(**options),
-                example,
-                table_for(model, example, batch),
-            )
-        except ValueError as error:
-            row["latency_plan"] = {"error": str(error)}
-        else:
-            assert found.latency is not None
-            smaller, *top1 = compressed(found.plan)
-            fast.append(smaller)
-            counts = {"factored": sum(layer.rank is not None for layer in found.plan.layers)}
-            counts["gathers"] = sum(bool(layer.gather) for layer in found.plan.layers)
-            row["latency_plan"] = {"top1": top1, "final_reduction": found.final_reduction, **counts}
-            row["latency_plan"] |= {"search": asdict(found.latency), "warnings": found.warnings}
-        row["search_seconds"] = time.perf_counter() - start
-        seconds, over_dense = ratios([model, macs_model, *fast], example, arguments.rounds)
-        row |= {"seconds": seconds, "ratio_to_dense": over_dense, "load": os.getloadavg()[0]}
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    if arguments.json:
-        machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({**machine, "rows": rows}, indent=1))
+        rows += budgets.rows(batch, arguments.rounds)
+        print(table(rows), flush=True)
+        if arguments.json:
+            machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "target": arguments.target}
+            arguments.json.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
