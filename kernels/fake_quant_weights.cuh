@@ -7,6 +7,7 @@
 
 #include "csrc/ops/formula/fake_quant_weights.h"
 #include "kernels/list.cuh"
+#include "kernels/vector.cuh"
 
 // Rows of a list of weights, each quantized on the grid that its largest magnitude ends.
 namespace cctorch::cuda::quantize_rows {
@@ -43,21 +44,18 @@ struct QuantizeRows {
   __device__ void operator()(Shared& shared) const {
     const Entry& weight = entry();
     const int64_t row = blockIdx.x + entries[0].first - weight.first;
-    const S* from = static_cast<const S*>(weight.from) + row * weight.size;
-    S* to = static_cast<S*>(weight.to) + row * weight.size;
-    const auto* bits = reinterpret_cast<const Bits*>(from);
+    const int64_t begin = row * weight.size;
+    const int64_t end = begin + weight.size;
     Key own = 0;
-    for (int64_t i = threadIdx.x; i < weight.size; i += kThreads) {
-      own = std::max(own, static_cast<Key>(formula::magnitude_of_number(bits[i], infinity)));
-    }
+    visit_all(static_cast<const Bits*>(weight.from), begin, end,
+              [&](Bits bits) { own = std::max(own, static_cast<Key>(formula::magnitude_of_number(bits, infinity))); });
     const auto largest = static_cast<Bits>(block_max(own, shared.warp_largest));
     S value;
     memcpy(&value, &largest, sizeof(S));
     const T scale = formula.scale(static_cast<T>(value));
     if (threadIdx.x == 0) static_cast<T*>(weight.scales)[row] = scale;
-    for (int64_t i = threadIdx.x; i < weight.size; i += kThreads) {
-      to[i] = static_cast<S>(formula.grid.forward(static_cast<T>(from[i]), scale));
-    }
+    map_all(static_cast<S*>(weight.to), static_cast<const S*>(weight.from), begin, end,
+            [&](S x) { return static_cast<S>(formula.grid.forward(static_cast<T>(x), scale)); });
   }
 };
 

@@ -7,6 +7,7 @@
 #include "csrc/ops/formula/layout.h"
 #include "csrc/ops/formula/mask.h"
 #include "kernels/list.cuh"
+#include "kernels/vector.cuh"
 
 // The largest magnitudes over a list of tensors, by radix selection. Every pass counts one digit of the magnitudes that
 // agree with the digits found so far, from the top; what is found stays on the device.
@@ -17,13 +18,13 @@ using Count = unsigned long long;  // a type that atomicAdd knows
 constexpr int kDigitBits = 11;
 constexpr unsigned kBins = 1u << kDigitBits;
 
-// Writes a mask's element, or a weight's: its own value or 0.
+// A mask's element, or a weight's: its own value or 0.
 template <typename Result, typename Bits>
-__device__ void keep(const Entry& entry, int64_t i, Bits bits, bool kept) {
+__device__ Result kept_or_zero(Bits bits, bool kept) {
   if constexpr (std::is_same_v<Result, bool>) {
-    static_cast<bool*>(entry.result)[i] = kept;
+    return kept;
   } else {
-    static_cast<Bits*>(entry.result)[i] = kept ? bits : Bits(0);
+    return kept ? bits : Bits(0);
   }
 }
 
@@ -135,13 +136,12 @@ struct CountDigits {
     const Bits agreed = static_cast<Bits>(workspace.state->threshold) >> above;
     const unsigned digit_mask = (1u << digit.width) - 1;
     pass.list.for_each_piece(blockIdx.x, [&](const Entry& entry, int64_t begin, int64_t end) {
-      const auto* weight = static_cast<const Bits*>(entry.weight);
       // Weights that were pruned are equal: a run of one digit is added at once.
       unsigned bin = 0;
       unsigned run = 0;
-      for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-        const Bits magnitude = pass.key(weight[i]);
-        if (static_cast<Bits>(magnitude >> above) != agreed) continue;
+      visit_all(static_cast<const Bits*>(entry.weight), begin, end, [&](Bits bits) {
+        const Bits magnitude = pass.key(bits);
+        if (static_cast<Bits>(magnitude >> above) != agreed) return;
         const unsigned next = static_cast<unsigned>(magnitude >> digit.shift) & digit_mask;
         if (next != bin && run > 0) {
           atomicAdd(&counts[bin], run);
@@ -149,7 +149,7 @@ struct CountDigits {
         }
         bin = next;
         ++run;
-      }
+      });
       if (run > 0) atomicAdd(&counts[bin], run);
     });
     __syncthreads();
@@ -200,13 +200,11 @@ struct Keep {
     const Bits threshold = static_cast<Bits>(pass.workspace.state->threshold);
     Count equal = 0;
     pass.list.for_each_piece(block, [&](const Entry& entry, int64_t begin, int64_t end) {
-      const auto* weight = static_cast<const Bits*>(entry.weight);
-      for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-        const Bits bits = weight[i];
+      map_all(static_cast<Result*>(entry.result), static_cast<const Bits*>(entry.weight), begin, end, [&](Bits bits) {
         const Bits magnitude = pass.key(bits);
-        keep<Result>(entry, i, bits, magnitude > threshold);
         equal += magnitude == threshold;
-      }
+        return kept_or_zero<Result>(bits, magnitude > threshold);
+      });
     });
     return equal;
   }
@@ -224,7 +222,9 @@ struct Keep {
         const Bits bits = i < end ? weight[i] : Bits(0);
         const bool tie = i < end && pass.key(bits) == threshold;
         const Scan<Count> scan = block_scan(static_cast<Count>(tie), warp_sums);
-        if (tie && kept + scan.before < wanted) keep<Result>(entry, i, bits, true);
+        if (tie && kept + scan.before < wanted) {
+          static_cast<Result*>(entry.result)[i] = kept_or_zero<Result>(bits, true);
+        }
         kept += scan.total;
       }
     });

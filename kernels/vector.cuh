@@ -1,10 +1,12 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-#include "csrc/ops/formula/host_device.h"
+#include "csrc/ops/formula/layout.h"
+#include "kernels/block.cuh"
 
 // Registers are an array only as long as every index into it is known when the code is compiled. And there are not
 // enough of them for what the compiler makes of a long loop whose body is many elements already.
@@ -53,6 +55,47 @@ __device__ void store(T* to, const Pack<T, count>& pack) {
 template <int count, typename... T>
 CCTORCH_HOST_DEVICE bool are_aligned(const T*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % (sizeof(T) * count) == 0) && ...);
+}
+
+// Of the elements from `begin` on, the first where a vector begins.
+template <typename T>
+__device__ int64_t first_vector(const T* from, int64_t begin) {
+  const auto position = static_cast<int64_t>(reinterpret_cast<uintptr_t>(from + begin) / sizeof(T));
+  return begin + ceil_div(position, int64_t(kVector<T>)) * kVector<T> - position;
+}
+
+// visit(value) for each of the elements [begin, end), shared among the threads of the block. Vectors where there are
+// any.
+template <typename T, typename Visit>
+__device__ void visit_all(const T* from, int64_t begin, int64_t end, const Visit& visit) {
+  const int64_t first = std::min(first_vector(from, begin), end);
+  const int64_t last = first + (end - first) / kVector<T> * kVector<T>;
+  if (begin + threadIdx.x < first) visit(from[begin + threadIdx.x]);
+  for (int64_t i = first + threadIdx.x * kVector<T>; i < last; i += kThreads * kVector<T>) {
+    const auto pack = load<kVector<T>>(from + i);
+    CCTORCH_UNROLL
+    for (int j = 0; j < kVector<T>; ++j) visit(pack.values[j]);
+  }
+  if (last + threadIdx.x < end) visit(from[last + threadIdx.x]);
+}
+
+// to[i] = map(from[i]) for each i in [begin, end), in the same way. Single elements where `to` does not begin at a
+// vector's size together with `from`.
+template <typename To, typename From, typename Map>
+__device__ void map_all(To* to, const From* from, int64_t begin, int64_t end, const Map& map) {
+  constexpr int kCount = kVector<From>;
+  const int64_t first = std::min(first_vector(from, begin), end);
+  const int64_t last = are_aligned<kCount>(to + first) ? first + (end - first) / kCount * kCount : first;
+  if (begin + threadIdx.x < first) to[begin + threadIdx.x] = map(from[begin + threadIdx.x]);
+  for (int64_t i = first + threadIdx.x * kCount; i < last; i += kThreads * kCount) {
+    const auto pack = load<kCount>(from + i);
+    Pack<To, kCount> result;
+    CCTORCH_UNROLL
+    for (int j = 0; j < kCount; ++j) result.values[j] = map(pack.values[j]);
+    store(to + i, result);
+  }
+  CCTORCH_KEEP_LOOP
+  for (int64_t i = last + threadIdx.x; i < end; i += kThreads) to[i] = map(from[i]);
 }
 
 }  // namespace cctorch::cuda

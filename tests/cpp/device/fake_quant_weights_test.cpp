@@ -13,10 +13,11 @@ namespace {
 
 template <typename S>
 struct Weight {
-  std::vector<S> from;
+  std::vector<S> from;  // behind `skipped` elements
   std::vector<S> to;
   std::vector<Math<S>> scales;
   int64_t size;
+  int64_t skipped = 0;
 };
 
 template <typename S>
@@ -28,8 +29,9 @@ std::vector<Weight<S>> random_weights(int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t rows = 1 + i % 3;
     const int64_t size = i % 5 == 0 ? 1 : (i % 7 == 0 ? 700 : 3 + 9 * i);
-    Weight<S> weight{std::vector<S>(rows * size), std::vector<S>(rows * size, S(unwritten)),
-                     std::vector<Math<S>>(rows, unwritten), size};
+    const int64_t skipped = i % 4 == 3 ? 1 : 0;
+    Weight<S> weight{std::vector<S>(skipped + rows * size), std::vector<S>(rows * size, S(unwritten)),
+                     std::vector<Math<S>>(rows, unwritten), size, skipped};
     for (S& value : weight.from) value = static_cast<S>(normal(random));
     weights.push_back(std::move(weight));
   }
@@ -42,7 +44,8 @@ int quantize(std::vector<Weight<S>>& weights, int64_t qmax, uint32_t seed) {
   std::vector<cuda::quantize_rows::Entry> entries;
   int64_t first = 0;
   for (auto& weight : weights) {
-    entries.push_back({weight.from.data(), weight.to.data(), weight.scales.data(), weight.size, first});
+    entries.push_back(
+        {weight.from.data() + weight.skipped, weight.to.data(), weight.scales.data(), weight.size, first});
     first += static_cast<int64_t>(weight.scales.size());
   }
   entries.push_back({nullptr, nullptr, nullptr, 0, first});
@@ -54,14 +57,14 @@ template <typename S>
 class FakeQuantWeights : public ::testing::Test {};
 TYPED_TEST_SUITE(FakeQuantWeights, FloatingTypes);
 
-// More weights than one launch takes, of rows shorter and longer than a block.
+// More weights than one launch takes, of rows shorter and longer than a block, some that do not begin at a vector.
 TYPED_TEST(FakeQuantWeights, EqualsPlainLoops) {
   for (const uint32_t seed : {0u, 1u, 7u}) {
     auto weights = random_weights<TypeParam>(130);
     quantize(weights, 7, seed);
     for (const auto& weight : weights) {
       for (size_t row = 0; row < weight.scales.size(); ++row) {
-        const TypeParam* from = weight.from.data() + row * weight.size;
+        const TypeParam* from = weight.from.data() + weight.skipped + row * weight.size;
         double largest = 0;
         for (int64_t i = 0; i < weight.size; ++i) largest = std::max(largest, std::abs(static_cast<double>(from[i])));
         const auto scale = static_cast<Math<TypeParam>>(largest) / 7;
