@@ -7,7 +7,8 @@ on an event, and is measured once on the test set. OUT/runs.jsonl gets a line fo
 are not repeated, so the same command goes on where it stopped, and draws OUT/sweep.svg and OUT/sweep.md anew.
 
 Schedules are compared at an equal budget: "inverse" has as many events as a constant period, by the mean of the
-learning rate, and "adaptive" holds the update per mini-batch that the constant period's runs had on average.
+learning rate, and "adaptive" holds the update per mini-batch that the constant period's runs had on average. "early" is
+the constant period with one event more, after the first step, where "adaptive" has its first too.
 """
 
 import argparse
@@ -36,6 +37,7 @@ QUANTITIES: dict[str, dict[str, r.Regularizer]] = {
     "Tucker-2": {f"{ratio:g} to 1": r.Tucker2(ratio=ratio) for ratio in (1.6, 2.8, 4.3)},
 }
 SETTING = ("model", "batch", "steps", "lr", "q", "strength", "schedule", "period", "seed")
+SCHEDULES = ("constant", "early", "inverse", "adaptive")
 Run = dict[str, Any]
 
 
@@ -64,6 +66,8 @@ def make_schedule(setting: Run, training: Training, runs: list[Run]) -> r.Freque
         return r.ConstantPeriod(period)
     if setting["schedule"] == "inverse":
         return r.InverseLearningRate(period * statistics.mean(learning_rate(training, i, steps) for i in range(steps)))
+    if setting["schedule"] == "early":
+        return r.StepwisePeriod([(0, 1), (2, period)])
     constant = {**setting, "schedule": "constant"}
     updates = [run["update"] for run in runs if same(run, constant, "seed")]
     if not updates:
@@ -156,6 +160,16 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
+def events_of(runs: list[Run], schedule: str, batch: int, q: str, strength: str, period: int) -> str:
+    wanted = (schedule, batch, q, strength, period)
+    counts = [
+        run["events"]
+        for run in runs
+        if (run["schedule"], run["batch"], run["q"], run["strength"], run["period"]) == wanted
+    ]
+    return f"{statistics.mean(counts):.3g}"
+
+
 def table(runs: list[Run]) -> str:
     """Mean and standard deviation over the seeds; in the second table at equal budgets, only where all were run."""
     periods = sorted({run["period"] for run in runs if run["schedule"] == "constant"})
@@ -165,16 +179,21 @@ def table(runs: list[Run]) -> str:
         best = max(by_period, key=lambda period: statistics.mean(by_period[period]))
         cells = " | ".join(cell(by_period.get(period, [])) for period in periods)
         lines.append(f"| {batch} | {q} | {strength} | {cells} | {best} |")
-    modulated = [schedule for schedule in ("inverse", "adaptive") if any(run["schedule"] == schedule for run in runs)]
+    modulated = [schedule for schedule in SCHEDULES[1:] if any(run["schedule"] == schedule for run in runs)]
     if modulated:
-        lines += ["", "| batch | Q | strength | pNR | constant | " + " | ".join(modulated) + " |"]
-        lines.append("|---" * (len(modulated) + 5) + "|")
+        compared = ["constant", *modulated]
+        heads = [f"{schedule} | events" for schedule in compared]
+        lines += ["", "| batch | Q | strength | pNR | " + " | ".join(heads) + " |"]
+        lines.append("|---" * (2 * len(compared) + 4) + "|")
         others = [{group[:3]: group[3] for group in groups(runs, schedule)} for schedule in modulated]
         for batch, q, strength, by_period in groups(runs):
             for period, values in by_period.items():
                 found = [other.get((batch, q, strength), {}).get(period, []) for other in others]
                 if all(found):
-                    cells = " | ".join(cell(accuracies) for accuracies in [values, *found])
+                    cells = " | ".join(
+                        f"{cell(accuracies)} | {events_of(runs, schedule, batch, q, strength, period)}"
+                        for schedule, accuracies in zip(compared, [values, *found], strict=True)
+                    )
                     lines.append(f"| {batch} | {q} | {strength} | {period} | {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -187,7 +206,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[32], help="batch sizes")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--periods", type=int, nargs="+", default=[1, 10, 50, 200, 1000])
-    parser.add_argument("--schedules", nargs="+", choices=["constant", "inverse", "adaptive"], default=["constant"])
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=["constant"])
     parser.add_argument("--only", nargs="+", choices=QUANTITIES, default=list(QUANTITIES), help="these Q")
     parser.add_argument("--strengths", type=int, default=3, help="how many, from the strongest")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
