@@ -113,8 +113,9 @@ if(NOT codes STREQUAL "1;1" OR NOT output MATCHES "expected 95.0 %")
 endif()
 
 # Killed in each of its stages, the same command goes on, and ends with the same bits.
+# `env` becomes the command; that of CMake would stay between it and the signal.
 set(kill_after sh ${CMAKE_CURRENT_LIST_DIR}/kill_after.sh)
-set(whole ${CMAKE_COMMAND} -E env OMP_NUM_THREADS=1 ${train_resnet} --synthetic --blocks 1 --epochs 3 --finetune-epochs 3
+set(whole env OMP_NUM_THREADS=1 ${train_resnet} --synthetic --blocks 1 --epochs 3 --finetune-epochs 3
     --batch 64 --device cpu --limit 640 --target 0.4)
 run(${whole} --out ${WORK_DIR}/whole)
 set(broken ${whole} --out ${WORK_DIR}/broken)
