@@ -31,29 +31,43 @@ Number parse(const std::string& name, const std::string& value, Number least, Nu
 
 using Setter = std::function<void(Options&, const std::string& name, const std::string& value)>;
 
-struct Flag {
-  std::string name, placeholder, help;  // a switch has no placeholder
+// How the value of an option is read from the command line, and how it is written there.
+struct Value {
   Setter set;
+  std::function<std::string(const Options&)> get;
 };
 
-Setter text(std::string Options::* member) {
-  return [=](Options& options, const std::string&, const std::string& value) { options.*member = value; };
+struct Flag {
+  std::string name, placeholder, help;  // a switch has no placeholder
+  Value value;
+};
+
+template <typename Member>
+auto getter(Member Options::* member) {
+  return [=](const Options& options) { return fmt::format("{}", options.*member); };
 }
 
-Setter count(int64_t Options::* member, int64_t least) {
-  return [=](Options& options, const std::string& name, const std::string& value) {
-    options.*member = parse<int64_t>(name, value, least, std::numeric_limits<int64_t>::max());
-  };
+Value text(std::string Options::* member) {
+  return {[=](Options& options, const std::string&, const std::string& value) { options.*member = value; },
+          getter(member)};
 }
 
-Setter number(double Options::* member, double least, double most) {
-  return [=](Options& options, const std::string& name, const std::string& value) {
-    options.*member = parse<double>(name, value, least, most);
-  };
+Value count(int64_t Options::* member, int64_t least) {
+  return {[=](Options& options, const std::string& name, const std::string& value) {
+            options.*member = parse<int64_t>(name, value, least, std::numeric_limits<int64_t>::max());
+          },
+          getter(member)};
 }
 
-Setter turn_on(bool Options::* member) {
-  return [=](Options& options, const std::string&, const std::string&) { options.*member = true; };
+Value number(double Options::* member, double least, double most) {
+  return {[=](Options& options, const std::string& name, const std::string& value) {
+            options.*member = parse<double>(name, value, least, most);
+          },
+          getter(member)};
+}
+
+Value turn_on(bool Options::* member) {
+  return {[=](Options& options, const std::string&, const std::string&) { options.*member = true; }, getter(member)};
 }
 
 void set_device(Options& options, const std::string& name, const std::string& value) {
@@ -64,7 +78,8 @@ void set_device(Options& options, const std::string& name, const std::string& va
 const std::vector<Flag>& flags() {
   static const std::vector<Flag> all = {
       {"--data", "DIR", "folder of the four Fashion-MNIST idx files, .gz or unpacked", text(&Options::data)},
-      {"--out", "DIR", "where plan.json, dense.pt, compressed.pt and summary.json go", text(&Options::out)},
+      {"--out", "DIR", "where plan.json, dense.pt, compressed.pt, summary.json and checkpoint.pt go",
+       text(&Options::out)},
       {"--epochs", "N", "epochs of the dense network", count(&Options::epochs, 1)},
       {"--finetune-epochs", "N", "epochs of the compressed network", count(&Options::finetune_epochs, 0)},
       {"--target", "C", "fraction of the multiply-accumulates to remove", number(&Options::target, 0.01, 0.95)},
@@ -73,7 +88,7 @@ const std::vector<Flag>& flags() {
       {"--lr", "X", "peak learning rate of the one-cycle schedule", number(&Options::lr, 1e-6, 10.0)},
       {"--limit", "N", "use only the first N images of each set; 0 for all", count(&Options::limit, 0)},
       {"--seed", "N", "seed of initialization, order and augmentation", count(&Options::seed, 0)},
-      {"--device", "NAME", "auto, cpu or cuda", set_device},
+      {"--device", "NAME", "auto, cpu or cuda", {set_device, getter(&Options::device)}},
       {"--float64", "", "compute in float64: slow, and numbers of ranks can be compared", turn_on(&Options::float64)},
       {"--synthetic", "", "make a small data set in DIR of --out and use it", turn_on(&Options::synthetic)},
       {"--help", "", "print this", turn_on(&Options::help)},
@@ -98,9 +113,17 @@ Options parse_options(const std::vector<std::string>& arguments) {
     } else if (equals != std::string::npos) {
       refuse(name, arguments[i].substr(equals + 1), "no value");
     }
-    flag->set(options, name, value);
+    flag->value.set(options, name, value);
   }
   return options;
+}
+
+std::map<std::string, std::string> settings(const Options& options) {
+  std::map<std::string, std::string> values;
+  for (const Flag& flag : flags()) values[flag.name] = flag.value.get(options);
+  values.erase("--out");
+  values.erase("--help");
+  return values;
 }
 
 std::string help_text() {
@@ -110,6 +133,7 @@ std::string help_text() {
       "  train_resnet --target 0.7 --finetune-epochs 5   remove more, and give it longer to recover\n"
       "  train_resnet --synthetic --blocks 1 --batch 32  a try of a few seconds, without any data\n"
       "  torchrun --no-python --nproc-per-node 2 train_resnet   data parallel: --batch is that of all ranks\n\n"
+      "Stopped, it goes on after its last epoch when the same command is given again.\n\n"
       "Options:\n";
   for (const Flag& flag : flags()) {
     text += fmt::format("  {:<22} {}\n", flag.name + " " + flag.placeholder, flag.help);

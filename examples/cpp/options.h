@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -23,5 +24,8 @@ struct Options {
 
 // Throws std::invalid_argument naming the option, its value and what was expected.
 Options parse_options(const std::vector<std::string>& arguments);
+
+// Names and values of those that decide what comes out: all but --out and --help.
+std::map<std::string, std::string> settings(const Options& options);
 
 std::string help_text();

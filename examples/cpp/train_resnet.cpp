@@ -10,15 +10,17 @@
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "checkpoint.h"
 #include "fashion_mnist.h"
+#include "files.h"
+#include "measurements.h"
 #include "options.h"
-#include "progress.h"
 #include "resnet.h"
 #include "training.h"
 
@@ -27,11 +29,6 @@ namespace fs = std::filesystem;
 namespace {
 
 constexpr int64_t classes = 10;
-
-struct Measurements {
-  double top1 = 0.0, latency_1 = 0.0, latency_128 = 0.0;
-  int64_t parameters = 0, macs = 0, bytes = 0;
-};
 
 // Where torchrun starts several processes on a machine, each has a GPU of its own.
 at::Device choose_device(const std::string& name) {
@@ -78,21 +75,6 @@ FashionMnist load_data(const Options& options, const at::Device& device, const R
   return data;
 }
 
-// Rank 0 writes and takes the times; the accuracy is over all ranks.
-Measurements measure(ResNet& model, const Images& images, int64_t macs, const fs::path& checkpoint,
-                     const Ranks& ranks) {
-  Measurements measured{.top1 = accuracy(model, images, 256, ranks), .macs = macs};
-  for (const at::Tensor& parameter : model->parameters()) measured.parameters += parameter.numel();
-  ranks.on_main([&] {
-    torch::save(model, checkpoint.string());
-    measured.bytes = static_cast<int64_t>(fs::file_size(checkpoint));
-    measured.latency_1 = latency(model, images, 1);
-    measured.latency_128 = latency(model, images, 128);
-    return "";
-  });
-  return measured;
-}
-
 struct Search {
   cctorch::CompressionPlan plan;
   int64_t nominal_macs = 0;
@@ -136,21 +118,9 @@ void check_target(int64_t dense_macs, int64_t final_macs, double target) {
                   100 * removed, 100 * target));
 }
 
-void write_text(const fs::path& path, const std::string& text) {
-  const fs::path partial = path.string() + ".part";
-  std::ofstream(partial) << text;
-  if (!fs::exists(partial) || fs::file_size(partial) != text.size()) {
-    throw std::runtime_error(fmt::format("{}: cannot be written; is the disk full?", path.string()));
-  }
-  fs::rename(partial, path);
-}
-
 // The two files are all that is needed: a fresh dense network, the plan, the tensors. Rank 0 has them.
 double reloaded_accuracy(const Options& options, const at::Device& device, const Images& images, const Ranks& ranks) {
-  const std::string json = ranks.on_main([&] {
-    std::ifstream file(fs::path(options.out) / "plan.json");
-    return std::string{std::istreambuf_iterator<char>(file), {}};
-  });
+  const std::string json = ranks.on_main([&] { return read_file(fs::path(options.out) / "plan.json"); });
   ResNet model = new_model(options, device);
   cctorch::apply(*model, cctorch::CompressionPlan::from_json(json));
   ranks.on_main([&] {
@@ -162,74 +132,133 @@ double reloaded_accuracy(const Options& options, const at::Device& device, const
   return accuracy(model, images, 256, ranks);
 }
 
-void print_table(const Measurements& before, const Measurements& after, double uncorrected, double reestimated) {
-  const auto row = [](const char* name, double from, double to, int digits) {
-    fmt::print("{:<24} {:>12.{}f} {:>12.{}f} {:>8.2f}\n", name, from, digits, to, digits, to / from);
-  };
-  fmt::print("\n{:<24} {:>12} {:>12} {:>8}\n", "", "before", "after", "ratio");
-  row("top-1 [%]", before.top1, after.top1, 2);
-  row("parameters [k]", 1e-3 * before.parameters, 1e-3 * after.parameters, 1);
-  row("MACs [M]", 1e-6 * before.macs, 1e-6 * after.macs, 2);
-  row("size on disk [kB]", 1e-3 * before.bytes, 1e-3 * after.bytes, 1);
-  row("latency, batch 1 [ms]", 1e3 * before.latency_1, 1e3 * after.latency_1, 2);
-  row("latency, batch 128 [ms]", 1e3 * before.latency_128, 1e3 * after.latency_128, 2);
-  fmt::print("top-1 right after compression: {:.2f} %, {:.2f} % with BatchNorm re-estimated\n", uncorrected,
-             reestimated);
-}
+// A network that stands at `state`, and its optimizer. Also a run that nothing has stopped begins each stage with one.
+struct Trainee {
+  ResNet model;
+  torch::optim::SGD optimizer;
 
-void write_results(const fs::path& out, const cctorch::CompressionPlan& plan, const std::string& summary) {
-  write_text(out / "plan.json", plan.to_json());
-  write_text(out / "summary.json", summary);
-}
-
-void run(const Options& options, const at::Device& device, const Ranks& ranks) {
-  const fs::path out = options.out;
-  torch::manual_seed(options.seed);
-  const FashionMnist data = load_data(options, device, ranks);
-  // Anew: making data has drawn random numbers on rank 0 alone.
-  torch::manual_seed(options.seed);
-  ResNet model = new_model(options, device);
-  model->synchronize(ranks);
-  fmt::print("ResNet-{} on {}, {} rank(s): {} training images, {} test images\n", 6 * options.blocks + 2, device.str(),
-             ranks.count(), data.train.labels.size(0), data.test.labels.size(0));
-
-  torch::optim::SGD optimizer(model->parameters(),
-                              torch::optim::SGDOptions(options.lr).momentum(0.9).nesterov(true).weight_decay(5e-4));
-  auto epochs = train(model, optimizer, data.train, {"training", options.epochs, options.batch, options.lr}, ranks);
-
-  const auto specs = cctorch::layer_specs(
-      *model, [&] { accuracy(model, {data.test.pixels.narrow(0, 0, 1), data.test.labels.narrow(0, 0, 1)}, 1, {}); });
-  const Measurements before = measure(model, data.test, cctorch::dense_macs(specs), out / "dense.pt", ranks);
-
-  const auto [plan, nominal_macs] = search(model, data.train, specs, options, ranks);
-  check_target(before.macs, cctorch::final_macs(specs, plan), options.target);
-  cctorch::apply(*model, plan, &optimizer);
-  cctorch::distributed::assert_identical("the compressed layers", *model, ranks);
-  const double uncorrected = accuracy(model, data.test, 256, ranks);
-  reestimate(model, data.train, options.batch, 4000, ranks);
-  const double reestimated = accuracy(model, data.test, 256, ranks);
-  const auto finetuned = train(model, optimizer, data.train,
-                               {"fine-tuning", options.finetune_epochs, options.batch, 0.5 * options.lr}, ranks);
-  epochs.insert(epochs.end(), finetuned.begin(), finetuned.end());
-
-  const Measurements after = measure(model, data.test, cctorch::final_macs(specs, plan), out / "compressed.pt", ranks);
-  const std::string summary = fmt::format(
-      "{{\"top1_before\": {}, \"top1_compressed\": {}, \"top1_reestimated\": {}, \"top1_after\": {}, "
-      "\"macs_before\": {}, \"macs_nominal\": {}, \"macs_after\": {}, \"losses\": [{}]}}\n",
-      before.top1, uncorrected, reestimated, after.top1, before.macs, nominal_macs, after.macs,
-      fmt::join(epochs, ", "));
-  ranks.on_main([&, &plan = plan] {
-    write_results(out, plan, summary);
-    return "";
-  });
-  const double reloaded = reloaded_accuracy(options, device, data.test, ranks);
-  if (reloaded != after.top1) {
-    throw std::runtime_error(
-        fmt::format("reloaded from {}: top-1 {} %, expected {} %", out.string(), reloaded, after.top1));
+  Trainee(const State& state, const Options& options, const at::Device& device, const Ranks& ranks)
+      : model(shaped(state, options, device)),
+        optimizer(model->parameters(),
+                  torch::optim::SGDOptions(options.lr).momentum(0.9).nesterov(true).weight_decay(5e-4)) {
+    model->synchronize(ranks);
+    state.restore(model, optimizer);
   }
-  print_table(before, after, uncorrected, reestimated);
-  fmt::print("written to {}: plan.json, dense.pt, compressed.pt (reloaded: same top-1), summary.json\n", out.string());
-}
+
+  static ResNet shaped(const State& state, const Options& options, const at::Device& device) {
+    ResNet model = new_model(options, device);
+    if (state.compressed) cctorch::apply(*model, state.compressed->plan);
+    to_channels_last(model);
+    return model;
+  }
+};
+
+class Run {
+ public:
+  Run(const Options& options, const at::Device& device, const Ranks& ranks)
+      : options_(options),
+        device_(device),
+        ranks_(ranks),
+        out_(options.out),
+        checkpoint_(out_ / "checkpoint.pt", settings(options), ranks) {}
+
+  void execute() {
+    const std::optional<State> saved = checkpoint_.load();
+    torch::manual_seed(options_.seed);
+    data_ = load_data(options_, device_, ranks_);
+    fmt::print("ResNet-{} on {}, {} rank(s): {} training images, {} test images\n", 6 * options_.blocks + 2,
+               device_.str(), ranks_.count(), data_.train.labels.size(0), data_.test.labels.size(0));
+    if (saved) {
+      state_ = *saved;
+      fmt::print("going on after epoch {} of {}\n", state_.losses.size(), options_.epochs + options_.finetune_epochs);
+    }
+    // Anew: making data has drawn random numbers on rank 0 alone.
+    torch::manual_seed(options_.seed);
+    if (!state_.compressed) {
+      Trainee dense(state_, options_, device_, ranks_);
+      train_to("training", options_.epochs, options_.lr, dense);
+      compress(dense);
+    }
+    Trainee compressed(state_, options_, device_, ranks_);
+    train_to("fine-tuning", options_.finetune_epochs, 0.5 * options_.lr, compressed);
+    finish(compressed.model);
+  }
+
+ private:
+  // What is left of a stage, with a checkpoint after each epoch.
+  void train_to(const std::string& stage, int64_t epochs, double lr, Trainee& trainee) {
+    const int64_t before = state_.compressed ? options_.epochs : 0;
+    const uint64_t seed = static_cast<uint64_t>(options_.seed) * 1'000'003 + static_cast<uint64_t>(before);
+    train(trainee.model, trainee.optimizer, data_.train, {stage, epochs, options_.batch, lr, seed},
+          static_cast<int64_t>(state_.losses.size()) - before, ranks_, [&](double loss) {
+            state_.losses.push_back(loss);
+            save(trainee);
+          });
+  }
+
+  void save(Trainee& trainee) {
+    cctorch::distributed::assert_identical("the checkpoint", *trainee.model, ranks_);
+    state_.take(trainee.model, trainee.optimizer);
+    checkpoint_.save(state_);
+  }
+
+  void compress(Trainee& dense) {
+    ResNet& model = dense.model;
+    const auto specs = cctorch::layer_specs(*model, [&] {
+      accuracy(model, {data_.test.pixels.narrow(0, 0, 1), data_.test.labels.narrow(0, 0, 1)}, 1, {});
+    });
+    Compressed found;
+    found.dense = measure(model, data_.test, cctorch::dense_macs(specs), out_ / "dense.pt", ranks_);
+    auto [plan, nominal_macs] = search(model, data_.train, specs, options_, ranks_);
+    found.plan = std::move(plan);
+    found.nominal_macs = nominal_macs;
+    found.final_macs = cctorch::final_macs(specs, found.plan);
+    check_target(found.dense.macs, found.final_macs, options_.target);
+    cctorch::apply(*model, found.plan, &dense.optimizer);
+    found.uncorrected = accuracy(model, data_.test, 256, ranks_);
+    reestimate(model, data_.train, options_.batch, 4000, ranks_);
+    found.reestimated = accuracy(model, data_.test, 256, ranks_);
+    state_.compressed = std::move(found);
+    save(dense);
+  }
+
+  void finish(ResNet& model) {
+    const Compressed& compressed = *state_.compressed;
+    const Measurements after = measure(model, data_.test, compressed.final_macs, out_ / "compressed.pt", ranks_);
+    ranks_.on_main([&] {
+      write_file(out_ / "plan.json", compressed.plan.to_json());
+      write_file(out_ / "summary.json", summary(after));
+      return "";
+    });
+    const double reloaded = reloaded_accuracy(options_, device_, data_.test, ranks_);
+    if (reloaded != after.top1) {
+      throw std::runtime_error(
+          fmt::format("reloaded from {}: top-1 {} %, expected {} %", out_.string(), reloaded, after.top1));
+    }
+    print_table(compressed.dense, after);
+    fmt::print("top-1 right after compression: {:.2f} %, {:.2f} % with BatchNorm re-estimated\n",
+               compressed.uncorrected, compressed.reestimated);
+    fmt::print("written to {}: plan.json, dense.pt, compressed.pt (reloaded: same top-1), summary.json\n",
+               out_.string());
+  }
+
+  std::string summary(const Measurements& after) const {
+    const Compressed& compressed = *state_.compressed;
+    return fmt::format(
+        "{{\"top1_before\": {}, \"top1_compressed\": {}, \"top1_reestimated\": {}, \"top1_after\": {}, "
+        "\"macs_before\": {}, \"macs_nominal\": {}, \"macs_after\": {}, \"losses\": [{}]}}\n",
+        compressed.dense.top1, compressed.uncorrected, compressed.reestimated, after.top1, compressed.dense.macs,
+        compressed.nominal_macs, after.macs, fmt::join(state_.losses, ", "));
+  }
+
+  const Options& options_;
+  const at::Device device_;
+  const Ranks& ranks_;
+  const fs::path out_;
+  const Checkpoint checkpoint_;
+  FashionMnist data_;
+  State state_;
+};
 
 // Rank 0 alone writes the files and the progress.
 void run_on_ranks(const Options& options, Ranks& ranks) {
@@ -241,7 +270,7 @@ void run_on_ranks(const Options& options, Ranks& ranks) {
     fs::create_directories(options.out);
     return "";
   });
-  run(options, device, ranks);
+  Run(options, device, ranks).execute();
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <torch/cuda.h>
 #include <torch/types.h>
+#include <torch/utils.h>
 
 #include <algorithm>
 #include <chrono>
@@ -82,40 +83,46 @@ at::Tensor pass(ResNet& model, cctorch::distributed::DataParallel& parallel, con
   return loss.detach() * share;
 }
 
-}  // namespace
-
-std::vector<double> train(ResNet& model, torch::optim::SGD& optimizer, const Images& images, const Schedule& schedule,
-                          const Ranks& ranks) {
+double train_epoch(ResNet& model, torch::optim::SGD& optimizer, const Images& images, const Schedule& schedule,
+                   int64_t epoch, const Ranks& ranks) {
   const int64_t count = images.pixels.size(0);
   const int64_t batch = std::min(schedule.batch, count);
   const int64_t steps = count / batch;
+  torch::manual_seed(schedule.seed + static_cast<uint64_t>(epoch));
+  // Of this epoch alone: after its first step it adds up in another order, which three ranks or more can see, and an
+  // epoch that a run goes on with has to be what it would have been.
   cctorch::distributed::DataParallel parallel(*model, ranks);
-  std::vector<double> epochs;
-  for (int64_t epoch = 0; epoch < schedule.epochs; ++epoch) {
-    model->train();
-    Progress progress(fmt::format("{}, epoch {}/{}", schedule.label, epoch + 1, schedule.epochs), steps);
-    const at::Tensor order = at::randperm(count, images.labels.options());
-    at::Tensor total = at::zeros({}, images.pixels.options().dtype(at::kDouble));
-    double mean_loss = 0.0;
-    for (int64_t step = 0; step < steps; ++step) {
-      for (torch::optim::OptimizerParamGroup& group : optimizer.param_groups()) {
-        group.options().set_lr(one_cycle(schedule.peak_lr, epoch * steps + step, schedule.epochs * steps));
-      }
-      optimizer.zero_grad();
-      total += pass(model, parallel, images, order.narrow(0, step * batch, batch), ranks);
-      optimizer.step();
-      if (step % 10 == 9 || step + 1 == steps) {
-        mean_loss = ranks.gather(total).sum().item<double>() / static_cast<double>(step + 1);
-        if (!std::isfinite(mean_loss)) {
-          throw std::runtime_error(fmt::format("{}: the loss is not finite in epoch {}, step {}: lower --lr",
-                                               schedule.label, epoch + 1, step + 1));
-        }
-      }
-      progress.update(step + 1, fmt::format("loss {:.3f}", mean_loss));
+  model->train();
+  Progress progress(fmt::format("{}, epoch {}/{}", schedule.label, epoch + 1, schedule.epochs), steps);
+  const at::Tensor order = at::randperm(count, images.labels.options());
+  at::Tensor total = at::zeros({}, images.pixels.options().dtype(at::kDouble));
+  double mean_loss = 0.0;
+  for (int64_t step = 0; step < steps; ++step) {
+    for (torch::optim::OptimizerParamGroup& group : optimizer.param_groups()) {
+      group.options().set_lr(one_cycle(schedule.peak_lr, epoch * steps + step, schedule.epochs * steps));
     }
-    epochs.push_back(mean_loss);
+    optimizer.zero_grad();
+    total += pass(model, parallel, images, order.narrow(0, step * batch, batch), ranks);
+    optimizer.step();
+    if (step % 10 == 9 || step + 1 == steps) {
+      mean_loss = ranks.gather(total).sum().item<double>() / static_cast<double>(step + 1);
+      if (!std::isfinite(mean_loss)) {
+        throw std::runtime_error(fmt::format("{}: the loss is not finite in epoch {}, step {}: lower --lr",
+                                             schedule.label, epoch + 1, step + 1));
+      }
+    }
+    progress.update(step + 1, fmt::format("loss {:.3f}", mean_loss));
   }
-  return epochs;
+  return mean_loss;
+}
+
+}  // namespace
+
+void train(ResNet& model, torch::optim::SGD& optimizer, const Images& images, const Schedule& schedule, int64_t done,
+           const Ranks& ranks, const std::function<void(double)>& after_epoch) {
+  for (int64_t epoch = done; epoch < schedule.epochs; ++epoch) {
+    after_epoch(train_epoch(model, optimizer, images, schedule, epoch, ranks));
+  }
 }
 
 double accuracy(ResNet& model, const Images& images, int64_t batch, const Ranks& ranks) {

@@ -6,8 +6,8 @@
 #include <torch/optim/sgd.h>
 
 #include <cstdint>
+#include <functional>
 #include <string>
-#include <vector>
 
 #include "fashion_mnist.h"
 #include "resnet.h"
@@ -17,16 +17,17 @@ struct Schedule {
   int64_t epochs = 1;
   int64_t batch = 128;
   double peak_lr = 0.1;
+  uint64_t seed = 0;  // of the first epoch; the next one has the next
 };
 
 // Of all ranks, each of which works on its share of every batch; the results are those of one process up to rounding.
 using cctorch::distributed::Ranks;
 
 // One cycle (Smith 2018): linear up to peak_lr over the first 30 % of the steps, then half a cosine down to zero.
-// Random crops and flips, the same for any number of ranks. Returns the mean loss of each epoch. Throws
-// std::runtime_error when the loss is no longer finite.
-std::vector<double> train(ResNet& model, torch::optim::SGD& optimizer, const Images& images, const Schedule& schedule,
-                          const Ranks& ranks);
+// Random crops and flips, the same for any number of ranks. Begins behind the epochs that are `done`, and calls
+// `after_epoch` with the mean loss of each. Throws std::runtime_error when the loss is no longer finite.
+void train(ResNet& model, torch::optim::SGD& optimizer, const Images& images, const Schedule& schedule, int64_t done,
+           const Ranks& ranks, const std::function<void(double)>& after_epoch);
 
 // Percent of the images whose highest score is the label's, in eval mode.
 double accuracy(ResNet& model, const Images& images, int64_t batch, const Ranks& ranks);

@@ -39,7 +39,7 @@ from cctorch.state import Checkpoints, Saved, State
 from cctorch.step import Criterion, GraphedStep, Step, make_step
 from cctorch.store import Architecture, Events, Folder, Steps, build, load_model
 from cctorch.summary import Summary, counted, search_results, show
-from cctorch.train import Partial, learning_rate, make_criterion, train_epoch
+from cctorch.train import Partial, learning_rate, make_criterion, seeded, train_epoch
 
 
 def run(config: Config, *, fresh: bool = False, console: Console | None = None) -> Summary:
@@ -86,7 +86,6 @@ class _Run:
         self.vote = distributed.Vote()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        torch.manual_seed(config.seed)
         self.device = select_device(config)
         self.regularizing: RegularizeStage | None = None
         self.data = self._load_data()
@@ -98,11 +97,9 @@ class _Run:
         saved, self.damaged = (None, []) if fresh else self.checkpoints.newest()
         self.resuming = saved is not None
         self.state = saved.state if saved else State()
-        torch.set_rng_state(distributed.on_main(torch.get_rng_state))
+        torch.manual_seed(config.seed)
         self.network = self._network(saved)
         self.regularized = self._regularized()
-        if saved is not None:
-            saved.restore_generator()
 
     @property
     def device_name(self) -> str:
@@ -240,9 +237,10 @@ class _Run:
                 )
                 written = len(losses)
 
+            seed, number = self.config.seed, self._epochs_before(stage) + epoch
             result = train_epoch(
                 self.network.parallel,
-                batches.epoch(self.config.seed, self._epochs_before(stage) + epoch, settings.augment, written),
+                seeded(batches.epoch(seed, number, settings.augment, written), seed, number, written),
                 self.network.optimizer,
                 settings,
                 epoch=epoch,

@@ -11,7 +11,6 @@ saved is loaded in any number of processes.
 
 from __future__ import annotations
 
-import base64
 import concurrent.futures
 import copy
 import warnings
@@ -19,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -63,11 +61,6 @@ class Saved:
     @property
     def state(self) -> State:
         return State(**copy.deepcopy(self.content["state"]))
-
-    def restore_generator(self) -> None:
-        """Random numbers go on where they were."""
-        state = np.frombuffer(base64.b64decode(self.content["rng"]), np.uint8)
-        torch.set_rng_state(torch.from_numpy(state.copy()))
 
     def like(self, group: str) -> dict[str, Tensor]:
         """Tensors for `Checkpoints.load` to fill: those that `group` had, whole, on the CPU."""
@@ -127,8 +120,7 @@ class Checkpoints:
         What goes wrong there is raised by the next call, on every rank.
         """
         self.wait()
-        rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-        self._writer = state_files.Writer(self._folder, copy.deepcopy({"state": asdict(state), "rng": rng}))
+        self._writer = state_files.Writer(self._folder, copy.deepcopy({"state": asdict(state)}))
         _expect_one_process()
         future = async_save(_filled(tensors), storage_writer=self._writer, process_group=self._group)
         assert isinstance(future, concurrent.futures.Future)

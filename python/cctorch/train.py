@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
@@ -109,6 +110,20 @@ def make_criterion(settings: Training, distilled: tuple[Distillation, nn.Module]
         return torch.lerp(labels_only(inputs, outputs, labels), soft, distillation.weight)
 
     return with_teacher
+
+
+def seeded(
+    batches: Iterable[tuple[Tensor, Tensor]], seed: int, epoch: int, first: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`batches`, from number `first` of the epoch on, each with random numbers of its own for the step that it is for.
+
+    What layers such as Dropout draw then follows from seed, epoch, step and rank, and not from what was drawn before:
+    a run that goes on may have drawn less, or rank 0 more than the others.
+    """
+    for step, batch in enumerate(batches, start=first):
+        sequence = numpy.random.SeedSequence((seed, epoch, step, distributed.rank()))
+        torch.manual_seed(int(sequence.generate_state(1, numpy.uint64)[0]))
+        yield batch
 
 
 def train_epoch(

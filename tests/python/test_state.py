@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from cctorch import atomic
 from cctorch.models import CheckpointError
-from cctorch.state import Checkpoints, Saved, State, Tensors
+from cctorch.state import Checkpoints, State, Tensors
 from safetensors import safe_open
 from spawned import spawn
 from torch import Tensor
@@ -48,7 +48,7 @@ def _each(tensors: Tensors) -> dict[str, Tensor]:
     return {f"{group}.{name}": value for group, named in tensors.items() for name, value in named.items()}
 
 
-def _assert_loads(checkpoints: Checkpoints, epoch: int, warnings: int = 0) -> Saved:
+def _assert_loads(checkpoints: Checkpoints, epoch: int, warnings: int = 0) -> None:
     saved, warned = checkpoints.newest()
     assert saved is not None
     assert len(warned) == warnings, warned
@@ -61,7 +61,6 @@ def _assert_loads(checkpoints: Checkpoints, epoch: int, warnings: int = 0) -> Sa
     for name, value in _each(wanted).items():
         assert _each(found)[name].dtype == value.dtype
         assert torch.equal(_each(found)[name], value), name
-    return saved
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
@@ -70,14 +69,9 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     # What was left by a process that was killed.
     (tmp_path / "next").mkdir()
     (tmp_path / "next" / "rank5.safetensors").touch()
-    torch.manual_seed(3)
     checkpoints.save(_state(1), _whole())
-    drawn = torch.rand(4)
     checkpoints.wait()
-    saved = _assert_loads(checkpoints, 1)
-    torch.manual_seed(4)
-    saved.restore_generator()
-    assert torch.equal(torch.rand(4), drawn)
+    _assert_loads(checkpoints, 1)
     assert [item.name for item in tmp_path.iterdir()] == ["last"]
     assert sorted(file.name for file in (tmp_path / "last").iterdir()) == ["rank0.safetensors", "state.json"]
     checkpoints.save(_state(2), _whole())

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cctorch import distributed
 from cctorch.config import Distillation, Training
 from cctorch.train import (
     TrainingError,
@@ -13,6 +14,7 @@ from cctorch.train import (
     make_optimizer,
     momentum_by_name,
     restore_momentum,
+    seeded,
     train_epoch,
 )
 from torch import Tensor, nn
@@ -156,3 +158,17 @@ def test_momentum_is_restored_by_name() -> None:
     for name, buffer in momentum_by_name(model, other).items():
         assert torch.equal(buffer, momentum[name])
         assert buffer.data_ptr() != momentum[name].data_ptr()
+
+
+def test_random_numbers_of_a_step_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal after other draws and in an epoch that goes on; different for each seed, epoch, step and rank."""
+
+    def draws(seed: int, epoch: int, first: int, rank: int) -> list[float]:
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        return [float(torch.rand(())) for _ in seeded(_batches(3)[first:], seed, epoch, first)]
+
+    whole = draws(1, 2, first=0, rank=0)
+    torch.rand(5)
+    assert draws(1, 2, first=1, rank=0) == whole[1:]
+    others = [draws(2, 1, 0, 0), draws(0, 2, 0, 0), draws(1, 3, 0, 0), draws(1, 2, 0, 1)]
+    assert len({*whole, *(value for drawn in others for value in drawn)}) == 15

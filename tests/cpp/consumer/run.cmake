@@ -17,7 +17,41 @@ function(expect_failure expected_code text)
   endif()
 endfunction()
 
-file(REMOVE_RECURSE ${WORK_DIR}/prefix ${WORK_DIR}/run ${WORK_DIR}/one ${WORK_DIR}/two)
+# Of the tensors in a file of torch::save or torch::pickle_save, a zip archive. What else is in it has names that
+# depend on what the process did before, and times.
+function(hash_tensors archive hashes)
+  file(REMOVE_RECURSE ${WORK_DIR}/unpacked)
+  file(MAKE_DIRECTORY ${WORK_DIR}/unpacked)
+  run(${CMAKE_COMMAND} -E chdir ${WORK_DIR}/unpacked ${CMAKE_COMMAND} -E tar xf ${archive})
+  file(GLOB records ${WORK_DIR}/unpacked/*/data/*)
+  set(found)
+  foreach(record ${records})
+    file(SHA256 ${record} hash)
+    list(APPEND found ${hash})
+  endforeach()
+  set(${hashes} "${found}" PARENT_SCOPE)
+endfunction()
+
+# The summary holds the loss of every epoch, with all digits; the checkpoint also the momentum.
+function(expect_equal_runs undisturbed other)
+  file(READ ${undisturbed}/summary.json wanted)
+  file(READ ${other}/summary.json found)
+  if(NOT found STREQUAL wanted)
+    message(FATAL_ERROR "${other} ended elsewhere than ${undisturbed}:\n${found}\n${wanted}")
+  endif()
+  foreach(file compressed.pt checkpoint.pt)
+    hash_tensors(${undisturbed}/${file} wanted)
+    hash_tensors(${other}/${file} found)
+    list(LENGTH wanted count)
+    if(count LESS 10 OR NOT found STREQUAL wanted)
+      message(FATAL_ERROR "${other}/${file}: other tensors than in ${undisturbed} (${count})")
+    endif()
+  endforeach()
+endfunction()
+
+foreach(folder prefix run one two three whole broken broken_two)
+  file(REMOVE_RECURSE ${WORK_DIR}/${folder})
+endforeach()
 run(${CMAKE_COMMAND} --install ${CCTORCH_BUILD_DIR} --component Unspecified --prefix ${WORK_DIR}/prefix)
 run(${CMAKE_COMMAND} -S ${EXAMPLE_DIR} -B ${WORK_DIR}/build -G ${GENERATOR} -DCMAKE_PREFIX_PATH=${WORK_DIR}/prefix)
 run(${CMAKE_COMMAND} --build ${WORK_DIR}/build)
@@ -36,9 +70,9 @@ message("${output}")
 string(RANDOM LENGTH 4 ALPHABET 0123456789 digits)
 function(on_two_ranks of_rank_0 of_rank_1)
   set(environment ${CMAKE_COMMAND} -E env OMP_NUM_THREADS=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=2${digits})
-  # Rank 0 is the last, since it prints: another would not read that.
+  # Rank 0 is the last, since it prints: another would not read that. More arguments go before its command.
   execute_process(COMMAND ${environment} RANK=1 ${train_resnet} ${of_rank_1}
-                  COMMAND ${environment} RANK=0 ${train_resnet} ${of_rank_0}
+                  COMMAND ${environment} RANK=0 ${ARGN} ${train_resnet} ${of_rank_0}
                   TIMEOUT 120 RESULTS_VARIABLE codes OUTPUT_VARIABLE output ERROR_VARIABLE output)
   set(codes "${codes}" PARENT_SCOPE)
   set(output "${output}" PARENT_SCOPE)
@@ -73,10 +107,44 @@ if(NOT top1_one STREQUAL top1_two OR before LESS -1 OR before GREATER 1 OR after
 endif()
 
 # One that fails, here for wanting more than the plan of rank 0 gives, takes the other along.
-on_two_ranks("${short};--out;${WORK_DIR}/two" "${short};--out;${WORK_DIR}/two;--target;0.95")
+on_two_ranks("${short};--out;${WORK_DIR}/three" "${short};--out;${WORK_DIR}/three;--target;0.95")
 if(NOT codes STREQUAL "1;1" OR NOT output MATCHES "expected 95.0 %")
   message(FATAL_ERROR "a rank that fails, and the other, ended with ${codes}, expected 1;1:\n${output}")
 endif()
+
+# Killed in each of its stages, the same command goes on, and ends with the same bits.
+# `env` becomes the command; that of CMake would stay between it and the signal.
+set(kill_after sh ${CMAKE_CURRENT_LIST_DIR}/kill_after.sh)
+set(whole env OMP_NUM_THREADS=1 ${train_resnet} --synthetic --blocks 1 --epochs 3 --finetune-epochs 3
+    --batch 64 --device cpu --limit 640 --target 0.4)
+run(${whole} --out ${WORK_DIR}/whole)
+set(broken ${whole} --out ${WORK_DIR}/broken)
+foreach(text "training, epoch 1/3" "gradients" "fine-tuning, epoch 1/3")
+  expect_failure(137 "" ${kill_after} ${text} ${WORK_DIR}/killed.log ${broken})
+endforeach()
+file(READ ${WORK_DIR}/killed.log output)
+if(NOT output MATCHES "going on after epoch 3 of 6")
+  message(FATAL_ERROR "killed while it searched, a run did not go on from its last epoch:\n${output}")
+endif()
+expect_failure(2 "--lr '0.1' -> '0.2'" ${broken} --lr 0.2)
+run(${broken})
+if(NOT output MATCHES "going on after epoch [34] of 6")
+  message(FATAL_ERROR "killed while it was fine-tuned, a run did not go on from there:\n${output}")
+endif()
+expect_equal_runs(${WORK_DIR}/whole ${WORK_DIR}/broken)
+file(WRITE ${WORK_DIR}/broken/checkpoint.pt "of something else")
+expect_failure(2 "is damaged, or no checkpoint" ${broken})
+
+set(broken "${short};--out;${WORK_DIR}/broken_two")
+on_two_ranks("${broken}" "${broken}" ${kill_after} gradients ${WORK_DIR}/killed.log)
+if(NOT codes STREQUAL "1;137")
+  message(FATAL_ERROR "the other of a rank that is killed, and it, ended with ${codes}, expected 1;137:\n${output}")
+endif()
+on_two_ranks("${broken}" "${broken}")
+if(NOT codes STREQUAL "0;0" OR NOT output MATCHES "going on after epoch 1 of 2")
+  message(FATAL_ERROR "two ranks that go on ended with ${codes}:\n${output}")
+endif()
+expect_equal_runs(${WORK_DIR}/two ${WORK_DIR}/broken_two)
 
 file(READ ${WORK_DIR}/run/summary.json summary)
 foreach(key top1_after macs_before macs_nominal macs_after)

@@ -1,0 +1,61 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <cctorch/plan.h>
+#include <torch/optim/sgd.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "measurements.h"
+#include "resnet.h"
+#include "training.h"
+
+// By the names of the parameters and buffers.
+using Tensors = std::map<std::string, at::Tensor>;
+
+// What is known once the network is compressed.
+struct Compressed {
+  cctorch::CompressionPlan plan;
+  int64_t nominal_macs = 0, final_macs = 0;
+  Measurements dense;
+  double uncorrected = 0.0, reestimated = 0.0;  // top-1
+};
+
+// Where a run stands after an epoch, or after the compression: all that it takes to go on as if it had never stopped.
+// No random numbers are among it: each epoch has a seed of its own.
+struct State {
+  std::vector<double> losses;            // of each epoch so far, those of fine-tuning included
+  std::optional<Compressed> compressed;  // absent while the dense network is trained
+  Tensors model, momentum;               // empty before the first epoch
+
+  void take(const ResNet& network, torch::optim::SGD& optimizer);
+
+  // Into a network of the same shape, and an optimizer of its parameters.
+  void restore(ResNet& network, torch::optim::SGD& optimizer) const;
+};
+
+// The file that holds the newest state. All ranks make the same calls; rank 0 reads and writes.
+//
+// It is a dictionary of tensors, numbers and text, as torch::pickle_save writes it. Nothing in it is executed when
+// torch::pickle_load reads it: that refuses classes, and calls no functions but those that make tensors.
+class Checkpoint {
+ public:
+  // `settings`: names and values that a run has to be continued with.
+  Checkpoint(std::filesystem::path file, std::map<std::string, std::string> settings, const Ranks& ranks);
+
+  // Absent where there is none yet. Throws on every rank, on rank 0 std::invalid_argument, where other settings made
+  // it, or it is damaged.
+  std::optional<State> load() const;
+
+  void save(const State& state) const;
+
+ private:
+  std::filesystem::path file_;
+  std::map<std::string, std::string> settings_;
+  Ranks ranks_;
+};
