@@ -218,6 +218,12 @@ def prepared() -> nn.Conv2d:
     return conv
 
 
+def hooked() -> nn.Conv2d:
+    conv = nn.Conv2d(8, 6, 3)
+    conv.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    return conv
+
+
 class Standardized(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
@@ -229,10 +235,11 @@ class Standardized(nn.Conv2d):
         (grouped, "is a conv2d of 8 -> 6 channels in 2 groups; the plan expects a conv2d of 8 -> 6 channels"),
         (prepared, r"has parametrizations; run cctorch.convert\(model\) first"),
         (lambda: Standardized(8, 6, 3), r"\(Standardized\) has a forward of its own"),
+        (hooked, "has hooks; remove them"),
         (lambda: nn.Conv2d(8, 5, 3), "is a conv2d of 8 -> 5 channels; the plan expects a conv2d of 8 -> 6"),
         (lambda: nn.Linear(8, 6), "is a linear of 8 -> 6 channels; the plan expects a conv2d of 8 -> 6"),
     ],
-    ids=["grouped", "parametrized", "own forward", "width", "kind"],
+    ids=["grouped", "parametrized", "own forward", "hooked", "width", "kind"],
 )
 def test_layer_that_does_not_fit_is_refused_by_name(layer: Callable[[], nn.Module], message: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), layer())
@@ -246,6 +253,28 @@ def test_layer_that_does_not_fit_is_refused_by_name(layer: Callable[[], nn.Modul
     with pytest.raises(ValueError, match=f"plan: layer '1' .*{message}"):
         apply(model, plan)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kept_in": [0, 2, 5], "gather": [0, 2, 5]}, {"rank": 2}, {"kept_out": [0, 1, 7]}],
+    ids=["gather", "rank", "narrower"],
+)
+@torch.no_grad()
+def test_transformer_runs_its_smaller_layers_in_evaluation_too(changes: dict[str, Any]) -> None:
+    """PyTorch's fused path reads `linear1.weight`; the unfused one, which training takes, is the reference."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).double()
+    plans = [LayerPlan("layers.0.linear1", "linear", 8, 16, **changes)]
+    if "kept_out" in changes:
+        plans.append(LayerPlan("layers.0.linear2", "linear", 16, 8, kept_in=changes["kept_out"]))
+    apply(model, CompressionPlan(layers=plans))
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    expected = model.train()(x, src_key_padding_mask=padding)
+    result = model.eval()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(result[~padding], expected[~padding])
 
 
 def test_shared_parameter_is_refused() -> None:

@@ -183,6 +183,12 @@ def parametrized() -> nn.Module:
     return conv
 
 
+def hooked() -> nn.Module:
+    conv = nn.Conv2d(8, 8, 1)
+    conv.register_forward_hook(lambda _, __, y: 2 * y)
+    return conv
+
+
 @pytest.mark.parametrize(
     ("middle", "names"),
     [
@@ -192,8 +198,9 @@ def parametrized() -> nn.Module:
         (Tied, ["middle.a", "middle.b"]),
         (parametrized, ["middle"]),
         (lambda: nn.Conv2d(8, 8, 3, groups=2), ["middle"]),
+        (hooked, ["middle"]),
     ],
-    ids=["shared", "computed", "functional", "tied", "parametrized", "grouped"],
+    ids=["shared", "computed", "functional", "tied", "parametrized", "grouped", "hooked"],
 )
 def test_layers_left_alone_are_named_counted_and_fixed(middle: type[nn.Module], names: list[str]) -> None:
     model = Awkward(middle())
