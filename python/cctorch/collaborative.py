@@ -365,7 +365,13 @@ def compress(
             gradient_seconds=seconds,
         )
 
-    compression = _of_main(graph, search, seconds) if across_ranks else search()
+    def search_or_say_why_not() -> Compression:
+        try:
+            return search()
+        except ValueError as error:
+            raise ValueError("; ".join([str(error), *graph.warnings])) from error
+
+    compression = _of_main(graph, search_or_say_why_not, seconds) if across_ranks else search_or_say_why_not()
     compression.gradients = found
     return compression
 

@@ -322,11 +322,15 @@ def test_model_that_cannot_be_followed_keeps_its_filters_with_one_warning(
     assert plan.layers[0].gather == [0, 1]
 
 
-def test_example_that_the_model_cannot_take_is_refused() -> None:
+def test_example_that_the_model_cannot_take_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"PaddedResNet does not run on the example of shape \(2, 4, 16, 16\)"):
         trace(PaddedResNet(), torch.zeros(1, 4, 16, 16))
     with pytest.raises(ValueError, match="expected a batch"):
         trace(PaddedResNet(), torch.zeros(3))
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="shapes cannot be multiplied"):
+        trace(flat, EXAMPLE)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_torchvision_networks_are_followed_to_the_end() -> None:

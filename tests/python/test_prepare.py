@@ -126,6 +126,7 @@ def test_misfits_are_refused_before_anything_changes() -> None:
     for bad, message in [
         (LayerPlan("9", "linear", 8, 6, bits=4), "Sequential has no layer '9'"),
         (LayerPlan("4", "batch_norm2d", 6, 6, bits=4), "layer '4' is a BatchNorm1d"),
+        (LayerPlan("3", "linear", 8, 6, mask=MaskPlan("nm", n=1, m=3)), "layer '3' has 8 input channels, .* of m = 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             prepare(model, CompressionPlan(layers=[good, bad]))
@@ -133,6 +134,16 @@ def test_misfits_are_refused_before_anything_changes() -> None:
     prepare(model, plan_of(bits=4))
     with pytest.raises(ValueError, match=r"layer '0' is prepared already; run cctorch.convert"):
         prepare(model, plan_of(bits=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_float32_scales(dtype: torch.dtype) -> None:
+    model = prepare(two_layers().to(dtype), plan_of(bits=4))
+    scale = model[3].parametrizations.weight[0].log_scale
+    assert scale.dtype == torch.float32
+    model(torch.randn(2, 4, 3, 3, dtype=dtype)).sum().backward()
+    dense = model[3].parametrizations.weight.original.detach()
+    assert torch.equal(model[3].weight, quantized(dense.float(), scale.detach().exp(), 4).to(dtype))
 
 
 def test_both_weights_of_a_recurrent_cell() -> None:

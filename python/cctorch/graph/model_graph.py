@@ -37,8 +37,9 @@ def runs_its_own_forward(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks see what the layer reads or gives, or change it: a smaller layer in its place would not run them."""
-    return any((module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks))
+    """Whether hooks see or change what the layer reads or gives: another layer in its place would not run them."""
+    forward = module._forward_pre_hooks or module._forward_hooks
+    return bool(forward or module._backward_pre_hooks or module._backward_hooks)
 
 
 def normalizes_as_usual(module: nn.BatchNorm2d) -> bool:

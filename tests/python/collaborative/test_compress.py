@@ -126,6 +126,16 @@ def test_bounds_are_found_by_pattern_and_the_smallest_holds() -> None:
         compress(model, batches, images, bounds={"conv*": 0.5})
     with pytest.raises(ValueError, match=r"bounds\['1'\] = 1.5, expected a share from 0 to 1"):
         compress(model, batches, images, bounds={"1": 1.5})
+    with pytest.raises(ValueError, match=r"exclude = 'conv\*', expected a list of patterns"):
+        compress(model, batches, images, exclude="conv*")
+
+
+def test_a_target_out_of_reach_says_what_is_left_alone() -> None:
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(4)), nn.Flatten(), nn.Linear(128, 10))
+    model[1] = nn.Conv2d(8, 8, 3, groups=2)
+    images = torch.randn(4, 8, 12, 12)
+    with pytest.raises(ValueError, match=r"cannot be reached.*; layer '1' is left alone: it is a grouped convolution"):
+        compress(model, [(images, torch.arange(4))], images, target=0.9)
 
 
 @pytest.mark.parametrize("count", ["final", "nominal"])

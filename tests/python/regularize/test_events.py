@@ -203,6 +203,21 @@ def test_refuses_parameters_that_nothing_is_done_to() -> None:
         r.Events(nn.Linear(3, 4).named_parameters(), r.NMPruning(2, 4), 1)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"named_parameters": [torch.zeros(2, 2)]}, "named_parameters holds a Tensor, expected .* pairs"),
+        ({"regularizer": r.MagnitudePruning}, "regularizer = <class .*, expected one such as"),
+        ({"schedule": 1.5}, "schedule = 1.5, expected a whole number of steps"),
+    ],
+)
+def test_other_types_are_refused_without_showing_the_weights(arguments: dict[str, object], message: str) -> None:
+    usual = {"named_parameters": [("w", torch.zeros(2, 2))], "regularizer": r.MagnitudePruning(0.5), "schedule": 5}
+    with pytest.raises(TypeError, match=f"^{message}") as refused:
+        r.Events(**usual | arguments)  # type: ignore[arg-type]
+    assert "tensor(" not in str(refused.value)
+
+
 def test_refuses_a_state_that_is_not_its_own() -> None:
     events = Run(SCHEDULES["adaptive"]()).events
     state: dict[str, int | float | Tensor] = events.state_dict()
