@@ -1,7 +1,7 @@
 """Gradients and compress() on whole models."""
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -128,6 +128,19 @@ def test_bounds_are_found_by_pattern_and_the_smallest_holds() -> None:
         compress(model, batches, images, bounds={"1": 1.5})
     with pytest.raises(ValueError, match=r"exclude = 'conv\*', expected a list of patterns"):
         compress(model, batches, images, exclude="conv*")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"budget": "table"}, ValueError, "budget = 'table', expected one of 'macs', 'parameters', 'latency'"),
+        ({"count": "finl"}, ValueError, "count = 'finl', expected one of 'final', 'nominal'"),
+        ({"example": (torch.zeros(1),)}, TypeError, "example is a tuple, expected the one tensor"),
+    ],
+)
+def test_arguments_of_no_meaning_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        compress(CallsOneLayerTwice(), batches(), **{"example": batches()[0][0], **arguments})
 
 
 def test_a_target_out_of_reach_says_what_is_left_alone() -> None:
