@@ -73,6 +73,24 @@ def in_turn(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, *wind
     return nn.functional.conv2d(nn.functional.conv2d(x, first, None, *window), second, bias)
 
 
+@torch.no_grad()
+def test_the_last_filter_of_a_layer_that_nobody_reads_arrives_in_a_concatenation() -> None:
+    x = images()
+    model = randomized(Dense(), 0)
+    graph = trace(model, x)
+    plan = CompressionPlan(
+        layers=[
+            LayerPlan("convs.2", "conv2d", 14, 4, kept_in=[0, 1, 2, 3, 4, 5, 6, 9]),
+            LayerPlan("last", "conv2d", 18, 7, kept_in=[*range(10), 14, 15, 16, 17]),
+        ]
+    )
+    graph.channels.resolve(plan)
+    expected = projected(copy.deepcopy(model), plan)(x)
+    apply(model, plan)
+    assert model.convs[1].out_channels == 1
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 @torch.no_grad()
 def test_dense_model_with_the_plan_loads_the_compressed_checkpoint(network: Callable[[], nn.Module]) -> None:
