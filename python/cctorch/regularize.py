@@ -83,7 +83,8 @@ class Events:
 
     Args:
         named_parameters: (name, parameter) pairs such as ``model.named_parameters()``. Any shapes; tied and empty
-            parameters are dealt with. All but weight decay and noise leave those of one dimension alone.
+            parameters are dealt with. All but weight decay and noise leave those of one dimension alone. They are held
+            as they are now: of a model that :func:`cctorch.apply` rebuilds, make the events afterwards.
         regularizer: Q. In a :class:`Compose`, the parts are applied in order.
         schedule: when; an integer is a :class:`ConstantPeriod`.
         optimizer: whose learning rate (of the first group) :class:`InverseLearningRate` follows.

@@ -369,3 +369,21 @@ def test_factors_take_their_weights_place_in_the_optimizer_without_state() -> No
     assert model[0].first not in optimizer.state
     assert torch.equal(optimizer.state[model[0].bias]["momentum_buffer"], kept)
     assert len(optimizer.state) == 3
+
+
+def test_state_that_is_not_of_the_parameters_shape_starts_anew() -> None:
+    """Adafactor keeps one number for each row and each column; those of the dense weight fit no smaller one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(torch.randn(3, 6)).square().sum().backward()
+    optimizer.step()
+    plan = [LayerPlan("0", "linear", 6, 8, kept_out=[1, 5]), LayerPlan("2", "linear", 8, 4, kept_in=[1, 5])]
+    apply(model, CompressionPlan(layers=plan), optimizer)
+    before = model[2].weight.detach().clone()
+    optimizer.zero_grad()
+    model(torch.ones(3, 6)).square().sum().backward()
+    optimizer.step()
+    assert optimizer.state[model[2].weight]["row_var"].shape == (4, 1)
+    assert optimizer.state[model[2].weight]["col_var"].shape == (1, 2)
+    assert not torch.equal(model[2].weight, before)

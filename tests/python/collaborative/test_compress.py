@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from cctorch import apply, compress
 from cctorch.collaborative import mean_gradients
+from cctorch.graph import trace
+from cctorch.layer_choice import bounds_of
 from torch import Tensor, nn
 
 
@@ -128,6 +130,12 @@ def test_bounds_are_found_by_pattern_and_the_smallest_holds() -> None:
         compress(model, batches, images, bounds={"1": 1.5})
     with pytest.raises(ValueError, match=r"exclude = 'conv\*', expected a list of patterns"):
         compress(model, batches, images, exclude="conv*")
+
+
+def test_the_smallest_of_several_bounds_holds() -> None:
+    graph = trace(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(3))), torch.zeros(1, 4, 2, 2))
+    for bounds in ({"1": 0.2, "*": 0.9}, {"*": 0.9, "1": 0.2}):
+        assert bounds_of(graph, bounds) == {"0": 0.9, "1": 0.2, "2": 0.9}
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,27 @@ def test_momentum_is_kept_or_cleared() -> None:
         r.Events(model.named_parameters(), r.MagnitudePruning(0.6), 1, clear_momentum=True)
 
 
+def test_the_learning_rate_is_that_of_the_first_group_unless_it_is_given() -> None:
+    parameters = {"a": torch.ones(2, 2, requires_grad=True), "b": torch.ones(2, 2, requires_grad=True)}
+    groups = [{"params": [parameters["a"]], "lr": 0.5}, {"params": [parameters["b"]], "lr": 0.125}]
+    optimizer = torch.optim.SGD(groups)
+    events = r.Events(parameters.items(), r.WeightDecay(0.5), r.InverseLearningRate(1.0), optimizer)
+    assert [events.step() is not None for _ in range(4)] == [False, True, False, True]
+    assert [events.step(lr) is not None for lr in (0.25, 0.25, 0.25, 0.25)] == [False, False, False, True]
+
+
+def test_momentum_of_a_frozen_parameter_is_not_cleared() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    events = r.Events(model.named_parameters(), r.MagnitudePruning(0.5), 1, optimizer, clear_momentum=True)
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    model[0].requires_grad_(False)
+    events.step()
+    assert "momentum_buffer" in optimizer.state[model[0].weight]
+    assert model[1].weight not in optimizer.state
+
+
 def test_frozen_parameters_are_left_alone_until_asked_for() -> None:
     model = network()
     model[0].weight.requires_grad_(False)
