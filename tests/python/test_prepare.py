@@ -124,6 +124,11 @@ def test_parametrizations_of_others_stay() -> None:
     model = two_layers()
     parametrize.register_parametrization(model[0], "weight", nn.Tanh())
     assert parametrize.is_parametrized(convert(model)[0])
+    prepare(model, plan_of(bits=4))
+    before = model[0].weight.detach().clone()
+    convert(model)
+    assert len(model[0].parametrizations.weight) == 2
+    assert torch.equal(model[0].weight, before)
 
 
 def test_misfits_are_refused_before_anything_changes() -> None:
