@@ -116,6 +116,11 @@ std::vector<char> ChannelGraph::live_roots(const Planned& planned) const {
                       node.out.size());
     for (const int64_t kept : found->second->kept_in) live[root(node.in[kept])] = 1;
   }
+  for (const Node& node : nodes_) {
+    const auto lives = [&](int64_t channel) { return live[root(channel)] != 0; };
+    // Nobody reads the layer at all: it keeps one filter, which arrives wherever its filters did.
+    if (std::none_of(node.out.begin(), node.out.end(), lives)) live[root(node.out.front())] = 1;
+  }
   return live;
 }
 
@@ -130,8 +135,6 @@ void ChannelGraph::resolve(CompressionPlan& plan) const {
     for (size_t i = 0; i < channels.size(); ++i) {
       if (live[root(channels[i])]) indices.push_back(static_cast<int64_t>(i));
     }
-    // Nobody reads the layer at all: keep one channel, a layer without any cannot be built.
-    if (indices.empty()) indices.push_back(0);
     return indices;
   };
 

@@ -23,7 +23,7 @@ void check_indices(const LayerPlan& layer, const char* field, const std::vector<
   TORCH_CHECK_VALUE(!indices.empty(), "plan: layer '", layer.name, "': ", field,
                     " is empty, at least one must be kept");
   for (size_t i = 0; i < indices.size(); ++i) {
-    TORCH_CHECK_INDEX(indices[i] >= 0 && indices[i] < channels, "plan: layer '", layer.name, "': ", field, "[", i,
+    TORCH_CHECK_VALUE(indices[i] >= 0 && indices[i] < channels, "plan: layer '", layer.name, "': ", field, "[", i,
                       "] = ", indices[i], ", expected 0 to ", channels - 1);
     TORCH_CHECK_VALUE(i == 0 || indices[i - 1] < indices[i], "plan: layer '", layer.name, "': ", field,
                       " must be sorted without repeats, but ", indices[i], " follows ", i == 0 ? -1 : indices[i - 1]);

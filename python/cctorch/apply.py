@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cctorch import _C
 from cctorch._C import CompressionPlan, LayerPlan
-from cctorch.graph.model_graph import owners, runs_its_own_forward
+from cctorch.graph.model_graph import is_hooked, owners, runs_its_own_forward
 from cctorch.nn import BatchNorm2d, GatherChannels, LowRankConv2d, LowRankLinear
 
 _KINDS: dict[str, type[nn.Conv2d] | type[nn.Linear] | type[nn.BatchNorm2d]] = {
@@ -53,6 +53,7 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
         for name, child in parent._modules.items():
             if child in replaced:
                 parent._modules[name] = replaced[child]
+    _without_fused_encoders(model, set(replaced.values()))
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             # Same parameters, buffers and hooks; PyTorch's own is slow to train with channels that don't fill vectors.
@@ -60,6 +61,18 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
     if optimizer is not None:
         _carry_over(optimizer, successors)
     return replaced.get(model, model)
+
+
+def _without_fused_encoders(model: nn.Module, replacements: set[nn.Module]) -> None:
+    """PyTorch's fused Transformer layer reads the weights of its linear layers itself, and has to leave those alone."""
+    fused: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and replacements & set(module.children()):
+            module.activation_relu_or_gelu = 0
+            fused.add(module)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and fused & set(module.layers):
+            module.use_nested_tensor = False
 
 
 def _changes_shape(layer: LayerPlan) -> bool:
@@ -182,6 +195,8 @@ def _checked_module(model: nn.Module, layer: LayerPlan, paths: dict[int, list[st
         raise ValueError(f"plan: layer '{layer.name}' has parametrizations; run cctorch.convert(model) first")
     if layer.kind != "batch_norm2d" and not runs_its_own_forward(module):
         raise ValueError(f"plan: layer '{layer.name}' ({type(module).__name__}) has a forward of its own; leave it out")
+    if is_hooked(module):
+        raise ValueError(f"plan: layer '{layer.name}' has hooks; remove them, and add them again to the smaller layer")
     for parameter in module.parameters(recurse=False):
         if len(paths[id(parameter)]) > 1:
             shared = ", ".join(paths[id(parameter)])

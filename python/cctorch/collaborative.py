@@ -7,7 +7,7 @@ parameters or measured latency. The solver is in C++ (`csrc/collaborative`); thi
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ __all__ = ["Compression", "compress", "mean_gradients", "solve", "solve_latency"
 
 Progress = Callable[[str, int, int], None]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+Budget = Literal["macs", "parameters", "latency"]
 Count = Literal["final", "nominal"]
 
 
@@ -266,7 +267,7 @@ def compress(
     gamma: float = 0.9,
     step_fraction: float = 0.01,
     max_rate: float = 0.95,
-    budget: Literal["macs", "parameters", "latency"] = "macs",
+    budget: Budget = "macs",
     count: Count = "final",
     multiple: int | None = None,
     latency_batch: int = 1,
@@ -331,6 +332,7 @@ def compress(
         >>> compression.final_reduction > 0.39
         True
     """
+    _check_arguments(example, budget, count)
     counted: Literal["macs", "parameters"] = "macs" if budget == "latency" else budget
     if multiple is None:
         multiple = 8 if example.is_cuda else 1
@@ -365,9 +367,25 @@ def compress(
             gradient_seconds=seconds,
         )
 
-    compression = _of_main(graph, search, seconds) if across_ranks else search()
+    def search_or_say_why_not() -> Compression:
+        try:
+            return search()
+        except ValueError as error:
+            raise ValueError("; ".join([str(error), *graph.warnings])) from error
+
+    compression = _of_main(graph, search_or_say_why_not, seconds) if across_ranks else search_or_say_why_not()
     compression.gradients = found
     return compression
+
+
+def _check_arguments(example: object, budget: str, count: str) -> None:
+    if not isinstance(example, Tensor):
+        raise TypeError(
+            f"compress: example is a {type(example).__name__}, expected the one tensor that the model takes"
+        )
+    for name, value, known in (("budget", budget, get_args(Budget)), ("count", count, get_args(Count))):
+        if value not in known:
+            raise ValueError(f"compress: {name} = {value!r}, expected one of {', '.join(map(repr, known))}")
 
 
 def _of_main(graph: ModelGraph, search: Callable[[], Compression], gradient_seconds: float) -> Compression:

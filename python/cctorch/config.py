@@ -201,6 +201,12 @@ class Checkpoint(Section):
             raise ValueError("expected h5py and hdf5plugin to be installed: pip install cctorch[hdf5]")
         return name
 
+    @model_validator(mode="after")
+    def _codec_of_hdf5(self) -> Checkpoint:
+        if self.codec != "zstd" and self.format != "hdf5":
+            raise ValueError(f"codec = {self.codec} with format = {self.format}: expected format: hdf5, or no codec")
+        return self
+
     @property
     def lossy(self) -> bool:
         return self.format == "hdf5" and self.codec != "zstd"

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from cctorch import atomic
 from cctorch.config import Data, expand
 from cctorch.models import CheckpointError, load_tensors
+from cctorch.pixels import as_rgb
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _STATISTICS = {"fashion_mnist": ((0.2860,), (0.3530,))}
@@ -397,14 +397,17 @@ def _decode(source: str, files: Iterable[tuple[str, bytes]]) -> dict[str, Tensor
         if part not in images:
             raise DataError(f"{source}: {name} is not in train/<class>/ or test/<class>/")
         try:
-            pixels = numpy.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-        except OSError as error:
-            raise DataError(f"{source}: {name} is no readable image ({error})") from error
+            pixels = numpy.asarray(as_rgb(io.BytesIO(content)))
+        except ValueError as error:
+            raise DataError(f"{source}: {name} {error}") from error
         if images[part] and pixels.shape != images[part][0].shape:
             raise DataError(f"{source}: {name} has shape {pixels.shape}, the others {images[part][0].shape}: resize it")
         images[part].append(pixels)
         labels[part].append(label)
-    classes = {label: index for index, label in enumerate(sorted({*labels["train"], *labels["test"]}))}
+    found = sorted({*labels["train"], *labels["test"]})
+    if len(found) == 1:
+        raise DataError(f"{source} has one class, {found[0]!r}: expected two or more")
+    classes = {label: index for index, label in enumerate(found)}
     result = {}
     for part in images:
         if not images[part]:

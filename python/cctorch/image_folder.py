@@ -9,10 +9,11 @@ import math
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
+
+from cctorch.pixels import as_rgb
 
 
 def parts(root: Path) -> tuple[ImageFolder, ImageFolder]:
@@ -30,6 +31,8 @@ def parts(root: Path) -> tuple[ImageFolder, ImageFolder]:
         raise ValueError(
             f"{root}: class {differing[0]!r} is in only one of train and {test.name}; expected the same classes"
         )
+    if len(found[0].classes) < 2:
+        raise ValueError(f"{root} has one class, {found[0].classes[0]!r}: expected two or more")
     return found
 
 
@@ -51,10 +54,9 @@ def read(folder: ImageFolder, size: int, count: int | None, generator: torch.Gen
 
 def _decoded(path: str, size: int) -> Tensor:
     try:
-        with Image.open(path) as image:
-            pixels = image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} is no readable image ({error}): copy it again, or delete it") from error
+        pixels = as_rgb(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
     shorter = max(size, round(size * 8 / 7))
     square: Tensor = functional.pil_to_tensor(functional.center_crop(functional.resize(pixels, [shorter]), [size]))
     return square

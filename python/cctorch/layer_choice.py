@@ -31,6 +31,8 @@ def bounds_of(graph: ModelGraph, bounds: Mapping[str, float]) -> dict[str, float
 
 def candidates(graph: ModelGraph, exclude: Sequence[str]) -> list[str]:
     """The layers that can be compressed, without those that a pattern excludes. Raises ValueError if there are none."""
+    if isinstance(exclude, str):
+        raise ValueError(f"compress: exclude = {exclude!r}, expected a list of patterns: [{exclude!r}]")
     excluded = {name for pattern in exclude for name in _named(graph, pattern, "exclude")}
     found = [
         spec.name

@@ -1,5 +1,6 @@
 """Training-time constraints as parametrizations: attached by :func:`prepare`, baked in by :func:`convert`."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -97,22 +98,28 @@ def _masks(plan: CompressionPlan, targets: dict[str, list[_Weight]]) -> dict[_We
             together.setdefault(layer.mask.sparsity, []).extend(targets[layer.name])
             continue
         for module, name in targets[layer.name]:
-            masks[module, name] = _own_mask(getattr(module, name).detach(), layer.mask)
+            masks[module, name] = _own_mask(layer.name, getattr(module, name).detach(), layer.mask)
     for sparsity, members in together.items():
         weights = [getattr(module, name).detach() for module, name in members]
         masks.update(zip(members, ops.magnitude_masks(weights, sparsity), strict=True))
     return masks
 
 
-def _own_mask(weight: Tensor, mask: MaskPlan) -> Tensor:
+def _own_mask(layer: str, weight: Tensor, mask: MaskPlan) -> Tensor:
     if mask.kind == "nm":
+        if weight.shape[1] % mask.m:
+            raise ValueError(
+                f"plan: layer '{layer}' has {weight.shape[1]} input channels, expected a multiple of m = {mask.m} for "
+                f"its mask; leave it out or choose another m"
+            )
         return ops.nm_masks([weight], mask.n, mask.m, axis=1)[0]
     return ops.channel_masks([weight], mask.sparsity, axis=0)[0]
 
 
 def _quantize(module: nn.Module, name: str, bits: int, mask: Tensor | None) -> None:
     weight = getattr(module, name).detach()
-    quant = FakeQuant(bits, axis=0, channels=weight.shape[0], device=weight.device, dtype=weight.dtype)
+    scales = torch.promote_types(weight.dtype, torch.float32)
+    quant = FakeQuant(bits, axis=0, channels=weight.shape[0], device=weight.device, dtype=scales)
     quant.initialize(weight, mask)
     quant.train(module.training)
     parametrize.register_parametrization(module, name, quant)

@@ -83,7 +83,8 @@ class Events:
 
     Args:
         named_parameters: (name, parameter) pairs such as ``model.named_parameters()``. Any shapes; tied and empty
-            parameters are dealt with. All but weight decay and noise leave those of one dimension alone.
+            parameters are dealt with. All but weight decay and noise leave those of one dimension alone. They are held
+            as they are now: of a model that :func:`cctorch.apply` rebuilds, make the events afterwards.
         regularizer: Q. In a :class:`Compose`, the parts are applied in order.
         schedule: when; an integer is a :class:`ConstantPeriod`.
         optimizer: whose learning rate (of the first group) :class:`InverseLearningRate` follows.
@@ -128,11 +129,25 @@ class Events:
         self.regularizer = regularizer
         self.schedule = ConstantPeriod(schedule) if isinstance(schedule, int) else schedule
         self._parameters = list(named_parameters)
+        self._check_types()
         self._events = RegularizationEvents(self._parameters, regularizer, self.schedule, include_frozen)
         self._optimizer = optimizer
         self._follows_lr = isinstance(self.schedule, InverseLearningRate)
         self._clear_momentum = clear_momentum
         self._include_frozen = include_frozen
+
+    def _check_types(self) -> None:
+        """Else the message would show the values of all parameters."""
+        for pair in self._parameters:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor)):
+                raise TypeError(
+                    f"named_parameters holds a {type(pair).__name__}, expected (name, parameter) pairs such as "
+                    "model.named_parameters()"
+                )
+        if not isinstance(self.regularizer, Regularizer):
+            raise TypeError(f"regularizer = {self.regularizer!r}, expected one such as MagnitudePruning(0.9)")
+        if not isinstance(self.schedule, FrequencySchedule):
+            raise TypeError(f"schedule = {self.schedule!r}, expected a whole number of steps or a FrequencySchedule")
 
     def step(self, lr: float | None = None) -> Event | None:
         """Counts a step of the optimizer; where an event is due, applies Q and says what it did.

@@ -73,6 +73,24 @@ def in_turn(x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None, *wind
     return nn.functional.conv2d(nn.functional.conv2d(x, first, None, *window), second, bias)
 
 
+@torch.no_grad()
+def test_the_last_filter_of_a_layer_that_nobody_reads_arrives_in_a_concatenation() -> None:
+    x = images()
+    model = randomized(Dense(), 0)
+    graph = trace(model, x)
+    plan = CompressionPlan(
+        layers=[
+            LayerPlan("convs.2", "conv2d", 14, 4, kept_in=[0, 1, 2, 3, 4, 5, 6, 9]),
+            LayerPlan("last", "conv2d", 18, 7, kept_in=[*range(10), 14, 15, 16, 17]),
+        ]
+    )
+    graph.channels.resolve(plan)
+    expected = projected(copy.deepcopy(model), plan)(x)
+    apply(model, plan)
+    assert model.convs[1].out_channels == 1
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 @torch.no_grad()
 def test_dense_model_with_the_plan_loads_the_compressed_checkpoint(network: Callable[[], nn.Module]) -> None:
@@ -218,6 +236,12 @@ def prepared() -> nn.Conv2d:
     return conv
 
 
+def hooked() -> nn.Conv2d:
+    conv = nn.Conv2d(8, 6, 3)
+    conv.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    return conv
+
+
 class Standardized(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
@@ -229,10 +253,11 @@ class Standardized(nn.Conv2d):
         (grouped, "is a conv2d of 8 -> 6 channels in 2 groups; the plan expects a conv2d of 8 -> 6 channels"),
         (prepared, r"has parametrizations; run cctorch.convert\(model\) first"),
         (lambda: Standardized(8, 6, 3), r"\(Standardized\) has a forward of its own"),
+        (hooked, "has hooks; remove them"),
         (lambda: nn.Conv2d(8, 5, 3), "is a conv2d of 8 -> 5 channels; the plan expects a conv2d of 8 -> 6"),
         (lambda: nn.Linear(8, 6), "is a linear of 8 -> 6 channels; the plan expects a conv2d of 8 -> 6"),
     ],
-    ids=["grouped", "parametrized", "own forward", "width", "kind"],
+    ids=["grouped", "parametrized", "own forward", "hooked", "width", "kind"],
 )
 def test_layer_that_does_not_fit_is_refused_by_name(layer: Callable[[], nn.Module], message: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), layer())
@@ -246,6 +271,28 @@ def test_layer_that_does_not_fit_is_refused_by_name(layer: Callable[[], nn.Modul
     with pytest.raises(ValueError, match=f"plan: layer '1' .*{message}"):
         apply(model, plan)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kept_in": [0, 2, 5], "gather": [0, 2, 5]}, {"rank": 2}, {"kept_out": [0, 1, 7]}],
+    ids=["gather", "rank", "narrower"],
+)
+@torch.no_grad()
+def test_transformer_runs_its_smaller_layers_in_evaluation_too(changes: dict[str, Any]) -> None:
+    """PyTorch's fused path reads `linear1.weight`; the unfused one, which training takes, is the reference."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).double()
+    plans = [LayerPlan("layers.0.linear1", "linear", 8, 16, **changes)]
+    if "kept_out" in changes:
+        plans.append(LayerPlan("layers.0.linear2", "linear", 16, 8, kept_in=changes["kept_out"]))
+    apply(model, CompressionPlan(layers=plans))
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    expected = model.train()(x, src_key_padding_mask=padding)
+    result = model.eval()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(result[~padding], expected[~padding])
 
 
 def test_shared_parameter_is_refused() -> None:
@@ -322,3 +369,21 @@ def test_factors_take_their_weights_place_in_the_optimizer_without_state() -> No
     assert model[0].first not in optimizer.state
     assert torch.equal(optimizer.state[model[0].bias]["momentum_buffer"], kept)
     assert len(optimizer.state) == 3
+
+
+def test_state_that_is_not_of_the_parameters_shape_starts_anew() -> None:
+    """Adafactor keeps one number for each row and each column; those of the dense weight fit no smaller one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(torch.randn(3, 6)).square().sum().backward()
+    optimizer.step()
+    plan = [LayerPlan("0", "linear", 6, 8, kept_out=[1, 5]), LayerPlan("2", "linear", 8, 4, kept_in=[1, 5])]
+    apply(model, CompressionPlan(layers=plan), optimizer)
+    before = model[2].weight.detach().clone()
+    optimizer.zero_grad()
+    model(torch.ones(3, 6)).square().sum().backward()
+    optimizer.step()
+    assert optimizer.state[model[2].weight]["row_var"].shape == (4, 1)
+    assert optimizer.state[model[2].weight]["col_var"].shape == (1, 2)
+    assert not torch.equal(model[2].weight, before)

@@ -20,6 +20,7 @@ def file(tmp_path: Path) -> Path:
 
 
 REFUSED = [
+    ("checkpoint.codec=sz3", "codec = sz3 with format = safetensors: expected format: hdf5, or no codec"),
     ("compress.target=1.0", "compress.target = 1.0: expected a value less than 1"),
     ("compress.target=0", "compress.target = 0: expected a value greater than 0"),
     ("compress.target=half", "compress.target = 'half': expected a number"),

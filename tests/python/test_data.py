@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import shutil
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy
@@ -10,6 +12,7 @@ import torch
 from cctorch import data, image_folder
 from cctorch.config import Data
 from cctorch.data import Batches, DataError, ImageSet
+from cctorch.pixels import as_rgb
 from PIL import Image
 from tiny_run import images_and_labels, write_dataset, write_idx
 
@@ -165,6 +168,13 @@ def test_folders_that_can_not_be_used_are_refused(tmp_path: Path) -> None:
     (root / "train" / "zebra" / "0001.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"train/zebra/0001\.png is no readable image"):
         data.load(_image_folder(root), 0)
+    single = _image_folder(_folder(tmp_path / "single"))
+    for part in ("train", "test"):
+        for label in (tmp_path / "single" / part).iterdir():
+            if label.name != "zebra":
+                shutil.rmtree(label)
+    with pytest.raises(DataError, match="has one class, 'zebra': expected two or more"):
+        data.load(single, 0)
     (tmp_path / "x.zip").write_bytes(b"no archive")
     with pytest.raises(DataError, match=r"x\.zip is damaged"):
         data.load(_image_folder(tmp_path / "x.zip"), 0)
@@ -273,6 +283,30 @@ def test_only_as_many_images_as_asked_for_are_decoded(tmp_path: Path, monkeypatc
     assert torch.equal(again.train.images, dataset.train.images)
     share = data.load(_resized(root, validation=0.5, limit_train=2), 0)
     assert (len(share.train), len(share.validation)) == (2, 2)
+
+
+def _png(width: bytes, kind: bytes = b"IHDR") -> bytes:
+    header = kind + width + b"\0\1\0\0" + b"\x08\0\0\0\0"
+    return b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + zlib.crc32(header).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    "content", [_png(b"\0\1\0\0"), _png(b"\0\0\0\1", b"IH\0R"), b"\x89PNG\r\n\x1a\n\0\0\0\1IHDR\0"]
+)
+def test_no_image_is_too_odd_for_a_sentence(content: bytes) -> None:
+    """Four billion pixels, a chunk without a name, a header that ends early: PIL has an exception for each."""
+    with pytest.raises(ValueError, match="is no readable image"):
+        as_rgb(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "I;16"])
+def test_images_of_other_modes_show_the_same(mode: str) -> None:
+    ramp = numpy.arange(0, 256, 4, dtype=numpy.uint8).reshape(8, 8)
+    grey = Image.fromarray(ramp)
+    image = Image.fromarray(ramp.astype(numpy.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "tiff")
+    assert numpy.abs(numpy.asarray(as_rgb(buffer)).astype(int) - ramp[..., None]).max() <= 1
 
 
 def test_what_is_wrong_with_a_folder_of_images_is_named(tmp_path: Path) -> None:

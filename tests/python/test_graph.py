@@ -183,6 +183,12 @@ def parametrized() -> nn.Module:
     return conv
 
 
+def hooked() -> nn.Module:
+    conv = nn.Conv2d(8, 8, 1)
+    conv.register_forward_hook(lambda _, __, y: 2 * y)
+    return conv
+
+
 @pytest.mark.parametrize(
     ("middle", "names"),
     [
@@ -192,8 +198,9 @@ def parametrized() -> nn.Module:
         (Tied, ["middle.a", "middle.b"]),
         (parametrized, ["middle"]),
         (lambda: nn.Conv2d(8, 8, 3, groups=2), ["middle"]),
+        (hooked, ["middle"]),
     ],
-    ids=["shared", "computed", "functional", "tied", "parametrized", "grouped"],
+    ids=["shared", "computed", "functional", "tied", "parametrized", "grouped", "hooked"],
 )
 def test_layers_left_alone_are_named_counted_and_fixed(middle: type[nn.Module], names: list[str]) -> None:
     model = Awkward(middle())
@@ -255,6 +262,17 @@ class Scaled(nn.Module):
         return x * self.gamma
 
 
+class NormalizedRows(nn.Module):
+    """BatchNorm over the rows of images that have as many rows as channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.adaptive_avg_pool2d(x, 8).transpose(1, 2)).transpose(1, 2)
+
+
 @pytest.mark.parametrize(
     ("middle", "op"),
     [
@@ -265,13 +283,14 @@ class Scaled(nn.Module):
         (Chunked(), "chunk"),
         (Scaled(), "mul"),
         (nn.GroupNorm(2, 8), "group"),
+        (NormalizedRows(), "batch_norm"),
     ],
 )
 def test_operation_that_is_not_followed_keeps_its_channels_with_one_warning(middle: nn.Module, op: str) -> None:
     graph = trace(Awkward(middle), EXAMPLE)
     assert len(graph.warnings) == 1
     assert op in graph.warnings[0]
-    assert "'middle'" in graph.warnings[0]
+    assert "'middle" in graph.warnings[0]
     assert kept_out(pruned(graph, "last", [0, 1]), "first") is None
 
 
@@ -315,11 +334,15 @@ def test_model_that_cannot_be_followed_keeps_its_filters_with_one_warning(
     assert plan.layers[0].gather == [0, 1]
 
 
-def test_example_that_the_model_cannot_take_is_refused() -> None:
+def test_example_that_the_model_cannot_take_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r"PaddedResNet does not run on the example of shape \(2, 4, 16, 16\)"):
         trace(PaddedResNet(), torch.zeros(1, 4, 16, 16))
     with pytest.raises(ValueError, match="expected a batch"):
         trace(PaddedResNet(), torch.zeros(3))
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="shapes cannot be multiplied"):
+        trace(flat, EXAMPLE)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_torchvision_networks_are_followed_to_the_end() -> None:

@@ -67,6 +67,13 @@ def test_mask_comes_before_quantization_and_convert_bakes_both_in() -> None:
     assert torch.equal(model(x), expected)
 
 
+def test_scales_start_from_the_weights_that_the_mask_keeps() -> None:
+    model = prepare(two_layers(), plan_of(mask=MaskPlan("nm", n=1, m=4), bits=4))
+    mask, quant = model[3].parametrizations.weight
+    kept = model[3].parametrizations.weight.original.detach() * mask.mask
+    torch.testing.assert_close(quant.log_scale.exp(), 2 * kept.abs().sum(1) / mask.mask.sum(1) / 7**0.5)
+
+
 def test_training_keeps_the_mask_and_the_optimizers_parameters() -> None:
     model = two_layers()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -117,6 +124,11 @@ def test_parametrizations_of_others_stay() -> None:
     model = two_layers()
     parametrize.register_parametrization(model[0], "weight", nn.Tanh())
     assert parametrize.is_parametrized(convert(model)[0])
+    prepare(model, plan_of(bits=4))
+    before = model[0].weight.detach().clone()
+    convert(model)
+    assert len(model[0].parametrizations.weight) == 2
+    assert torch.equal(model[0].weight, before)
 
 
 def test_misfits_are_refused_before_anything_changes() -> None:
@@ -125,7 +137,9 @@ def test_misfits_are_refused_before_anything_changes() -> None:
     good = LayerPlan("0", "conv2d", 4, 8, bits=4)
     for bad, message in [
         (LayerPlan("9", "linear", 8, 6, bits=4), "Sequential has no layer '9'"),
+        (LayerPlan("3", "linear", 8, 6, kept_in=[8]), r"layer '3': kept_in\[0\] = 8, expected 0 to 7"),
         (LayerPlan("4", "batch_norm2d", 6, 6, bits=4), "layer '4' is a BatchNorm1d"),
+        (LayerPlan("3", "linear", 8, 6, mask=MaskPlan("nm", n=1, m=3)), "layer '3' has 8 input channels, .* of m = 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             prepare(model, CompressionPlan(layers=[good, bad]))
@@ -133,6 +147,16 @@ def test_misfits_are_refused_before_anything_changes() -> None:
     prepare(model, plan_of(bits=4))
     with pytest.raises(ValueError, match=r"layer '0' is prepared already; run cctorch.convert"):
         prepare(model, plan_of(bits=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_float32_scales(dtype: torch.dtype) -> None:
+    model = prepare(two_layers().to(dtype), plan_of(bits=4))
+    scale = model[3].parametrizations.weight[0].log_scale
+    assert scale.dtype == torch.float32
+    model(torch.randn(2, 4, 3, 3, dtype=dtype)).sum().backward()
+    dense = model[3].parametrizations.weight.original.detach()
+    assert torch.equal(model[3].weight, quantized(dense.float(), scale.detach().exp(), 4).to(dtype))
 
 
 def test_both_weights_of_a_recurrent_cell() -> None:

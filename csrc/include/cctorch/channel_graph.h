@@ -65,7 +65,7 @@ class ChannelGraph {
   Channels create(int64_t count);
 
   using Planned = std::unordered_map<std::string_view, LayerPlan*>;
-  // By root: whether some layer reads the channel, or it is pinned.
+  // By root: whether the channel stays: some layer reads it, it is pinned, or it is the last of its layer.
   std::vector<char> live_roots(const Planned& planned) const;
 
   std::vector<int64_t> parent_;

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from cctorch._C import ChannelGraph, LayerSpec
-from cctorch.graph.model_graph import ModelGraph, owners, runs_its_own_forward
+from cctorch.graph.model_graph import ModelGraph, is_hooked, owners, runs_its_own_forward
 
 if TYPE_CHECKING:
     from cctorch._C import LayerKind
@@ -41,7 +41,7 @@ def from_hooks(model: nn.Module, example: Tensor, reason: str) -> ModelGraph:
         spec = _hooked_spec(name, layer, sum(seen))
         graph.specs.append(spec)
         tied = any(len(shared[id(parameter)]) > 1 for parameter in layer.parameters())
-        if spec.groups > 1 or len(seen) > 1 or tied or not runs_its_own_forward(layer):
+        if spec.groups > 1 or len(seen) > 1 or tied or is_hooked(layer) or not runs_its_own_forward(layer):
             graph.left_alone.add(name)
         else:
             inputs = graph.channels.input(spec.in_channels)

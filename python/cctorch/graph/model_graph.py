@@ -36,6 +36,12 @@ def runs_its_own_forward(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks see or change what the layer reads or gives: another layer in its place would not run them."""
+    forward = module._forward_pre_hooks or module._forward_hooks
+    return bool(forward or module._backward_pre_hooks or module._backward_hooks)
+
+
 def normalizes_as_usual(module: nn.BatchNorm2d) -> bool:
     return type(module).forward in (nn.BatchNorm2d.forward, BatchNorm2d.forward)
 

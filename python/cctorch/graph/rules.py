@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from cctorch._C import LayerSpec
-from cctorch.graph.model_graph import normalizes_as_usual
+from cctorch.graph.model_graph import is_hooked, normalizes_as_usual
 from cctorch.graph.walker import Activation, Rule, Walker, op_of, path_of, value_of
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def _batch_norm(walker: Walker, node: Node) -> Activation | None:
         or activation.dim != 1
         or not isinstance(module, nn.BatchNorm2d)
         or not normalizes_as_usual(module)
+        or is_hooked(module)
     ):
         return None
     if isinstance(weight, Node) and walker.why_not_followed(node, weight, path) is not None:

@@ -12,6 +12,8 @@ from cctorch.graph.rules import RULES
 from cctorch.graph.walker import Walker
 from cctorch.modes import evaluating, modes_restored
 
+_LOUD = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+
 
 def trace(model: nn.Module, example: Tensor) -> ModelGraph:
     """Lists the layers of ``model`` and follows its channels from layer to layer.
@@ -68,10 +70,13 @@ def _with_heads_for_training(model: nn.Module, example: Tensor, evaluated: Walke
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Where torch.export gives up it logs and prints what it has so far; the graph's one warning says it shortly."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    disabled, logger.disabled = logger.disabled, True
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    disabled = [logger.disabled for logger in loggers]
     try:
+        for logger in loggers:
+            logger.disabled = True
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.disabled = disabled
+        for logger, before in zip(loggers, disabled, strict=True):
+            logger.disabled = before

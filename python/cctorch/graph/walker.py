@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from cctorch import _C
 from cctorch._C import LayerSpec
-from cctorch.graph.model_graph import ModelGraph, owners, runs_its_own_forward
+from cctorch.graph.model_graph import ModelGraph, is_hooked, owners, runs_its_own_forward
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ class Walker:
             return "its weight is not a parameter"
         if not isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) or not runs_its_own_forward(module):
             return f"{type(module).__name__} computes something of its own"
+        if is_hooked(module):
+            return "it has hooks; remove them before it is compressed"
         if self.parameters[self.weight_paths[weight.name]] is not module.weight:
             return "its weight belongs to another module"
         for parameter in module._parameters.values():

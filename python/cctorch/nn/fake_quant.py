@@ -6,6 +6,11 @@ from torch import Tensor, nn
 from cctorch import ops
 
 
+def _kind(x: Tensor) -> torch.dtype:
+    """The type of the scales of `x`."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class FakeQuant(nn.Module):
     r"""Learned-scale fake-quantization of weights or activations (LSQ, Esser et al. 2020; LSQ+, Bhalgat et al. 2020).
 
@@ -28,6 +33,8 @@ class FakeQuant(nn.Module):
         groups: scales for each index of axis 0, over equal parts of it: the group size is the elements of an index
             (row-major) divided by this. Needs ``axis=0``.
         init: ``"lsq"``, ``"minmax"`` or ``"mse"``.
+
+    Half precision is quantized with float32 scales. A module that is converted to half precision rounds those it has.
     """
 
     offset: nn.Parameter | None
@@ -70,13 +77,13 @@ class FakeQuant(nn.Module):
 
         ``"minmax"`` and ``"mse"`` take the others for zeros.
         """
-        x = x.detach().to(self.log_scale.dtype)
+        x = x.detach().to(_kind(self.log_scale))
         counted = torch.ones_like(x) if mask is None else mask.to(x.dtype)
         x, axis = x * counted, self.axis
         if self.groups > 1:
             x, counted, axis = self._grouped(x), self._grouped(counted), 0
         if self.init == "lsq":
-            log_scale, offset = self._lsq(x, counted, axis), torch.zeros_like(self.log_scale)
+            log_scale, offset = self._lsq(x, counted, axis), torch.zeros_like(self.log_scale, dtype=x.dtype)
         elif self.offset is None:
             log_scale = offset = ops.quant_range(x, self.qmin, self.qmax, axis, self.init)
         else:
@@ -112,12 +119,14 @@ class FakeQuant(nn.Module):
         grad_scale = 1.0
         if self.training:
             grad_scale = 1 / math.sqrt(max(x.numel() // self.log_scale.numel(), 1) * self.qmax)
+        log_scale = self.log_scale.to(_kind(x))
+        offset = None if self.offset is None else self.offset.to(_kind(x))
         if self.groups > 1:
-            size = x.numel() // self.log_scale.numel()
-            return ops.fake_quant_groups(x, self.log_scale, self.qmin, self.qmax, size, grad_scale, self.offset)
-        if self.offset is not None:
-            return ops.fake_quant_offset(x, self.log_scale, self.offset, self.qmin, self.qmax, self.axis, grad_scale)
-        return ops.fake_quant(x, self.log_scale, self.qmin, self.qmax, axis=self.axis, grad_scale=grad_scale)
+            size = x.numel() // log_scale.numel()
+            return ops.fake_quant_groups(x, log_scale, self.qmin, self.qmax, size, grad_scale, offset)
+        if offset is not None:
+            return ops.fake_quant_offset(x, log_scale, offset, self.qmin, self.qmax, self.axis, grad_scale)
+        return ops.fake_quant(x, log_scale, self.qmin, self.qmax, axis=self.axis, grad_scale=grad_scale)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.initialized)

@@ -80,6 +80,20 @@ TEST(ChannelGraph, ConcatAndFlattenFollowPositions) {
   EXPECT_EQ(plan.find("head")->gather, (Indices{1, 2, 3}));
 }
 
+TEST(ChannelGraph, TheLastFilterOfAnUnreadLayerArrivesInTheConcatenation) {
+  ChannelGraph graph;
+  const auto x = graph.input(3);
+  const auto unread = graph.layer("unread", LayerKind::conv2d, x, 4);
+  const auto read = graph.layer("read", LayerKind::conv2d, x, 4);
+  graph.pin(graph.layer("reader", LayerKind::conv2d, ChannelGraph::concat({unread, read}), 2));
+  CompressionPlan plan;
+  plan.layers = {LayerPlan::unchanged("reader", LayerKind::conv2d, 8, 2)};
+  plan.layers[0].kept_in = {4, 5, 6, 7};
+  graph.resolve(plan);
+  EXPECT_EQ(plan.find("unread")->kept_out, (std::vector<int64_t>{0}));
+  EXPECT_EQ(plan.find("reader")->gather, (std::vector<int64_t>{1, 2, 3, 4}));
+}
+
 TEST(ChannelGraph, ASharedLayerIsFixed) {
   ChannelGraph graph;
   const auto image = graph.input(2);

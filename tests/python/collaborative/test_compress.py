@@ -1,13 +1,15 @@
 """Gradients and compress() on whole models."""
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cctorch import apply, compress
 from cctorch.collaborative import mean_gradients
+from cctorch.graph import trace
+from cctorch.layer_choice import bounds_of
 from torch import Tensor, nn
 
 
@@ -126,6 +128,35 @@ def test_bounds_are_found_by_pattern_and_the_smallest_holds() -> None:
         compress(model, batches, images, bounds={"conv*": 0.5})
     with pytest.raises(ValueError, match=r"bounds\['1'\] = 1.5, expected a share from 0 to 1"):
         compress(model, batches, images, bounds={"1": 1.5})
+    with pytest.raises(ValueError, match=r"exclude = 'conv\*', expected a list of patterns"):
+        compress(model, batches, images, exclude="conv*")
+
+
+def test_the_smallest_of_several_bounds_holds() -> None:
+    graph = trace(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(3))), torch.zeros(1, 4, 2, 2))
+    for bounds in ({"1": 0.2, "*": 0.9}, {"*": 0.9, "1": 0.2}):
+        assert bounds_of(graph, bounds) == {"0": 0.9, "1": 0.2, "2": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"budget": "table"}, ValueError, "budget = 'table', expected one of 'macs', 'parameters', 'latency'"),
+        ({"count": "finl"}, ValueError, "count = 'finl', expected one of 'final', 'nominal'"),
+        ({"example": (torch.zeros(1),)}, TypeError, "example is a tuple, expected the one tensor"),
+    ],
+)
+def test_arguments_of_no_meaning_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        compress(CallsOneLayerTwice(), batches(), **{"example": batches()[0][0], **arguments})
+
+
+def test_a_target_out_of_reach_says_what_is_left_alone() -> None:
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(4)), nn.Flatten(), nn.Linear(128, 10))
+    model[1] = nn.Conv2d(8, 8, 3, groups=2)
+    images = torch.randn(4, 8, 12, 12)
+    with pytest.raises(ValueError, match=r"cannot be reached.*; layer '1' is left alone: it is a grouped convolution"):
+        compress(model, [(images, torch.arange(4))], images, target=0.9)
 
 
 @pytest.mark.parametrize("count", ["final", "nominal"])

@@ -129,6 +129,25 @@ def test_zeros_and_masked_values_give_finite_scales() -> None:
     assert torch.equal(quant(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("arguments", [{}, {"offset": True}, {"axis": 0, "channels": 4, "groups": 2}])
+def test_a_module_in_half_precision_starts_and_quantizes_with_float32_scales(
+    arguments: dict[str, Any], dtype: torch.dtype
+) -> None:
+    # 200,000 magnitudes of 2 add up to more than float16 holds.
+    x = (4 * torch.rand(4, 50000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    quant = FakeQuant(4, **arguments).to(dtype)
+    reference = FakeQuant(4, **arguments)
+    y = quant(x)
+    reference(x.float())
+    torch.testing.assert_close(quant.log_scale, reference.log_scale.to(dtype))
+    reference.load_state_dict(quant.state_dict())
+    assert y.dtype == dtype
+    assert torch.equal(y, reference(x.float()).to(dtype))
+    y.sum().backward()
+    assert quant.log_scale.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("init", ["lsq", "minmax", "mse"])
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("groups", [1, 4])

@@ -174,6 +174,27 @@ def test_momentum_is_kept_or_cleared() -> None:
         r.Events(model.named_parameters(), r.MagnitudePruning(0.6), 1, clear_momentum=True)
 
 
+def test_the_learning_rate_is_that_of_the_first_group_unless_it_is_given() -> None:
+    parameters = {"a": torch.ones(2, 2, requires_grad=True), "b": torch.ones(2, 2, requires_grad=True)}
+    groups = [{"params": [parameters["a"]], "lr": 0.5}, {"params": [parameters["b"]], "lr": 0.125}]
+    optimizer = torch.optim.SGD(groups)
+    events = r.Events(parameters.items(), r.WeightDecay(0.5), r.InverseLearningRate(1.0), optimizer)
+    assert [events.step() is not None for _ in range(4)] == [False, True, False, True]
+    assert [events.step(lr) is not None for lr in (0.25, 0.25, 0.25, 0.25)] == [False, False, False, True]
+
+
+def test_momentum_of_a_frozen_parameter_is_not_cleared() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    events = r.Events(model.named_parameters(), r.MagnitudePruning(0.5), 1, optimizer, clear_momentum=True)
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    model[0].requires_grad_(False)
+    events.step()
+    assert "momentum_buffer" in optimizer.state[model[0].weight]
+    assert model[1].weight not in optimizer.state
+
+
 def test_frozen_parameters_are_left_alone_until_asked_for() -> None:
     model = network()
     model[0].weight.requires_grad_(False)
@@ -201,6 +222,21 @@ def test_refuses_parameters_that_nothing_is_done_to() -> None:
         r.Events(nn.BatchNorm2d(4).named_parameters(), r.MagnitudePruning(0.5), 1)
     with pytest.raises(ValueError, match="parameter 'weight'"):
         r.Events(nn.Linear(3, 4).named_parameters(), r.NMPruning(2, 4), 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"named_parameters": [torch.zeros(2, 2)]}, "named_parameters holds a Tensor, expected .* pairs"),
+        ({"regularizer": r.MagnitudePruning}, "regularizer = <class .*, expected one such as"),
+        ({"schedule": 1.5}, "schedule = 1.5, expected a whole number of steps"),
+    ],
+)
+def test_other_types_are_refused_without_showing_the_weights(arguments: dict[str, object], message: str) -> None:
+    usual = {"named_parameters": [("w", torch.zeros(2, 2))], "regularizer": r.MagnitudePruning(0.5), "schedule": 5}
+    with pytest.raises(TypeError, match=f"^{message}") as refused:
+        r.Events(**usual | arguments)  # type: ignore[arg-type]
+    assert "tensor(" not in str(refused.value)
 
 
 def test_refuses_a_state_that_is_not_its_own() -> None:
