@@ -52,11 +52,14 @@ def gradients_of(model: nn.Module, graph: ModelGraph, images: data.Batches, file
     return gradients
 
 
-def ratios(models: list[nn.Module], example: Tensor, rounds: int) -> tuple[list[float], list[float]]:
-    """Median seconds of each model, and the median of its time over the first one's in the same turn."""
+def ratios(
+    models: list[nn.Module], example: Tensor, rounds: int, limit: float = 60.0
+) -> tuple[list[float], list[float]]:
+    """Median seconds of each model, and the median of its time over the first one's in the same turn. A round ends
+    after `limit` seconds, once each model had 5 turns."""
     runs: list[list[float]] = [[] for _ in models]
     for _ in range(rounds):
-        for total, some in zip(runs, measure.interleaved(models, example, repeats=20, seconds=60), strict=True):
+        for total, some in zip(runs, measure.interleaved(models, example, repeats=20, seconds=limit), strict=True):
             total += some
     over_first = [statistics.median(a / b for a, b in zip(own, runs[0], strict=True)) for own in runs]
     return [statistics.median(own) for own in runs], over_first
@@ -130,7 +133,7 @@ class Budgets:
 
     def by_peer(self, importance: str, example: Tensor) -> tuple[nn.Module, Row]:
         def time_of(model: nn.Module) -> float:
-            return ratios([self.model, model], example, rounds=1)[1][1]
+            return ratios([self.model, model], example, rounds=1, limit=5.0)[1][1]
 
         model, ratio = self.peer.closest(importance, time_of, 1 - self.target, steps=7)
         macs = _C.dense_macs(trace(model, self.examples[:2]).specs) / _C.dense_macs(self.graph().specs)

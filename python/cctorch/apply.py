@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cctorch import _C
 from cctorch._C import CompressionPlan, LayerPlan
+from cctorch.described import describe, describe_plan
 from cctorch.graph.model_graph import is_hooked, owners, runs_its_own_forward
 from cctorch.nn import BatchNorm2d, GatherChannels, LowRankConv2d, LowRankLinear
 
@@ -33,12 +34,15 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
         plan: e.g. from :func:`cctorch.collaborative.compress`.
         optimizer: its parameter groups are pointed to the new parameters in the same order. State of a parameter's
             shape (momentum, Adam's moments) is kept for the kept indices; factors of a decomposed layer start without.
+            ``torch.optim.LBFGS`` is refused: its history is one vector over all parameters.
 
     Raises:
-        ValueError: the plan does not fit the model, naming the layer, what was found and what was expected. The model
-            and the optimizer are unchanged.
+        ValueError: the plan does not fit the model, naming the layer, what was found and what was expected; or the
+            optimizer is refused. The model and the optimizer are unchanged.
     """
     plan.validate()
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("apply: LBFGS keeps one history over all parameters; make it anew after apply(model, plan)")
     paths = owners(model)
     edits = [_edit(model, layer, paths) for layer in plan.layers if _changes_shape(layer)]
     successors: dict[Tensor, _Successor] = {}
@@ -182,14 +186,14 @@ def _parameter(tensor: Tensor, old: Tensor) -> nn.Parameter:
 
 
 def _checked_module(model: nn.Module, layer: LayerPlan, paths: dict[int, list[str]]) -> nn.Module:
-    expected = f"the plan expects a {_describe_plan(layer)}"
+    expected = f"the plan expects a {describe_plan(layer)}"
     advice = "apply a plan once, to the dense model that it was made for"
     try:
         module = model.get_submodule(layer.name)
     except AttributeError:
         raise ValueError(f"plan: {type(model).__name__} has no layer '{layer.name}'; {expected}; {advice}") from None
-    found = f"plan: layer '{layer.name}' of {type(model).__name__} is a {_describe(module)}; {expected}; {advice}"
-    if not isinstance(module, _KINDS[layer.kind]) or _describe(module) != _describe_plan(layer):
+    found = f"plan: layer '{layer.name}' of {type(model).__name__} is a {describe(module)}; {expected}; {advice}"
+    if not isinstance(module, _KINDS[layer.kind]) or describe(module) != describe_plan(layer):
         raise ValueError(found)
     if hasattr(module, "parametrizations"):
         raise ValueError(f"plan: layer '{layer.name}' has parametrizations; run cctorch.convert(model) first")
@@ -202,24 +206,6 @@ def _checked_module(model: nn.Module, layer: LayerPlan, paths: dict[int, list[st
             shared = ", ".join(paths[id(parameter)])
             raise ValueError(f"plan: layer '{layer.name}' shares a parameter ({shared}); leave it out of the plan")
     return module
-
-
-def _describe_plan(layer: LayerPlan) -> str:
-    return f"{layer.kind} of {layer.in_channels} -> {layer.out_channels} channels"
-
-
-def _describe(module: nn.Module) -> str:
-    if isinstance(module, nn.Conv2d):
-        sizes = f"{module.in_channels} -> {module.out_channels} channels"
-        if module.groups == 1:
-            return f"conv2d of {sizes}"
-        depthwise = module.groups == module.in_channels == module.out_channels
-        return f"depthwise_conv2d of {sizes}" if depthwise else f"conv2d of {sizes} in {module.groups} groups"
-    if isinstance(module, nn.Linear):
-        return f"linear of {module.in_features} -> {module.out_features} channels"
-    if isinstance(module, nn.BatchNorm2d):
-        return f"batch_norm2d of {module.num_features} -> {module.num_features} channels"
-    return type(module).__name__
 
 
 def _carry_over(optimizer: torch.optim.Optimizer, successors: dict[Tensor, _Successor]) -> None:

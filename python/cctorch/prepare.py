@@ -6,6 +6,7 @@ from torch.nn.utils import parametrize
 
 from cctorch import ops
 from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
+from cctorch.described import describe, describe_plan
 from cctorch.nn import FakeQuant, GatherChannels, LowRankConv2d, LowRankLinear, LowRankWeight, Mask, SoftThreshold
 
 _Weight = tuple[nn.Module, str]
@@ -24,7 +25,8 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     Optimizers made before keep working: the parameters stay the same objects. The scales are new ones.
 
     Raises:
-        ValueError: the plan names a layer that the model lacks or that has no weight, or one that is already prepared.
+        ValueError: the plan names a layer that the model lacks, that has no weight or another kind or size, or that is
+            already prepared.
     """
     plan.validate()
     targets = {
@@ -71,6 +73,8 @@ def _weights(model: nn.Module, layer: LayerPlan) -> list[_Weight]:
         raise ValueError(f"plan: {type(model).__name__} has no layer '{layer.name}' to mask or quantize") from None
     if isinstance(module, GatherChannels):
         module = module.layer
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        _check_sizes(module, layer)
     names: tuple[str, ...] = ("weight",)
     if isinstance(module, LowRankConv2d | LowRankLinear):
         names = tuple(name for name in ("first", "core", "second") if hasattr(module, name))
@@ -86,6 +90,22 @@ def _weights(model: nn.Module, layer: LayerPlan) -> list[_Weight]:
         if any(isinstance(step, Mask | FakeQuant) for step in _steps(module).get(name, [])):
             raise ValueError(f"plan: layer '{layer.name}' is prepared already; run cctorch.convert(model) first")
     return [(module, name) for name in names]
+
+
+def _check_sizes(module: nn.Conv2d | nn.Linear, layer: LayerPlan) -> None:
+    """The layer as the plan found it, or as :func:`cctorch.apply` left it; in groups too, whose weights take both."""
+    convolution = isinstance(module, nn.Conv2d)
+    if isinstance(module, nn.Conv2d):
+        sizes = module.in_channels, module.out_channels
+    else:
+        sizes = module.in_features, module.out_features
+    outputs = len(layer.kept_out)
+    kept = (outputs if layer.kind == "depthwise_conv2d" else len(layer.kept_in), outputs)
+    if ("conv2d" in layer.kind) != convolution or sizes not in ((layer.in_channels, layer.out_channels), kept):
+        raise ValueError(
+            f"plan: layer '{layer.name}' is a {describe(module)}; the plan expects a {describe_plan(layer)}, or of "
+            f"{kept[0]} -> {kept[1]}"
+        )
 
 
 def _masks(plan: CompressionPlan, targets: dict[str, list[_Weight]]) -> dict[_Weight, Tensor]:

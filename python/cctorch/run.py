@@ -347,6 +347,8 @@ class _Run:
         model = self.network.model
         with self.log.stages() as progress:
             repaired = repair(model, self._dense(), plan, batches, progress=progress, across_ranks=True)
+        for warning in repaired.warnings:
+            self.log.warning(warning)
         seconds = repaired.seconds
         top1 = self.network.accuracy(self.data.test)
         self.events.add("repaired", "compress", accuracy=top1, seconds=seconds)

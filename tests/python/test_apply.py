@@ -319,6 +319,15 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, masks: dict[nn.Para
     optimizer.step()
 
 
+def test_an_optimizer_with_one_history_of_all_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.LBFGS(model.parameters())
+    plan = CompressionPlan(layers=[LayerPlan("0", "linear", 4, 4, rank=1)])
+    with pytest.raises(ValueError, match="LBFGS keeps one history over all parameters"):
+        apply(model, plan, optimizer)
+    assert isinstance(model[0], nn.Linear)
+
+
 @pytest.mark.parametrize("build", optimizers(), ids=["SGD", "Adam", "AdamW"])
 def test_optimizer_goes_on_with_the_kept_entries(
     build: Callable[[list[dict[str, object]]], torch.optim.Optimizer],

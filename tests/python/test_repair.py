@@ -351,6 +351,7 @@ def test_fewer_samples_than_inputs() -> None:
     data = batches(shape, count=1, size=2)
     found = cctorch.repair(model, dense, plan, data, step=1000)
     assert {layer.samples for layer in found.layers} == {2}
+    assert "fitted to fewer samples than an output has weights" in found.warnings[0]
     assert all(layer.after <= layer.before for layer in found.layers)
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
 
@@ -380,6 +381,8 @@ def test_bad_arguments() -> None:
         cctorch.repair(model, dense, plan, batches(shape), step=0)
     with pytest.raises(ValueError, match=r"layer 'layer1\.0\.conv1'"):
         cctorch.repair(dense, copy.deepcopy(dense), plan, batches(shape))
+    with pytest.raises(ValueError, match=r"of the dense model is .*repair\(compressed, dense, plan, batches\)"):
+        cctorch.repair(dense, model, plan, batches(shape))
 
 
 def test_reports_its_progress() -> None:

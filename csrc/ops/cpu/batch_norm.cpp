@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
+#include "csrc/ops/batch_norm_passes.h"
 #include "csrc/ops/checks.h"
 #include "csrc/ops/cpu/isa.h"
 #include "csrc/ops/cpu/simd/batch_norm.h"
@@ -103,50 +105,97 @@ at::Tensor tensor(const std::vector<double>& from, const at::Tensor& like) {
   return out;
 }
 
+// Statistics of each channel around the first row's values, which are exact: sums and outputs keep their digits where
+// the mean is large.
 template <typename T>
-Outputs forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
-  const Rows rows(x);
+struct Moments {
+  std::vector<double> start, offset, variance;  // the mean is start + offset
+  std::vector<T> shift;                         // start, written out
+
+  Moments(const Rows& rows, const T* x) : start(x, x + rows.channels), shift(rows.written_out<T>(start)) {
+    const auto run = loops<T>();
+    std::tie(offset, variance) = rows.sums<T>([&](int64_t begin, int64_t n, T* first, T* second) {
+      run.sums(x + begin, n, rows.period, shift.data(), first, second);
+    });
+    for (int64_t c = 0; c < rows.channels; ++c) {
+      offset[c] /= rows.count();
+      variance[c] = std::max(variance[c] / rows.count() - offset[c] * offset[c], 0.0);
+    }
+  }
+
+  std::vector<double> mean() const {
+    std::vector<double> mean(start);
+    for (size_t c = 0; c < mean.size(); ++c) mean[c] += offset[c];
+    return mean;
+  }
+};
+
+// (x - shift) scale + constant
+template <typename T>
+at::Tensor affine(const Rows& rows, const at::Tensor& x, const std::vector<T>& shift, const std::vector<double>& scale,
+                  const std::vector<double>& constant) {
   const auto run = loops<T>();
   const at::Tensor y = at::empty_like(x);
   const T* from = x.const_data_ptr<T>();
   T* to = y.mutable_data_ptr<T>();
-
-  // Without the first row's values, which are exact, sums and outputs keep their digits where the mean is large.
-  const std::vector<double> start(from, from + rows.channels);
-  const std::vector<T> shift = rows.written_out<T>(start);
-  const auto [sum, square] = rows.sums<T>([&](int64_t begin, int64_t n, T* first, T* second) {
-    run.sums(from + begin, n, rows.period, shift.data(), first, second);
-  });
-  std::vector<double> mean(rows.channels), inverse(rows.channels), scale = values<T>(weight),
-                                                                   constant = values<T>(bias);
-  for (int64_t c = 0; c < rows.channels; ++c) {
-    const double offset = sum[c] / rows.count();
-    mean[c] = start[c] + offset;
-    inverse[c] = 1.0 / std::sqrt(std::max(square[c] / rows.count() - offset * offset, 0.0) + eps);
-    scale[c] *= inverse[c];
-    constant[c] -= offset * scale[c];
-  }
   const std::vector<T> scales = rows.written_out<T>(scale), constants = rows.written_out<T>(constant);
   rows.for_each_block([&](int64_t, int64_t begin, int64_t n) {
     run.normalize(to + begin, from + begin, n, rows.period, shift.data(), scales.data(), constants.data());
   });
-  return {y, tensor<T>(mean, weight), tensor<T>(inverse, weight)};
+  return y;
+}
+
+// The sums of grad and of grad (x - mean).
+template <typename T>
+std::pair<std::vector<double>, std::vector<double>> grad_sums(const Rows& rows, const at::Tensor& grad,
+                                                              const at::Tensor& x, const std::vector<T>& means) {
+  const auto run = loops<T>();
+  const T* gs = grad.const_data_ptr<T>();
+  const T* xs = x.const_data_ptr<T>();
+  return rows.sums<T>([&](int64_t begin, int64_t n, T* first, T* second) {
+    run.grad_sums(gs + begin, xs + begin, n, rows.period, means.data(), first, second);
+  });
+}
+
+// (grad - constant) scale - (x - mean) slope
+template <typename T>
+at::Tensor grad_input(const Rows& rows, const at::Tensor& grad, const at::Tensor& x, const std::vector<T>& means,
+                      const std::vector<double>& constant, const std::vector<double>& scale,
+                      const std::vector<double>& slope) {
+  const auto run = loops<T>();
+  const at::Tensor grad_x = at::empty_like(x);
+  const T* gs = grad.const_data_ptr<T>();
+  const T* xs = x.const_data_ptr<T>();
+  T* to = grad_x.mutable_data_ptr<T>();
+  const std::vector<T> constants = rows.written_out<T>(constant), scales = rows.written_out<T>(scale);
+  const std::vector<T> slopes = rows.written_out<T>(slope);
+  rows.for_each_block([&](int64_t, int64_t begin, int64_t n) {
+    run.grad_x(to + begin, gs + begin, xs + begin, n, rows.period, means.data(), constants.data(), scales.data(),
+               slopes.data());
+  });
+  return grad_x;
+}
+
+template <typename T>
+Outputs forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  const Rows rows(x);
+  const Moments<T> moments(rows, x.const_data_ptr<T>());
+  std::vector<double> inverse(rows.channels), scale = values<T>(weight), constant = values<T>(bias);
+  for (int64_t c = 0; c < rows.channels; ++c) {
+    inverse[c] = 1.0 / std::sqrt(moments.variance[c] + eps);
+    scale[c] *= inverse[c];
+    constant[c] -= moments.offset[c] * scale[c];
+  }
+  const at::Tensor y = affine<T>(rows, x, moments.shift, scale, constant);
+  return {y, tensor<T>(moments.mean(), weight), tensor<T>(inverse, weight)};
 }
 
 template <typename T>
 Outputs backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& mean,
                  const at::Tensor& inverse_deviation) {
   const Rows rows(x);
-  const auto run = loops<T>();
-  const at::Tensor grad_x = at::empty_like(x);
-  const T* gs = grad.const_data_ptr<T>();
-  const T* xs = x.const_data_ptr<T>();
-  T* to = grad_x.mutable_data_ptr<T>();
-
   const std::vector<T> means = rows.written_out<T>(values<T>(mean));
-  auto [grad_bias, grad_weight] = rows.sums<T>([&](int64_t begin, int64_t n, T* first, T* second) {
-    run.grad_sums(gs + begin, xs + begin, n, rows.period, means.data(), first, second);
-  });
+  auto [grad_bias, grad_weight] = grad_sums<T>(rows, grad, x, means);
   // grad_x = weight r (grad - mean(grad) - x^ mean(grad x^)), x^ = (x - mean) r
   std::vector<double> constant(rows.channels), scale = values<T>(weight), slope(rows.channels);
   const std::vector<double> inverse = values<T>(inverse_deviation);
@@ -156,12 +205,7 @@ Outputs backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& 
     constant[c] = grad_bias[c] / rows.count();
     slope[c] = scale[c] * inverse[c] * grad_weight[c] / rows.count();
   }
-  const std::vector<T> constants = rows.written_out<T>(constant), scales = rows.written_out<T>(scale);
-  const std::vector<T> slopes = rows.written_out<T>(slope);
-  rows.for_each_block([&](int64_t, int64_t begin, int64_t n) {
-    run.grad_x(to + begin, gs + begin, xs + begin, n, rows.period, means.data(), constants.data(), scales.data(),
-               slopes.data());
-  });
+  const at::Tensor grad_x = grad_input<T>(rows, grad, x, means, constant, scale, slope);
   return {grad_x, tensor<T>(grad_weight, weight), tensor<T>(grad_bias, weight)};
 }
 
@@ -190,19 +234,10 @@ template <typename T>
 at::Tensor inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
                      const at::Tensor& var, double eps) {
   const Rows rows(x);
-  const auto run = loops<T>();
-  const at::Tensor y = at::empty_like(x);
-  const T* from = x.const_data_ptr<T>();
-  T* to = y.mutable_data_ptr<T>();
   std::vector<double> scale = values<T>(weight);
   const std::vector<double> variance = values<T>(var);
   for (int64_t c = 0; c < rows.channels; ++c) scale[c] /= std::sqrt(variance[c] + eps);
-  const std::vector<T> means = rows.written_out<T>(values<T>(mean)), scales = rows.written_out<T>(scale);
-  const std::vector<T> biases = rows.written_out<T>(values<T>(bias));
-  rows.for_each_block([&](int64_t, int64_t begin, int64_t n) {
-    run.normalize(to + begin, from + begin, n, rows.period, means.data(), scales.data(), biases.data());
-  });
-  return y;
+  return affine<T>(rows, x, rows.written_out<T>(values<T>(mean)), scale, values<T>(bias));
 }
 
 at::Tensor batch_norm_inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
@@ -214,9 +249,65 @@ at::Tensor batch_norm_inference(const at::Tensor& x, const at::Tensor& weight, c
                                         : inference<float>(x, weight, bias, mean, var, eps);
 }
 
+template <typename Function>
+auto of_type(const at::Tensor& x, const Function& function) {
+  return x.scalar_type() == at::kDouble ? function(double()) : function(float());
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_moments(const at::Tensor& x) {
+  if (!ours(x)) return fallback::batch_norm_moments(x);
+  check_not_empty(x);
+  return of_type(x, [&]<typename T>(T) -> std::tuple<at::Tensor, at::Tensor> {
+    const Moments<T> moments(Rows(x), x.const_data_ptr<T>());
+    const at::Tensor like = at::empty({0}, x.options().dtype(at::kDouble));
+    return {tensor<double>(moments.mean(), like), tensor<double>(moments.variance, like)};
+  });
+}
+
+at::Tensor batch_norm_affine(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& scale,
+                             const at::Tensor& constant) {
+  if (!ours(x)) return fallback::batch_norm_affine(x, mean, scale, constant);
+  check_batch_norm_pass("batch_norm_affine", x, {mean, scale, constant});
+  const Rows rows(x);
+  return of_type(x, [&]<typename T>(T) {
+    return affine<T>(rows, x, rows.written_out<T>(values<double>(mean)), values<double>(scale),
+                     values<double>(constant));
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor& grad, const at::Tensor& x,
+                                                        const at::Tensor& mean) {
+  if (!ours(x)) return fallback::batch_norm_grad_sums(grad, x, mean);
+  check_batch_norm_pass("batch_norm_grad_sums", x, {mean});
+  check_backward(grad, x, "batch_norm_grad_sums");
+  const Rows rows(x);
+  const at::Tensor dense = grad.contiguous(at::MemoryFormat::ChannelsLast);
+  return of_type(x, [&]<typename T>(T) -> std::tuple<at::Tensor, at::Tensor> {
+    const auto [sum, product] = grad_sums<T>(rows, dense, x, rows.written_out<T>(values<double>(mean)));
+    return {tensor<double>(sum, mean), tensor<double>(product, mean)};
+  });
+}
+
+at::Tensor batch_norm_grad_input(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean,
+                                 const at::Tensor& constant, const at::Tensor& scale, const at::Tensor& slope) {
+  if (!ours(x)) return fallback::batch_norm_grad_input(grad, x, mean, constant, scale, slope);
+  check_batch_norm_pass("batch_norm_grad_input", x, {mean, constant, scale, slope});
+  check_backward(grad, x, "batch_norm_grad_input");
+  const Rows rows(x);
+  const at::Tensor dense = grad.contiguous(at::MemoryFormat::ChannelsLast);
+  return of_type(x, [&]<typename T>(T) {
+    return grad_input<T>(rows, dense, x, rows.written_out<T>(values<double>(mean)), values<double>(constant),
+                         values<double>(scale), values<double>(slope));
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cctorch, CPU, m) {
+  m.impl("batch_norm_moments", &batch_norm_moments);
+  m.impl("batch_norm_affine", &batch_norm_affine);
+  m.impl("batch_norm_grad_sums", &batch_norm_grad_sums);
+  m.impl("batch_norm_grad_input", &batch_norm_grad_input);
   m.impl("batch_norm", &batch_norm);
   m.impl("batch_norm_backward", &batch_norm_backward);
   m.impl("batch_norm_inference", &batch_norm_inference);

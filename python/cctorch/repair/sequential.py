@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cctorch import _C, distributed
 from cctorch._C import CompressionPlan
+from cctorch.described import describe, describe_plan
 from cctorch.modes import evaluating
 from cctorch.nn.gather import unwrapped
 from cctorch.repair.affine import Affine, as_image, as_map
@@ -26,6 +27,8 @@ class LayerFit:
 
     name: str
     samples: int
+    unknowns: int
+    """Weights of one output."""
     before: float
     after: float
 
@@ -34,6 +37,7 @@ class LayerFit:
 class Repair:
     layers: list[LayerFit]
     seconds: float
+    warnings: list[str]
 
 
 def repair(
@@ -73,7 +77,8 @@ def repair(
             The fit is to the samples of all of them.
 
     Returns:
-        The error of each layer on its samples before and after; the one after is never the higher.
+        The error of each layer on its samples before and after; the one after is never the higher. Among the warnings:
+        layers with fewer samples than an output has weights, which may fit other images worse than before.
 
     Raises:
         ValueError: `batches` is empty (on any rank), `model` is not what `plan` makes of `dense`, or a layer's inputs
@@ -87,6 +92,7 @@ def repair(
     if not all(images):
         raise ValueError(f"repair: batches is empty (images: {images}), expected at least one (inputs, targets)")
     sampling = _Sampling(step, sum(images[: distributed.rank()]) if across_ranks else 0)
+    _check_dense(dense, plan)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         with evaluating(dense) as device:
@@ -98,7 +104,30 @@ def repair(
     except BaseException:
         model.load_state_dict(state)
         raise
-    return Repair(pass_.fits, time.perf_counter() - start)
+    return Repair(pass_.fits, time.perf_counter() - start, _of_few_samples(pass_.fits, step))
+
+
+def _check_dense(dense: nn.Module, plan: CompressionPlan) -> None:
+    for layer in plan.layers:
+        found = dict(dense.named_modules()).get(layer.name)
+        if found is None or describe(found) != describe_plan(layer):
+            what = "missing" if found is None else f"a {describe(found)}"
+            raise ValueError(
+                f"repair: layer '{layer.name}' of the dense model is {what}; the plan expects a "
+                f"{describe_plan(layer)}: repair(compressed, dense, plan, batches)"
+            )
+
+
+def _of_few_samples(fits: list[LayerFit], step: int) -> list[str]:
+    few = [fit for fit in fits if fit.samples < fit.unknowns]
+    if not few:
+        return []
+    worst = min(few, key=lambda fit: fit.samples / fit.unknowns)
+    return [
+        f"repair: {len(few)} of {len(fits)} layers were fitted to fewer samples than an output has weights, first of "
+        f"all '{worst.name}' ({worst.samples} for {worst.unknowns}): other images may fit worse than before; give "
+        f"more, or a step below {step}"
+    ]
 
 
 @dataclass(frozen=True)
@@ -224,6 +253,6 @@ class _Pass:
             raise ValueError(f"repair: layer '{name}': {message}") from None
         if fit.after < fit.before:
             affine.set(fit, moments)
-        self.fits.append(LayerFit(name, moments.samples, fit.before, fit.after))
+        self.fits.append(LayerFit(name, moments.samples, affine.weight.shape[1], fit.before, fit.after))
         if self.progress:
             self.progress("repair", len(self.fits), len(self.layers))
