@@ -145,7 +145,8 @@ class LatencyTable:
         layout: ``torch.contiguous_format`` or ``torch.channels_last``.
         batch: examples in one forward pass.
         threads: that torch uses; absent: as many as now.
-        multiple: counts of channels and ranks that the device likes. Only multiples are timed and proposed.
+        multiple: counts of channels and ranks that the device likes. Only multiples are timed and proposed; of a
+            half or a quarter of it in layers that have less than four.
         timer: seconds of repeated runs of modules on an input; :func:`cctorch.measure.interleaved` by default.
 
     Raises:
@@ -220,8 +221,9 @@ class LatencyTable:
         self, shape: LayerShape, producers: Sequence[LayerShape] = (), units: Units = "both"
     ) -> tuple[list[int], list[int], dict[tuple[int, int | None], list[LayerShape]]]:
         """Channels, ranks, and the shapes whose times add up to the cost of each (channels, rank) of a layer."""
-        channels = [shape.inputs] if units == "singular_values" else self._grid(shape.inputs, points=8)
-        ranks = [] if units == "channels" else self._grid(shape.full_rank, points=4)[:-1]
+        multiple = self._multiple_in(shape)
+        channels = [shape.inputs] if units == "singular_values" else _grid(shape.inputs, multiple, points=8)
+        ranks = [] if units == "channels" else _grid(shape.full_rank, multiple, points=4)[:-1]
         cells = {}
         for count in channels:
             gathered = None if producers or count == shape.inputs else shape.inputs
@@ -248,15 +250,18 @@ class LatencyTable:
         cost = {cell: sum(self.seconds(part) for part in parts) for cell, parts in cells.items()}
         pruned = [cost[count, None] for count in channels]
         factored = [cost[count, rank] for count in channels for rank in ranks]
-        return _C.CostTable(channels, ranks, pruned, factored, self.multiple)
+        return _C.CostTable(channels, ranks, pruned, factored, self._multiple_in(shape))
 
     def example(self, shape: Sequence[int]) -> Tensor:
         x = torch.randn(tuple(shape), device=self.device, dtype=self.dtype)
         return x.contiguous(memory_format=self.layout) if x.dim() == 4 else x
 
-    def _grid(self, highest: int, points: int) -> list[int]:
-        step = self.multiple * math.ceil(highest / (points * self.multiple))
-        return [*range(step, highest, step), highest]
+    def _multiple_in(self, shape: LayerShape) -> int:
+        """Halved while the layer has less than four: of 16 channels, multiples of 8 would be all or half."""
+        narrowest, multiple = min(shape.inputs, shape.full_rank), self.multiple
+        while self.multiple <= narrowest < 4 * multiple and multiple % 2 == 0:
+            multiple //= 2
+        return multiple
 
     def _placed(self, module: nn.Module) -> nn.Module:
         module = module.to(self.device, self.dtype)
@@ -323,3 +328,8 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _grid(highest: int, multiple: int, points: int) -> list[int]:
+    step = multiple * math.ceil(highest / (points * multiple))
+    return [*range(step, highest, step), highest]

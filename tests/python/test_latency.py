@@ -13,7 +13,7 @@ import torch
 from cctorch import apply, measure
 from cctorch.latency import LatencyTable, LayerShape
 from cctorch.plan import CompressionPlan, LayerPlan
-from fake_timer import FakeTimer
+from fake_timer import FakeTimer, eights
 from torch import nn
 
 SHAPE = LayerShape("conv2d", 32, 24, (8, 8), (3, 3), (2, 2), (1, 1))
@@ -66,22 +66,26 @@ def test_the_costs_of_a_layer_include_its_producers_or_its_gather() -> None:
         LayerShape("batch_norm2d", 32, 32, (8, 8)),
     ]
     costs = table.cost_table(SHAPE, producers)
-    assert costs.channels == [8, 16, 24, 32]
+    assert costs.channels == [4, 8, 12, 16, 20, 24, 28, 32]
     assert costs.ranks == [8, 16]
-    assert costs.multiple == 8
+    assert costs.multiple == 4  # 24 outputs are less than four times 8
     launch, positions = timer.launch, 2 * 4 * 4
     for count, cost in zip(costs.channels, costs.pruned, strict=True):
-        own = launch + 1e-10 * positions * count * 24 * 9
-        fed = launch + 1e-10 * 128 * 16 * count * 9 + launch / 4 + 1e-9 * 128 * count
+        own = launch + 1e-10 * positions * eights(count) * 24 * 9
+        fed = launch + 1e-10 * 128 * 16 * eights(count) * 9 + launch / 4 + 1e-9 * 128 * count
         assert cost == pytest.approx(own + fed, rel=1e-12)
-    assert costs.factored[5] == pytest.approx(
+    assert costs.factored[11] == pytest.approx(
         2 * launch + 1e-10 * positions * 16 * (24 * 9 + 24) + launch + 1e-10 * 128 * 16 * 24 * 9
         + launch / 4 + 1e-9 * 128 * 24, rel=1e-12
     )  # fmt: skip
     alone = table.cost_table(SHAPE)
     for count, cost in zip(alone.channels, alone.pruned, strict=True):
         gather = 0 if count == 32 else launch + 4e-9 * positions * count
-        assert cost == pytest.approx(launch + 1e-10 * positions * count * 24 * 9 + gather, rel=1e-12)
+        assert cost == pytest.approx(launch + 1e-10 * positions * eights(count) * 24 * 9 + gather, rel=1e-12)
+    wide = LayerShape("conv2d", 64, 64, (8, 8), (3, 3), (1, 1), (1, 1))
+    assert table.cost_table(wide).multiple == 8
+    narrow = LayerShape("conv2d", 3, 64, (8, 8), (3, 3), (1, 1), (1, 1))
+    assert table.cost_table(narrow).channels == [3]
     assert table.cost_table(SHAPE, units="channels").ranks == []
     assert table.cost_table(SHAPE, units="singular_values").channels == [32]
 
