@@ -34,6 +34,26 @@ def test_specs_count_all_of_the_models_work(network: type[nn.Module]) -> None:
     assert not graph.left_alone
 
 
+class ReadsATable(nn.Module):
+    """Layers on a table of 5 x 3 positions, whose output does not depend on the batch, as in Swin V2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(5, 3, 2))
+        self.bias = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.linear = nn.Linear(3 * 16 * 16, 15)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1)) + self.bias(self.table).flatten()
+
+
+def test_what_runs_once_for_a_batch_counts_once() -> None:
+    model = ReadsATable()
+    graph = trace(model, EXAMPLE)
+    assert {spec.name: spec.positions for spec in graph.specs} == {"bias.0": 15, "bias.2": 15, "linear": 1}
+    assert _C.dense_macs(graph.specs) == counted_macs(model, EXAMPLE)
+
+
 def test_first_convolution_and_classifier_take_no_part() -> None:
     graph = trace(PaddedResNet(), EXAMPLE)
     names = [spec.name for spec in graph.specs]

@@ -38,7 +38,7 @@ def _layer(walker: Walker, node: Node) -> Activation | None:
     depthwise = groups > 1 and groups == shape[1] * groups == out
     kind: LayerKind = "depthwise_conv2d" if depthwise else "conv2d" if convolution else "linear"
     high, wide = shape[2:] if convolution else (1, 1)
-    positions = value_of(node).numel() // (out * walker.batch)
+    positions = _positions(value_of(node), out, walker.batch)
     walker.record(LayerSpec(name, kind, shape[1] * groups, out, high, wide, positions, groups))
 
     reason = walker.why_not_followed(node, weight, path)
@@ -51,6 +51,12 @@ def _layer(walker: Walker, node: Node) -> Activation | None:
         return None
     dim = 1 if convolution else value_of(node).dim() - 1
     return Activation(walker.graph.layer(name, kind, walker.read(source, dim), out), dim)
+
+
+def _positions(output: Tensor, channels: int, batch: int) -> int:
+    """Of one example; of the whole pass where the output does not grow with the batch (a table that a layer reads)."""
+    of_all = output.numel() // channels
+    return of_all // batch if output.dim() > 1 and output.shape[0] % batch == 0 else of_all
 
 
 def _batch_norm(walker: Walker, node: Node) -> Activation | None:
