@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from cctorch import collaborative, data, distributed
+from cctorch import collaborative, data, distributed, layer_choice
 from cctorch.config import Compress
+from cctorch.graph import trace
 from cctorch.store import Folder
 
 
@@ -48,6 +49,13 @@ def search(
         progress=progress,
         across_ranks=True,
     )
+
+
+def check_names(model: nn.Module, example: Tensor, settings: Compress) -> None:
+    """Raises ValueError where a pattern of ``exclude`` or ``bounds`` fits no layer: before hours of training."""
+    graph = trace(model, example)
+    layer_choice.bounds_of(graph, settings.bounds)
+    layer_choice.candidates(graph, settings.exclude)
 
 
 def save(found: collaborative.Compression, folder: Folder) -> None:

@@ -100,6 +100,8 @@ class _Run:
         torch.manual_seed(config.seed)
         self.network = self._network(saved)
         self.regularized = self._regularized()
+        if config.compress and (config.compress.exclude or config.compress.bounds) and not self.resuming:
+            compress_stage.check_names(build(self.architecture, None), self.feed.example(2).cpu(), config.compress)
 
     @property
     def device_name(self) -> str:

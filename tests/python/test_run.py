@@ -411,6 +411,15 @@ def test_weights_of_another_model_are_refused_before_training(dataset: Path, tmp
         run(settings, console=_quiet())
 
 
+@pytest.mark.parametrize("names", [{"exclude": ["layer9.*"]}, {"bounds": {"layer9.*": 0.5}}])
+def test_names_that_fit_no_layer_are_refused_before_training(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: dict[str, Any]
+) -> None:
+    _fail_at(monkeypatch, driver, "train_epoch", 1, AssertionError("it trained"))
+    with pytest.raises(ValueError, match=r"layer9\.\*"):
+        run(config(dataset, tmp_path, compress={"target": 0.3, **names}), console=_quiet())
+
+
 def test_a_target_out_of_reach_stops_the_run(dataset: Path, tmp_path: Path) -> None:
     settings = config(dataset, tmp_path, compress={"target": 0.9, "max_rate": 0.3})
     with pytest.raises((ValueError, RuntimeError), match=r"0\.9"):
