@@ -83,6 +83,8 @@ def save(
             f"head_room = {head_room}, bandwidth = {bandwidth}, workers = {workers}: expected at least 0, a positive "
             "number, and at least 1"
         )
+    if not isinstance(plan, CompressionPlan | str | None):
+        raise ValueError(f"plan is a {type(plan).__name__}, expected a CompressionPlan or its JSON")
     for name, tensor in tensors.items():
         pack.check(name, tensor)
     text = plan.to_json() if isinstance(plan, CompressionPlan) else plan
