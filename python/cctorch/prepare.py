@@ -25,7 +25,7 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     Optimizers made before keep working: the parameters stay the same objects. The scales are new ones.
 
     Raises:
-        ValueError: the plan names a layer that the model lacks, that has no weight or another kind or size, or that is
+        ValueError: the plan names a layer that the model lacks, that has no weight, another kind or more channels, or that is
             already prepared.
     """
     plan.validate()
@@ -93,18 +93,14 @@ def _weights(model: nn.Module, layer: LayerPlan) -> list[_Weight]:
 
 
 def _check_sizes(module: nn.Conv2d | nn.Linear, layer: LayerPlan) -> None:
-    """The layer as the plan found it, or as :func:`cctorch.apply` left it; in groups too, whose weights take both."""
-    convolution = isinstance(module, nn.Conv2d)
+    """The plan's layer as it was dense, or a smaller one as :func:`cctorch.apply` leaves it; in groups too."""
     if isinstance(module, nn.Conv2d):
-        sizes = module.in_channels, module.out_channels
+        kind, inputs, outputs = "conv2d", module.in_channels, module.out_channels
     else:
-        sizes = module.in_features, module.out_features
-    outputs = len(layer.kept_out)
-    kept = (outputs if layer.kind == "depthwise_conv2d" else len(layer.kept_in), outputs)
-    if ("conv2d" in layer.kind) != convolution or sizes not in ((layer.in_channels, layer.out_channels), kept):
+        kind, inputs, outputs = "linear", module.in_features, module.out_features
+    if kind not in layer.kind or inputs > layer.in_channels or outputs > layer.out_channels:
         raise ValueError(
-            f"plan: layer '{layer.name}' is a {describe(module)}; the plan expects a {describe_plan(layer)}, or of "
-            f"{kept[0]} -> {kept[1]}"
+            f"plan: layer '{layer.name}' is a {describe(module)}; the plan expects a {describe_plan(layer)}, or of less"
         )
 
 

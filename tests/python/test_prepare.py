@@ -142,7 +142,7 @@ def test_misfits_are_refused_before_anything_changes() -> None:
             LayerPlan("3", "conv2d", 8, 6, bits=4),
             "layer '3' is a linear of 8 -> 6 .* expects a conv2d",
         ),
-        (LayerPlan("3", "linear", 8, 7, bits=4), "layer '3' is a linear of 8 -> 6 .* expects a linear of 8 -> 7"),
+        (LayerPlan("3", "linear", 8, 5, bits=4), "layer '3' is a linear of 8 -> 6 .* expects a linear of 8 -> 5"),
         (LayerPlan("4", "batch_norm2d", 6, 6, bits=4), "layer '4' is a BatchNorm1d"),
         (LayerPlan("3", "linear", 8, 6, mask=MaskPlan("nm", n=1, m=3)), "layer '3' has 8 input channels, .* of m = 3"),
     ]:
