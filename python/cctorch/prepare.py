@@ -25,8 +25,8 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     Optimizers made before keep working: the parameters stay the same objects. The scales are new ones.
 
     Raises:
-        ValueError: the plan names a layer that the model lacks, that has no weight, another kind or more channels, or that is
-            already prepared.
+        ValueError: the plan names a layer that the model lacks, that has no weight, another kind or more channels, or
+            that is already prepared.
     """
     plan.validate()
     targets = {
