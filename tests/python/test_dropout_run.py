@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import io
-import itertools
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from cctorch import models
 from cctorch.config import parse_config
-from cctorch.interruption import Interrupted
 from cctorch.report import page
 from cctorch.run import run
 from rich.console import Console
 from safetensors.torch import load_file
+from signalled import signalled_at
 from spawned import spawn
 from tiny_run import tree, write_dataset
 from torch import Tensor, nn
@@ -41,20 +36,9 @@ def _run(settings: dict[str, Any], name: str) -> dict[str, Tensor]:
 
 def _broken(settings: dict[str, Any], stops: tuple[int, ...]) -> dict[str, Tensor]:
     """The last rank gets a signal at each of these numbers of steps since it was started."""
-    step = torch.optim.SGD.step
     for stop in stops:
-        calls = itertools.count(1)
-
-        def signalled(*arguments: Any, calls: Iterator[int] = calls, stop: int = stop, **options: Any) -> Any:
-            last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
-            if next(calls) == stop and last:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            return step(*arguments, **options)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.optim.SGD, "step", signalled)
-            with pytest.raises(Interrupted):
-                _run(settings, "broken")
+        with signalled_at(stop):
+            _run(settings, "broken")
     return _run(settings, "broken")
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import errno
 import io
-import itertools
 import json
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from cctorch.run import run
 from cctorch.train import Partial, _Losses
 from rich.console import Console
 from safetensors.torch import load_file
+from signalled import signalled_at
 from spawned import spawn
 from tiny_run import images_and_labels, tree, write_dataset
 from torch import Tensor, nn
@@ -344,20 +343,11 @@ def _sharded(settings: dict[str, Any]) -> None:
     """On two ranks: a run, and one that is interrupted in each of its stages of training and goes on."""
     settings = {**settings, "sharded": True}
     _run(settings, "sharded")
-    step, output = torch.optim.SGD.step, Path(settings["output"])
+    output = Path(settings["output"])
     # It is heard one step later: after 3, 3 and 2 of the 4 steps of the stages.
     for stop in (2, 3, 2):
-        calls = itertools.count(1)
-
-        def signalled(*arguments: Any, calls: Iterator[int] = calls, stop: int = stop, **options: Any) -> Any:
-            if next(calls) == stop and dist.get_rank() == 1:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            return step(*arguments, **options)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.optim.SGD, "step", signalled)
-            with pytest.raises(Interrupted):
-                _run(settings, "broken")
+        with signalled_at(stop):
+            _run(settings, "broken")
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.copytree(output / "broken", output / "copied")
