@@ -1,11 +1,15 @@
 """Times the operators beside PyTorch's, the composed expression under torch.compile, and the memory's limit.
 
-    python benchmarks/ops.py [fake_quant model_weights masks ...] [--device cuda] [--memory fresh] [--json FILE]
+    python benchmarks/ops.py [fake_quant model_weights masks ...] [--memory fresh] [--json FILE]
+    python benchmarks/ops.py --device cuda --gigabytes 2 [--json FILE]
 
 Milliseconds, medians of runs taken in turns. The limit is the bytes that have to be read and written, at the bandwidth
 of a copy of the same tensors that takes its turns with the others. With `--memory recycled`, the default, freed memory
 is kept as cctorch's launcher does it; `--memory fresh` leaves glibc's defaults, under which page faults hide most
 differences. torchao takes part if it is installed (pip install torchao).
+
+On a GPU the table also says how many kernels (copies and memsets too) a call launches, and the share of the limit is
+that of the time which these take, without the gaps between them: those are the host's.
 """
 
 import argparse
@@ -17,11 +21,24 @@ from pathlib import Path
 
 import torch
 from cctorch import _C, ops
-from timing import in_turns, machine
+from timing import in_turns, kernels, machine
 from torch import Tensor
 from torch.nn.utils import prune
 
-SHAPE = (64, 64, 56, 56)
+CHANNELS, SIDE = 64, 56
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Setting:
+    device: str
+    gigabytes: float | None
+
+    def activations(self, dtype: torch.dtype) -> Tensor:
+        """64 x 64 x 56 x 56, the input of ResNet-50's first stage, or as many images as fill the memory asked for."""
+        image = CHANNELS * SIDE * SIDE
+        batch = 64 if self.gigabytes is None else round(self.gigabytes * GIGABYTE / (image * dtype.itemsize))
+        return torch.randn(batch, CHANNELS, SIDE, SIDE, device=self.device, dtype=dtype)
 
 
 @dataclass
@@ -34,26 +51,32 @@ class Work:
     passes: float | None = None  # that memory needs; None: the limit is not memory
     target: float | None = None  # times the limit
     milliseconds: dict[str, float] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)  # milliseconds of a GPU, without gaps between kernels
 
     def measure(self, device: str, seconds: float) -> None:
         copies = [torch.empty_like(t) for t in self.tensors]
-
-        def copy() -> None:
-            for to, tensor in zip(copies, self.tensors, strict=True):
-                to.copy_(tensor)
-
         functions = dict(self.contenders)
         if self.passes:
-            functions["limit"] = copy
+            functions["limit"] = lambda: torch._foreach_copy_(copies, list(self.tensors))
         self.milliseconds = in_turns(functions, seconds, device)
+        if device == "cuda":
+            for name, function in functions.items():
+                self.launches[name], self.busy[name] = kernels(function)
         if self.passes:
-            self.milliseconds["limit"] *= self.passes / 2
+            for times in filter(None, (self.milliseconds, self.busy)):
+                times["limit"] *= self.passes / 2
 
     def lines(self) -> Iterator[str]:
-        own, limit = self.milliseconds["cctorch"], self.milliseconds.get("limit")
+        own, times = self.milliseconds["cctorch"], self.busy or self.milliseconds
         for name, taken in self.milliseconds.items():
-            of_limit = f"{taken / limit:.2f}" if limit else ""
-            yield f"| {self.name} | {name} | {taken:.3g} | {of_limit} | {taken / own:.2f} |"
+            of_limit = f"{times[name] / times['limit']:.2f}" if "limit" in times else ""
+            on_gpu = f" {self.launches[name]} | {self.busy[name]:.3g} |" if self.busy else ""
+            yield f"| {self.name} | {name} | {taken:.3g} |{on_gpu} {of_limit} | {taken / own:.2f} |"
+
+
+def named(name: str, x: Tensor) -> str:
+    return f"{name}, {'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
 
 
 def fake_quant_grid(x: Tensor, log_scale: Tensor) -> Tensor:
@@ -79,11 +102,11 @@ def learnable(x: Tensor, scale: Tensor) -> Tensor:
     return torch._fake_quantize_learnable_per_channel_affine(x, scale, torch.zeros_like(scale), 1, -128, 127, 1.0)
 
 
-def fake_quant_of(dtype: torch.dtype, device: str) -> Iterator[Work]:
-    x = torch.randn(SHAPE, device=device, dtype=dtype)
+def fake_quant_of(dtype: torch.dtype, setting: Setting) -> Iterator[Work]:
+    x = setting.activations(dtype)
     grad = torch.randn_like(x)
-    log_scale = torch.full((SHAPE[1],), -3.0, device=device)
-    scale, zeros = log_scale.exp(), torch.zeros(SHAPE[1], device=device, dtype=torch.int32)
+    log_scale = torch.full((CHANNELS,), -3.0, device=setting.device)
+    scale, zeros = log_scale.exp(), torch.zeros(CHANNELS, device=setting.device, dtype=torch.int32)
     step = compiled(fake_quant_grid)
     forward = {"cctorch": lambda: ours(x, log_scale), "torch.compile": lambda: step(x, log_scale)}
     both = {
@@ -94,17 +117,86 @@ def fake_quant_of(dtype: torch.dtype, device: str) -> Iterator[Work]:
         forward["torch per channel"] = lambda: torch.fake_quantize_per_channel_affine(x, scale, zeros, 1, -128, 127)
         forward["torch per tensor"] = lambda: torch.fake_quantize_per_tensor_affine(x, scale[:1], zeros[:1], -128, 127)
         both["torch learnable"] = with_gradients(learnable, (x, scale), grad)
-    name = f"{'x'.join(map(str, SHAPE))} {str(dtype).removeprefix('torch.')}"
-    yield Work(f"fake-quant forward, {name}", [x], forward, passes=2, target=1.1)
-    yield Work(f"LSQ forward + backward, {name}", [x], both, passes=5, target=1.2)
+    yield Work(named("fake-quant forward", x), [x], forward, passes=2, target=1.1)
+    yield Work(named("LSQ forward + backward", x), [x], both, passes=5, target=1.2)
 
 
-def fake_quant(device: str) -> Iterator[Work]:
+def fake_quant(setting: Setting) -> Iterator[Work]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield from fake_quant_of(dtype, device)
+        yield from fake_quant_of(dtype, setting)
 
 
-def small(device: str) -> Iterator[Work]:
+def straight_through(values: Tensor, to: Tensor) -> Tensor:
+    return values + (to - values).detach()
+
+
+def relatives(setting: Setting) -> Iterator[Work]:
+    """Ours and the composed expression, forward and backward, for the other element-wise operators."""
+    x = setting.activations(torch.float32)
+    grad = torch.randn_like(x)
+    column = torch.full((CHANNELS,), 0.05, device=setting.device)
+
+    def spread(parameter: Tensor) -> Tensor:
+        return parameter.view(1, -1, 1, 1)
+
+    def offset(x: Tensor, log_scale: Tensor, offset: Tensor) -> Tensor:
+        scale, zero = spread(log_scale.exp()), spread(offset)
+        clamped = ((x - zero) / scale).clamp(0, 255)
+        return scale * straight_through(clamped, clamped.round()) + zero
+
+    def clipped(x: Tensor, log_bound: Tensor) -> Tensor:
+        bound = spread(log_bound.exp())
+        clamped = torch.minimum(x.relu(), bound)
+        return straight_through(clamped, (clamped / bound * 255).round() * bound / 255)
+
+    def eight_bit_floats(x: Tensor, log_scale: Tensor) -> Tensor:
+        scale = spread(log_scale.exp())
+        clamped = (x / scale).clamp(-448, 448)
+        return scale * straight_through(clamped, clamped.to(torch.float8_e4m3fn).to(x.dtype))
+
+    def thresholded(x: Tensor, threshold: Tensor) -> Tensor:
+        return x.sign() * (x.abs() - spread(threshold)).relu()
+
+    def gated(x: Tensor, gate: Tensor) -> Tensor:
+        return x * spread(gate)
+
+    log = column.log()
+    for name, function, composed, parameters in (
+        ("fake-quant with offset (LSQ+)", lambda *t: ops.fake_quant_offset(*t, 0, 255, 1), offset, (log, column)),
+        ("PACT", lambda *t: ops.pact(*t, 8, 1), clipped, (log,)),
+        ("fp8 (e4m3)", lambda *t: ops.fp8_quant(*t, torch.float8_e4m3fn, 1), eight_bit_floats, (log,)),
+        ("soft threshold", lambda *t: ops.soft_threshold(*t, 1), thresholded, (column,)),
+        ("channel gate", ops.channel_gate, gated, (column,)),
+    ):
+        contenders = {"cctorch": function, "torch.compile": compiled(composed), "torch eager": composed}
+        yield Work(
+            named(f"{name} forward + backward", x),
+            [x],
+            {who: with_gradients(does, (x, *parameters), grad) for who, does in contenders.items()},
+            passes=5,
+            target=1.2,
+        )
+
+
+def apply_mask(setting: Setting) -> Iterator[Work]:
+    x = setting.activations(torch.float32)
+    mask = torch.rand_like(x) < 0.5
+    composed = compiled(lambda x, mask: x * mask)
+    yield Work(
+        named("mask", x),
+        [x],
+        {
+            "cctorch": lambda: ops.apply_mask(x, mask),
+            "torch.compile": lambda: composed(x, mask),
+            "torch eager": lambda: x * mask,
+        },
+        passes=2.25,
+        target=1.1,
+    )
+
+
+def small(setting: Setting) -> Iterator[Work]:
+    device = setting.device
     x = torch.randn(16, 16, 3, 3, device=device)
     log_scale = torch.full((16,), -3.0, device=device)
     scale, zeros = log_scale.exp(), torch.zeros(16, device=device)
@@ -155,8 +247,8 @@ def torchao_fake_quantizer() -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def model_weights(device: str) -> Iterator[Work]:
-    weights = resnet50_weights(device)
+def model_weights(setting: Setting) -> Iterator[Work]:
+    weights = resnet50_weights(setting.device)
     step = compiled(quantize_on_own_range)
     torchao = torchao_fake_quantizer()
     peers = {"torchao": lambda: [torchao(w.flatten(1)) for w in weights]} if torchao else {}
@@ -174,8 +266,8 @@ def model_weights(device: str) -> Iterator[Work]:
     )
 
 
-def masks(device: str) -> Iterator[Work]:
-    weights = resnet50_weights(device)
+def masks(setting: Setting) -> Iterator[Work]:
+    weights = resnet50_weights(setting.device)
     kept = sum(w.numel() for w in weights) // 5
 
     def all_magnitudes() -> Tensor:
@@ -204,34 +296,39 @@ def masks(device: str) -> Iterator[Work]:
     )
 
 
-def channel_gate(device: str) -> Iterator[Work]:
-    x = torch.randn(SHAPE, device=device)
-    gate, grad = torch.ones(SHAPE[1], device=device), torch.randn_like(x)
+def structured_masks(setting: Setting) -> Iterator[Work]:
+    """Without the first convolution, whose 3 input channels no group of 4 fits."""
+    weights = resnet50_weights(setting.device)[1:]
 
-    def composed(x: Tensor, gate: Tensor) -> Tensor:
-        return x * gate.view(1, -1, 1, 1)
+    def two_of_four(w: Tensor) -> Tensor:
+        groups = (
+            w.flatten(2).view(w.shape[0], -1, 4, w[0, 0].numel()) if w.dim() == 4 else w.view(*w.shape[:1], -1, 4, 1)
+        )
+        kept = groups.abs().topk(2, dim=2).indices
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, kept, True).view_as(w)
 
-    contenders: dict[str, Callable[..., Tensor]] = {
-        "cctorch": ops.channel_gate,
-        "torch.compile": compiled(composed),
-        "torch eager": composed,
-    }
-    yield Work(
-        "channel gate forward + backward",
-        [x],
-        {name: with_gradients(function, (x, gate), grad) for name, function in contenders.items()},
-        passes=5,
-        target=1.2,
-    )
+    def largest_channels() -> Tensor:
+        norms = torch.cat([w.square().sum([d for d in range(w.dim()) if d != 1]).sqrt() for w in weights])
+        kept = norms.topk(norms.numel() // 2).indices
+        return torch.zeros_like(norms, dtype=torch.bool).scatter_(0, kept, True)
+
+    for name, function, composed, passes in (
+        ("2:4 masks", lambda: ops.nm_masks(weights, 2, 4), lambda: [two_of_four(w) for w in weights], 1.25),
+        ("masks of half the input channels", lambda: ops.channel_masks(weights, 0.5, 1), largest_channels, 1.25),
+    ):
+        contenders = {"cctorch": function, "torch eager": composed}
+        yield Work(f"ResNet-50: {name}", weights, contenders, passes=passes)
 
 
-WORKS = {work.__name__: work for work in (fake_quant, small, model_weights, masks, channel_gate)}
+_ALL = (fake_quant, relatives, apply_mask, small, model_weights, masks, structured_masks)
+WORKS = {work.__name__: work for work in _ALL}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; all by default")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gigabytes", type=float, help="of activations; 64 images (51 MB in float32) by default")
     parser.add_argument("--memory", choices=["recycled", "fresh"], default="recycled")
     parser.add_argument("--seconds", type=float, default=3.0, help="of turns for each work")
     parser.add_argument("--json", type=Path)
@@ -241,15 +338,19 @@ def main() -> None:
         parser.error(f"no work named {', '.join(unknown)}; there are {', '.join(WORKS)}")
     if arguments.memory == "recycled":
         _C.keep_freed_memory()
-    print("| work | by | ms | of the limit | of cctorch's |\n|---|---|---|---|---|")
+    setting = Setting(arguments.device, arguments.gigabytes)
+    on_gpu = " launches | busy ms |" if setting.device == "cuda" else ""
+    print(f"| work | by | ms |{on_gpu} of the limit | of cctorch's |")
+    print("|---" * (5 + on_gpu.count("|")) + "|")
     rows = []
     for name in arguments.works or WORKS:
-        for work in WORKS[name](arguments.device):
-            work.measure(arguments.device, arguments.seconds)
+        for work in WORKS[name](setting):
+            work.measure(setting.device, arguments.seconds)
             print(*work.lines(), sep="\n", flush=True)
-            rows.append({"work": work.name, "target_of_limit": work.target, "ms": work.milliseconds})
+            row = {"work": work.name, "target_of_limit": work.target, "ms": work.milliseconds}
+            rows.append({**row, "launches": work.launches, "busy_ms": work.busy} if work.busy else row)
     if arguments.json:
-        settings = {**machine(arguments.device), "memory": arguments.memory}
+        settings = {**machine(setting.device), "memory": arguments.memory, "gigabytes": setting.gigabytes}
         arguments.json.write_text(json.dumps({**settings, "rows": rows}, indent=1) + "\n")
 
 

@@ -4,7 +4,8 @@
 
 Every run starts from the published weights, trains for the same number of steps at one cycle of the learning rate, ends
 on an event, and is measured once on the test set. OUT/runs.jsonl gets a line for each finished run; runs that are in it
-are not repeated, so the same command goes on where it stopped, and draws OUT/sweep.svg and OUT/sweep.md anew.
+are not repeated, so the same command goes on where it stopped, and draws OUT/sweep.svg and OUT/sweep.md anew. Several
+processes share the work with --part 0/4 to --part 3/4 and one OUT; the same command without --part then draws.
 
 Schedules are compared at an equal budget: "inverse" has as many events as a constant period, by the mean of the
 learning rate, and "adaptive" holds the update per mini-batch that the constant period's runs had on average. "early" is
@@ -79,8 +80,9 @@ def train(setting: Run, images: data.Dataset, runs: list[Run]) -> Run:
     torch.manual_seed(setting["seed"])
     model = models.create(setting["model"])
     models.load_weights(model, expand("${CCTORCH_WEIGHTS}/" + WEIGHTS[setting["model"]]))
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    training = Training(epochs=1, batch_size=setting["batch"], lr=setting["lr"])
+    device = images.train.labels.device
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    training = Training(epochs=1, batch_size=setting["batch"], lr=setting["lr"], cuda_graphs=device.type == "cuda")
     optimizer = make_optimizer(model, training)
     quantity = QUANTITIES[setting["q"]][setting["strength"]]
     schedule = make_schedule(setting, training, runs)
@@ -198,6 +200,13 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not 0 <= int(number) < int(count):
+        raise ValueError(text)
+    return int(number), int(count)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path)
@@ -210,6 +219,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=QUANTITIES, default=list(QUANTITIES), help="these Q")
     parser.add_argument("--strengths", type=int, default=3, help="how many, from the strongest")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="every N-th run, from number I on")
     return parser.parse_args()
 
 
@@ -217,16 +228,20 @@ def main() -> None:
     arguments = parse()
     _C.keep_freed_memory()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    images = data.load(Data(kind="cifar10", validation=0), seed=0)
+    images = data.load(Data(kind="cifar10", validation=0), 0, arguments.device)
     file = arguments.out / "runs.jsonl"
     runs = read(file)
-    missing = [setting for setting in settings(arguments) if not any(same(run, setting) for run in runs)]
-    for number, setting in enumerate(missing, start=1):
+    number, count = arguments.part
+    wanted = settings(arguments)[number::count]
+    missing = [setting for setting in wanted if not any(same(run, setting) for run in runs)]
+    for done, setting in enumerate(missing, start=1):
         runs.append(run := train(setting, images, runs))
         with file.open("a") as stream:
             stream.write(json.dumps(run) + "\n")
         about = f"{run['q']} {run['strength']}, {run['schedule']} pNR {run['period']}, batch {run['batch']}"
-        print(f"{number}/{len(missing)}  {about}: {run['top1']:.2f} %", flush=True)
+        print(f"{done}/{len(missing)}  {about}: {run['top1']:.2f} %", flush=True)
+    if count > 1:
+        return
     comparable = [run for run in runs if all(run[key] == getattr(arguments, key) for key in ("model", "steps", "lr"))]
     draw(comparable, arguments.out / "sweep.svg")
     (arguments.out / "sweep.md").write_text(table(comparable))

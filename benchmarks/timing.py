@@ -20,20 +20,15 @@ def in_turns(
     """Median milliseconds of each function; all take turns, so that what else the machine does hits them alike.
 
     Runs until ``seconds`` are over and every function had three turns; one that alone takes longer than ``seconds`` has
-    one turn. ``before`` is called with a function's name ahead of each run, and not timed.
+    one turn. ``before`` is called with a function's name ahead of each run, and not timed. On a GPU a run is between
+    two events on its stream, the first of which the GPU reaches when it has nothing else to do.
     """
     runs: dict[str, list[float]] = {name: [] for name in functions}
     slow = set()
 
     def run(name: str) -> float:
         before(name)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        functions[name]()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start)
+        return _on_gpu(functions[name]) if device == "cuda" else _on_cpu(functions[name])
 
     for name, function in functions.items():
         before(name)
@@ -52,6 +47,34 @@ def in_turns(
                     runs[name].append(taken)
         turn += 1
     return {name: statistics.median(times) for name, times in runs.items()}
+
+
+def _on_cpu(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _on_gpu(function: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def kernels(function: Callable[[], object], calls: int = 3) -> tuple[int, float]:
+    """Of a call on the GPU: how many kernels, copies and memsets, and their milliseconds without the gaps between."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    seen = [event for event in profiled.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len(seen) // calls, sum(event.device_time for event in seen) / 1e3 / calls
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
