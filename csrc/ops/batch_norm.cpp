@@ -1,6 +1,8 @@
 #include "csrc/ops/batch_norm.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/native_batch_norm.h>
 #include <ATen/ops/native_batch_norm_backward.h>
 #include <torch/library.h>
@@ -77,6 +79,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Ten
 at::Tensor batch_norm_inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                                 const at::Tensor& mean, const at::Tensor& var, double eps) {
   check_batch_norm(x, {{"weight", &weight}, {"bias", &bias}, {"mean", &mean}, {"var", &var}});
+  // The backward pass of native_batch_norm divides by the number of elements, on CPU as integers.
+  if (TORCH_GUARD_OR_FALSE(x.sym_numel().sym_eq(0))) {
+    return at::add(at::mul(x, weight.view({-1, 1, 1})), bias.view({-1, 1, 1}));
+  }
   return std::get<0>(at::native_batch_norm(x, weight, bias, mean, var, /*training=*/false, /*momentum=*/0.0, eps));
 }
 

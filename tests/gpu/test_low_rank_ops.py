@@ -1,0 +1,165 @@
+"""Truncated SVD and Tucker-2 on the device: the products of their factors against the CPU's and against torch's SVD."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cctorch import _C, ops
+from cctorch.nn import LowRankConv2d, LowRankLinear, LowRankWeight
+from placed import DEVICE, assert_same, needs_device
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+pytestmark = needs_device
+
+TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+SIZES = [(8, 20, 3), (20, 8, 3), (64, 64, 10), (96, 130, 96), (1, 7, 1), (7, 1, 1), (130, 96, 5)]
+
+
+def decaying(rows: int, columns: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """With singular values that are well apart, so that the nearest matrix of a rank is one."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(n, n, generator=generator, dtype=torch.float64) for n in (rows, columns))
+    count = min(rows, columns)
+    values = torch.exp(-0.1 * torch.arange(count))
+    left, right = torch.linalg.qr(left).Q[:, :count], torch.linalg.qr(right).Q[:, :count]
+    return ((left * values) @ right.T).to(dtype)
+
+
+def truncated(matrix: Tensor, rank: int) -> Tensor:
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Of the product of two factors that are rounded to the type."""
+    return 1e-10 if dtype == torch.float64 else 32 * torch.finfo(dtype).eps
+
+
+def assert_nearest(left: Tensor, right: Tensor, matrix: Tensor, rank: int) -> None:
+    """As near as a matrix of the rank gets: within 0.1 % of the error, and what rounding the factors adds."""
+    product = left.double() @ right.double()
+    assert product.device.type == DEVICE.type
+    exact, best = matrix.double().cpu(), truncated(matrix.cpu(), rank)
+    rounding = tolerance(matrix.dtype) * float(exact.norm())
+    assert float((product.cpu() - exact).norm()) <= 1.001 * float((best - exact).norm()) + rounding
+    if matrix.dtype == torch.float64:
+        assert_same(product, best, atol=rounding)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_truncated_svd(dtype: torch.dtype) -> None:
+    matrices = [decaying(rows, columns, dtype, i) for i, (rows, columns, _) in enumerate(SIZES)]
+    matrices += [decaying(12, 30, dtype, seed) for seed in range(5)]  # of one size: one batch
+    matrices.append(torch.stack([decaying(6, 9, dtype, seed) for seed in range(4)]))
+    ranks = [rank for *_, rank in SIZES] + [4] * 5 + [2]
+    lefts, rights = ops.truncated_svd([m.to(DEVICE) for m in matrices], ranks)
+    for matrix, rank, left, right in zip(matrices, ranks, lefts, rights, strict=True):
+        assert left.is_contiguous()
+        assert right.is_contiguous()
+        assert left.dtype == right.dtype == dtype
+        assert_nearest(left, right, matrix, rank)
+
+
+def test_layouts_and_zeros() -> None:
+    matrix = decaying(10, 14)
+    for m in (matrix.T.contiguous().T, torch.stack([matrix, matrix], -1)[..., 0], torch.zeros(5, 9).double()):
+        (left,), (right,) = ops.truncated_svd([m.to(DEVICE)], [3])
+        assert_same(left @ right, truncated(m, 3), atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_earlier_bases_lead_to_the_same(dtype: torch.dtype) -> None:
+    matrices = [decaying(*size[:2], dtype, i).to(DEVICE) for i, size in enumerate(SIZES)]
+    ranks = [rank for *_, rank in SIZES]
+    lefts, rights = ops.truncated_svd(matrices, ranks)
+    bases = [
+        left if m.shape[0] <= m.shape[1] else right for m, left, right in zip(matrices, lefts, rights, strict=True)
+    ]
+    moved = [m + 1e-3 * decaying(*m.shape, dtype, 9).to(DEVICE) for m in matrices]
+    for start in (bases, [], [b if i % 2 else b.new_empty(0) for i, b in enumerate(bases)]):
+        again = ops.truncated_svd(moved, ranks, start)
+        for m, rank, left, right in zip(moved, ranks, *again, strict=True):
+            assert_nearest(left, right, m, rank)
+
+
+def rebuilt(core: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    return torch.einsum("no,oi...,ci->nc...", outer.double(), core.double(), inner.double())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_tucker2(dtype: torch.dtype, iterations: int) -> None:
+    shapes = [(16, 8, 3, 3), (10, 12, 3), (6, 9), (70, 66, 3, 3), (5, 4, 1, 1)]
+    ranks = [(5, 3), (4, 6), (3, 3), (20, 18), (5, 4)]
+    weights = [torch.randn(s, generator=torch.Generator().manual_seed(i)).to(dtype) for i, s in enumerate(shapes)]
+    weights[0] = weights[0].contiguous(memory_format=torch.channels_last)
+    ours, theirs = (ops.tucker2([w.to(d) for w in weights], ranks, iterations) for d in (DEVICE, "cpu"))
+    for weight, core, outer, inner, *cpu in zip(weights, *ours, *theirs, strict=True):
+        assert core.dtype == dtype
+        mine, wanted = rebuilt(core, outer, inner), rebuilt(*cpu)
+        # Random weights have singular values close to each other: the error is what has to agree.
+        errors = [float((r.cpu() - weight.double()).norm()) for r in (mine, wanted)]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-3, abs=tolerance(dtype) * float(weight.double().norm()))
+    (core,), (outer,), (inner,) = ops.tucker2([weights[-1].to(DEVICE)], [(5, 4)], iterations)
+    assert_same(rebuilt(core, outer, inner), weights[-1].double(), atol=4 * tolerance(dtype))
+
+
+def test_tucker2_from_bases() -> None:
+    weight = torch.randn(70, 66, 3, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    _, outers, inners = ops.tucker2([weight], [(20, 18)])
+    moved = weight + 1e-3 * torch.randn_like(weight)
+    fresh, started = ops.tucker2([moved], [(20, 18)]), ops.tucker2([moved], [(20, 18)], 2, [(outers[0], inners[0])])
+    errors = [float((rebuilt(*(part[0] for part in parts)) - moved.double()).norm()) for parts in (fresh, started)]
+    # Iterations from other bases end near another optimum.
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(12, 7, 3, 3), (9, 30), (30, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factorize(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    kept = [0, 2, 3, 6]
+    products = []
+    for device in (DEVICE, torch.device("cpu")):
+        first, second = _C.factorize(weight.to(device), kept, 3)
+        assert first.device.type == second.device.type == device.type
+        products.append(second.flatten(1) @ first.flatten(1))
+    assert_same(*products, atol=tolerance(dtype) * float(weight.norm()))
+
+
+@pytest.mark.parametrize("layout", ["channel", "spatial", "tucker"])
+def test_layers_from_dense_ones(layout: str) -> None:
+    torch.manual_seed(0)
+    dense = nn.Conv2d(8, 12, 3, padding=1).double()
+    rank = (6, 5) if layout == "tucker" else 6
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    expected = LowRankConv2d.from_dense(dense, rank, layout)(x)  # type: ignore[arg-type]
+    ours = LowRankConv2d.from_dense(dense.to(DEVICE), rank, layout)(x.to(DEVICE))  # type: ignore[arg-type]
+    assert_same(ours, expected, atol=1e-9)
+    linear, y = nn.Linear(8, 12).double(), torch.randn(3, 8, dtype=torch.float64)
+    expected = LowRankLinear.from_dense(linear, 4)(y)
+    assert_same(LowRankLinear.from_dense(linear.to(DEVICE), 4)(y.to(DEVICE)), expected, atol=1e-9)
+
+
+def test_a_weight_of_low_rank_trains() -> None:
+    layer = nn.Conv2d(8, 12, 3).to(DEVICE)
+    parametrize.register_parametrization(layer, "weight", LowRankWeight(3))
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.ones(2, 8, 5, 5, device=DEVICE)).square().mean().backward()
+        optimizer.step()
+    assert torch.linalg.matrix_rank(layer.weight.detach().flatten(1).double(), rtol=1e-5) == 3
+
+
+@pytest.mark.parametrize("size", [2, 33, 200])
+def test_not_finite_values_end_in_an_error_or_in_nan(size: int) -> None:
+    """Never in finite factors."""
+    matrix = decaying(size, size)
+    matrix[0, 0] = float("nan")
+    try:
+        (left,), (right,) = ops.truncated_svd([matrix.to(DEVICE)], [1])
+    except RuntimeError:
+        return
+    assert not (left @ right).isfinite().all()
