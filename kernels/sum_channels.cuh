@@ -211,23 +211,24 @@ struct Partition {
   Layout partials;
 };
 
-// About `most_blocks` blocks, but no more than have work.
+// About `most_blocks` blocks, a few times as many of rows, but no more than have work.
 template <typename S>
 Partition partition(const Layout& l, int64_t most_blocks) {
   constexpr int64_t kTile = kWarp * kVector<S>;
-  const auto splits = [&](int64_t groups, int64_t warps) {
-    return std::min(ceil_div(warps, kWarps), std::max<int64_t>(1, most_blocks / groups));
+  const auto splits = [](int64_t groups, int64_t warps, int64_t blocks) {
+    return std::min(ceil_div(warps, kWarps), std::max<int64_t>(1, blocks / groups));
   };
   // Columns of few rows would leave as many partials as there are elements.
   if (l.channels == 1 || l.inner >= (l.outer < kWarp ? kWarp : kTile)) {
-    const int64_t parts = splits(l.channels, l.outer * ceil_div(l.inner, kSegment));
+    // The last blocks run with few others: of more, they are a smaller part, and a block leaves one number.
+    const int64_t parts = splits(l.channels, l.outer * ceil_div(l.inner, kSegment), 4 * most_blocks);
     return {true, l.channels * parts, parts, {1, l.channels, parts}};
   }
   const int64_t period = l.channels * l.inner;
   const int64_t whole = kVector<S> / std::gcd(period, int64_t(kVector<S>));
   const int64_t repeats = whole * std::max<int64_t>(1, kTile / (whole * period));
   const int64_t tiles = ceil_div(repeats * period, kTile);
-  const int64_t parts = splits(tiles, ceil_div(l.outer, repeats));
+  const int64_t parts = splits(tiles, ceil_div(l.outer, repeats), most_blocks);
   return {false, tiles * parts, parts, {parts * repeats, l.channels, l.inner}};
 }
 
