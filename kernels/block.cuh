@@ -64,6 +64,18 @@ __device__ formula::Pair<T> block_sum(const formula::Pair<T>& value, T* warp_sum
   return {first, block_scan(value.second, warp_sums).total};
 }
 
+// The same for every thread of the warp. Called by all of them.
+template <typename T>
+__device__ T warp_sum(T value) {
+  for (unsigned other = kWarp / 2; other > 0; other /= 2) value += __shfl_xor_sync(0xffffffff, value, other);
+  return value;
+}
+
+template <typename T>
+__device__ formula::Pair<T> warp_sum(const formula::Pair<T>& value) {
+  return {warp_sum(value.first), warp_sum(value.second)};
+}
+
 // What other blocks write while the kernel runs.
 template <typename T>
 __device__ T read(const T* from) {

@@ -14,8 +14,7 @@ struct ElementWise {
   using T = typename Formula::value_type;
   using P = typename Formula::parameter_type;
   struct Shared {};
-  // Vectors that a thread loads before it stores the first; the elements of more would not fit into registers.
-  static constexpr int kInFlight = kVector<S> == 8 ? 2 : 4;
+  static constexpr int kInFlight = cuda::kInFlight<S>;
   static constexpr int kStep = kThreads * kVector<S>;
   static constexpr int64_t kTile = int64_t(kInFlight) * kStep;
 

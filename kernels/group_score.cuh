@@ -24,9 +24,9 @@ struct Weight {
   int64_t columns;
   int64_t across;
 
-  __device__ int64_t element(int64_t group, int64_t row, int64_t column) const {
-    return ((group / across * rows + row) * across + group % across) * columns + column;
-  }
+  // The first element of a group, and how far its rows are apart.
+  __device__ int64_t corner(int64_t group) const { return (group / across * rows * across + group % across) * columns; }
+  __device__ int64_t row_stride() const { return across * columns; }
 };
 
 // A group whose score may be the threshold.
@@ -123,15 +123,25 @@ struct Score {
 
   // The sum over every team-th element of the group.
   __device__ double squares(const Weight& weight, int64_t group, int64_t first) const {
-    const auto* from = static_cast<const S*>(weight.from);
+    const auto* from = static_cast<const S*>(weight.from) + weight.corner(group);
+    double sum = 0;
+    const auto add = [&](S element) {
+      const auto value = static_cast<double>(element);
+      sum += value * value;
+    };
+    if (weight.rows == 1) {
+      // Without the branches of the loop below, several elements are loaded before the first is used.
+      CCTORCH_UNROLL_4
+      for (int64_t i = first; i < weight.columns; i += team) add(from[i]);
+      return sum;
+    }
+    const int64_t stride = weight.row_stride();
     const int64_t down = team / weight.columns;
     const int64_t right = team % weight.columns;
     int64_t row = first / weight.columns;
     int64_t column = first % weight.columns;
-    double sum = 0;
     while (row < weight.rows) {
-      const auto value = static_cast<double>(from[weight.element(group, row, column)]);
-      sum += value * value;
+      add(from[row * stride + column]);
       row += down;
       column += right;
       if (column >= weight.columns) {

@@ -8,11 +8,19 @@
 
 namespace cctorch::cuda {
 
-// On a multiprocessor: left to itself the compiler spills registers so that more fit.
-constexpr unsigned kLeastBlocks = 2;
+// Blocks that a multiprocessor has registers for, where the kernel does not ask for more: left to itself the compiler
+// spills registers so that more fit.
+template <typename Kernel>
+constexpr unsigned least_blocks() {
+  if constexpr (requires { Kernel::kLeastBlocks; }) {
+    return Kernel::kLeastBlocks;
+  } else {
+    return 2;
+  }
+}
 
 template <typename Kernel>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks) run(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(kThreads, least_blocks<Kernel>()) run(const __grid_constant__ Kernel kernel) {
   __shared__ typename Kernel::Shared shared;
   kernel(shared);
 }
@@ -26,10 +34,12 @@ struct Launch {
   }
 };
 
-// Blocks that fill the current device; more of them only leave more parts to put together.
-inline int64_t enough_blocks() {
-  constexpr int64_t kPerMultiprocessor = 2048 / kThreads;
-  return kPerMultiprocessor * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+// So many for each multiprocessor of the current device.
+inline int64_t blocks_on_device(int64_t per_multiprocessor) {
+  return per_multiprocessor * at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
 }
+
+// Blocks that fill the current device; more of them only leave more parts to put together.
+inline int64_t enough_blocks() { return blocks_on_device(2048 / kThreads); }
 
 }  // namespace cctorch::cuda

@@ -31,7 +31,7 @@ void keep_largest(at::TensorList weights, double sparsity, const std::vector<at:
   }
   entries.push_back({nullptr, nullptr, total});
   if (total == 0) return;
-  const int64_t span = span_of(total, enough_blocks());
+  const int64_t span = span_of(total, blocks_on_device(select::kLeastBlocks));
   const int64_t blocks = ceil_div(total, span);
   const auto size = select::Workspace::bytes(blocks, static_cast<int64_t>(weights.size()));
   const at::Tensor memory = at::empty({size}, weights[0].options().dtype(at::kByte));
@@ -84,7 +84,7 @@ std::vector<at::Tensor> nm_masks(at::TensorList weights, int64_t n, int64_t m, i
   }
   with_bits(weights[0].scalar_type(), [&](auto bits) {
     const auto infinity = static_cast<decltype(bits)>(infinity_bits(weights[0].scalar_type()));
-    mark_groups(Launch(), entries, groups, n, m, enough_blocks(), infinity);
+    mark_groups(Launch(), entries, groups, n, m, 4 * enough_blocks(), infinity);
   });
   return masks;
 }

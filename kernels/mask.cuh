@@ -19,6 +19,21 @@ struct GroupsEntry {
   int64_t inner;
 };
 
+// formula::mark_group for the usual sizes of a group: every member is read once.
+template <int m, typename Bits, typename Key>
+__device__ void mark_small_group(const Bits* from, bool* mask, int64_t n, int64_t stride, const Key& key) {
+  Bits keys[m];
+  CCTORCH_UNROLL
+  for (int i = 0; i < m; ++i) keys[i] = key(from[i * stride]);
+  CCTORCH_UNROLL
+  for (int i = 0; i < m; ++i) {
+    int before = 0;
+    CCTORCH_UNROLL
+    for (int j = 0; j < m; ++j) before += j < i ? keys[j] >= keys[i] : keys[j] > keys[i];
+    mask[i * stride] = before < n;
+  }
+}
+
 // Marks the n largest of every m weights; one thread for each group. The list travels as an argument.
 template <typename Bits>
 struct MarkGroups {
@@ -38,10 +53,15 @@ struct MarkGroups {
     list.for_each_piece(blockIdx.x, [&](const GroupsEntry& entry, int64_t begin, int64_t end) {
       for (int64_t group = begin + threadIdx.x; group < end; group += kThreads) {
         const int64_t offset = group / entry.inner * m * entry.inner + group % entry.inner;
-        formula::mark_group(static_cast<const Bits*>(entry.weight) + offset, static_cast<bool*>(entry.mask) + offset, n,
-                            m, entry.inner, key);
+        mark(static_cast<const Bits*>(entry.weight) + offset, static_cast<bool*>(entry.mask) + offset, entry.inner);
       }
     });
+  }
+
+  __device__ void mark(const Bits* from, bool* mask, int64_t stride) const {
+    if (m == 4) return mark_small_group<4>(from, mask, n, stride, key);
+    if (m == 8) return mark_small_group<8>(from, mask, n, stride, key);
+    formula::mark_group(from, mask, n, m, stride, key);
   }
 };
 

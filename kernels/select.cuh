@@ -18,6 +18,9 @@ using Count = unsigned long long;  // a type that atomicAdd knows
 constexpr int kDigitBits = 11;
 constexpr unsigned kBins = 1u << kDigitBits;
 
+// Of the kernels that read all weights, on a multiprocessor: all blocks run at once, so that none is left for the end.
+constexpr unsigned kLeastBlocks = 4;
+
 // A mask's element, or a weight's: its own value or 0.
 template <typename Result, typename Bits>
 __device__ Result kept_or_zero(Bits bits, bool kept) {
@@ -114,6 +117,7 @@ __device__ void find_bin(const CountOf& count_of, Count wanted, Count* warp_sums
 // last chooses the threshold's digit.
 template <typename Bits>
 struct CountDigits {
+  static constexpr unsigned kLeastBlocks = select::kLeastBlocks;
   struct Shared {
     unsigned counts[kBins];
     Count warp_sums[kWarps];
@@ -177,6 +181,7 @@ struct CountDigits {
 // weights.
 template <typename Bits, typename Result>
 struct Keep {
+  static constexpr unsigned kLeastBlocks = select::kLeastBlocks;
   struct Shared {
     Count warp_sums[kWarps];
     unsigned block;

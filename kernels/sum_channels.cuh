@@ -70,7 +70,8 @@ struct Arguments {
   }
 };
 
-// `splits` blocks for each channel; every warp takes segments of its rows. For layouts with long rows.
+// `splits` blocks for each channel; every warp takes segments of its rows. For layouts with long rows. Where a channel
+// is no more than a segment, a group of weights for example, each warp takes one and leaves nothing to put together.
 template <typename S, typename Formula, typename Source>
 struct BackwardRows {
   using P = typename Formula::parameter_type;
@@ -80,17 +81,26 @@ struct BackwardRows {
 
   Arguments<S, Formula, Source> arguments;
   bool aligned;
-  int64_t splits;
-  P* partials;  // channels x splits
+  int64_t splits;  // 0: a warp for each channel
+  P* partials;     // channels x splits
+  double factor;   // these two for the warps
+  P* sums_of_channels;
 
   __device__ void operator()(Shared& shared) const {
     const Layout& l = arguments.layout;
-    const int64_t channel = blockIdx.x / splits;
+    const int64_t channel = splits == 0 ? int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp : blockIdx.x / splits;
+    if (channel >= l.channels) return;  // a whole warp, of those that need no others
     const P parameter = arguments.source(arguments.formula, channel);
     P parameters[kVector<S>];
     P sums[kVector<S>]{};
     CCTORCH_UNROLL
     for (int j = 0; j < kVector<S>; ++j) parameters[j] = parameter;
+    if (splits == 0) {
+      add(channel * l.inner, (channel + 1) * l.inner, parameters, sums);
+      const auto total = warp_sum(formula::wide(sum_of(sums)));
+      if (threadIdx.x % kWarp == 0) sums_of_channels[channel] = formula::Narrow<P>::from(total * factor);
+      return;
+    }
     const int64_t per_row = ceil_div(l.inner, kSegment);
     CCTORCH_KEEP_LOOP
     for (int64_t segment = blockIdx.x % splits * kWarps + threadIdx.x / kWarp; segment < l.outer * per_row;
@@ -100,11 +110,15 @@ struct BackwardRows {
       const int64_t begin = (segment - outer * per_row) * kSegment;
       add(row + begin, row + std::min(begin + kSegment, l.inner), parameters, sums);
     }
+    const P total = block_sum(sum_of(sums), shared.warp_sums);
+    if (threadIdx.x == 0) partials[blockIdx.x] = total;
+  }
+
+  __device__ static P sum_of(const P (&sums)[kVector<S>]) {
     P sum{};
     CCTORCH_UNROLL
     for (int j = 0; j < kVector<S>; ++j) sum += sums[j];
-    const P total = block_sum(sum, shared.warp_sums);
-    if (threadIdx.x == 0) partials[blockIdx.x] = total;
+    return sum;
   }
 
   // Vectors, and one by one what comes before the first and after the last of them.
@@ -203,7 +217,7 @@ struct SumPartials {
   }
 };
 
-// How many blocks share a channel or a tile of columns, and the layout of what they find.
+// How many blocks share a channel or a tile of columns, and the layout of what they find: nothing with no splits.
 struct Partition {
   bool rows;
   int64_t blocks;
@@ -211,23 +225,25 @@ struct Partition {
   Layout partials;
 };
 
-// About `most_blocks` blocks, but no more than have work.
+// About `most_blocks` blocks, a few times as many of rows, but no more than have work.
 template <typename S>
 Partition partition(const Layout& l, int64_t most_blocks) {
   constexpr int64_t kTile = kWarp * kVector<S>;
-  const auto splits = [&](int64_t groups, int64_t warps) {
-    return std::min(ceil_div(warps, kWarps), std::max<int64_t>(1, most_blocks / groups));
+  const auto splits = [](int64_t groups, int64_t warps, int64_t blocks) {
+    return std::min(ceil_div(warps, kWarps), std::max<int64_t>(1, blocks / groups));
   };
+  if (l.outer == 1 && l.inner <= kSegment) return {true, ceil_div(l.channels, kWarps), 0, {0, l.channels, 0}};
   // Columns of few rows would leave as many partials as there are elements.
   if (l.channels == 1 || l.inner >= (l.outer < kWarp ? kWarp : kTile)) {
-    const int64_t parts = splits(l.channels, l.outer * ceil_div(l.inner, kSegment));
+    // The last blocks run with few others: of more, they are a smaller part, and a block leaves one number.
+    const int64_t parts = splits(l.channels, l.outer * ceil_div(l.inner, kSegment), 4 * most_blocks);
     return {true, l.channels * parts, parts, {1, l.channels, parts}};
   }
   const int64_t period = l.channels * l.inner;
   const int64_t whole = kVector<S> / std::gcd(period, int64_t(kVector<S>));
   const int64_t repeats = whole * std::max<int64_t>(1, kTile / (whole * period));
   const int64_t tiles = ceil_div(repeats * period, kTile);
-  const int64_t parts = splits(tiles, ceil_div(l.outer, repeats));
+  const int64_t parts = splits(tiles, ceil_div(l.outer, repeats), most_blocks);
   return {false, tiles * parts, parts, {parts * repeats, l.channels, l.inner}};
 }
 
@@ -239,7 +255,8 @@ void backward(const Launch& launch, const Arguments<S, Formula, Source>& argumen
   const Layout& found = part.partials;
   const bool aligned = are_aligned<kVector<S>>(arguments.grad_x, arguments.grad, arguments.x);
   if (part.rows) {
-    launch(part.blocks, BackwardRows<S, Formula, Source>{arguments, aligned, part.splits, partials});
+    launch(part.blocks, BackwardRows<S, Formula, Source>{arguments, aligned, part.splits, partials, factor, sums});
+    if (part.splits == 0) return;
   } else {
     const int64_t columns = found.outer / part.splits * found.channels * found.inner;
     launch(part.blocks, BackwardColumns<S, Formula, Source>{arguments, aligned, part.splits, columns, partials});

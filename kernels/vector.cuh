@@ -12,9 +12,11 @@
 // enough of them for what the compiler makes of a long loop whose body is many elements already.
 #ifdef __CUDACC__
 #define CCTORCH_UNROLL _Pragma("unroll")
+#define CCTORCH_UNROLL_4 _Pragma("unroll 4")
 #define CCTORCH_KEEP_LOOP _Pragma("unroll 1")
 #else
 #define CCTORCH_UNROLL
+#define CCTORCH_UNROLL_4
 #define CCTORCH_KEEP_LOOP
 #endif
 
@@ -23,6 +25,11 @@ namespace cctorch::cuda {
 
 template <typename S>
 constexpr int kVector = 16 / sizeof(S);
+
+// Vectors that a thread loads before it uses the first: memory answers late. The elements of more would not fit into
+// registers.
+template <typename S>
+constexpr int kInFlight = kVector<S> == 8 ? 2 : 4;
 
 template <typename T, int count>
 struct alignas(sizeof(T) * count) Pack {
@@ -64,6 +71,32 @@ __device__ int64_t first_vector(const T* from, int64_t begin) {
   return begin + ceil_div(position, int64_t(kVector<T>)) * kVector<T> - position;
 }
 
+// `count` vectors, `step` elements apart.
+template <int count, typename T>
+struct Vectors {
+  static constexpr int kCount = count;
+  Pack<T, kVector<T>> packs[count];
+
+  __device__ Vectors(const T* from, int64_t step) {
+    CCTORCH_UNROLL
+    for (int k = 0; k < count; ++k) packs[k] = load<kVector<T>>(from + k * step);
+  }
+};
+
+// each(vectors, index) for all vectors of [first, last), shared among the threads of the block: as many at once as are
+// in flight, then one by one.
+template <typename T, typename Each>
+__device__ void for_each_vector(const T* from, int64_t first, int64_t last, const Each& each) {
+  constexpr int64_t kStep = kThreads * kVector<T>;
+  int64_t i = first + threadIdx.x * kVector<T>;
+  CCTORCH_KEEP_LOOP
+  for (; i + (kInFlight<T> - 1) * kStep < last; i += kInFlight<T> * kStep) {
+    each(Vectors<kInFlight<T>, T>(from + i, kStep), i);
+  }
+  CCTORCH_KEEP_LOOP
+  for (; i < last; i += kStep) each(Vectors<1, T>(from + i, kStep), i);
+}
+
 // visit(value) for each of the elements [begin, end), shared among the threads of the block. Vectors where there are
 // any.
 template <typename T, typename Visit>
@@ -71,11 +104,13 @@ __device__ void visit_all(const T* from, int64_t begin, int64_t end, const Visit
   const int64_t first = std::min(first_vector(from, begin), end);
   const int64_t last = first + (end - first) / kVector<T> * kVector<T>;
   if (begin + threadIdx.x < first) visit(from[begin + threadIdx.x]);
-  for (int64_t i = first + threadIdx.x * kVector<T>; i < last; i += kThreads * kVector<T>) {
-    const auto pack = load<kVector<T>>(from + i);
+  for_each_vector(from, first, last, [&](const auto& vectors, int64_t) {
     CCTORCH_UNROLL
-    for (int j = 0; j < kVector<T>; ++j) visit(pack.values[j]);
-  }
+    for (int k = 0; k < vectors.kCount; ++k) {
+      CCTORCH_UNROLL
+      for (int j = 0; j < kVector<T>; ++j) visit(vectors.packs[k].values[j]);
+    }
+  });
   if (last + threadIdx.x < end) visit(from[last + threadIdx.x]);
 }
 
@@ -87,13 +122,15 @@ __device__ void map_all(To* to, const From* from, int64_t begin, int64_t end, co
   const int64_t first = std::min(first_vector(from, begin), end);
   const int64_t last = are_aligned<kCount>(to + first) ? first + (end - first) / kCount * kCount : first;
   if (begin + threadIdx.x < first) to[begin + threadIdx.x] = map(from[begin + threadIdx.x]);
-  for (int64_t i = first + threadIdx.x * kCount; i < last; i += kThreads * kCount) {
-    const auto pack = load<kCount>(from + i);
-    Pack<To, kCount> result;
+  for_each_vector(from, first, last, [&](const auto& vectors, int64_t i) {
     CCTORCH_UNROLL
-    for (int j = 0; j < kCount; ++j) result.values[j] = map(pack.values[j]);
-    store(to + i, result);
-  }
+    for (int k = 0; k < vectors.kCount; ++k) {
+      Pack<To, kCount> result;
+      CCTORCH_UNROLL
+      for (int j = 0; j < kCount; ++j) result.values[j] = map(vectors.packs[k].values[j]);
+      store(to + i + k * int64_t(kThreads) * kCount, result);
+    }
+  });
   CCTORCH_KEEP_LOOP
   for (int64_t i = last + threadIdx.x; i < end; i += kThreads) to[i] = map(from[i]);
 }

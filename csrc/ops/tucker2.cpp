@@ -93,7 +93,7 @@ at::Tensor tucker2_core(const at::Tensor& w, const Tucker2Bases& bases) {
 
 namespace {
 
-// On any device, without waiting for it: always from the start, since only a look at the data could tell that bases
+// On any device: always from the start, since only a look at the data, for which it would wait, could tell that bases
 // are near.
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> composite(
     at::TensorList weights, at::IntArrayRef ranks_out, at::IntArrayRef ranks_in, int64_t iterations,

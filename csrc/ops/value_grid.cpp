@@ -1,7 +1,10 @@
 #include "csrc/ops/value_grid.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -45,10 +48,22 @@ std::tuple<at::Tensor> binary_quant_backward(const at::Tensor& grad, const at::T
   return {at::where(x.abs() <= 1, grad, at::zeros_like(grad))};
 }
 
+at::Tensor sums_of_members(const at::Tensor& values, const at::Tensor& members, const c10::SymInt& count,
+                           int64_t copies) {
+  if (copies == 1) return at::zeros_symint({count}, values.options()).index_add(0, members, values);
+  const at::Tensor copy = at::arange(c10::Scalar(members.sym_numel()), members.options()).remainder(copies);
+  return at::zeros_symint({copies * count}, values.options())
+      .index_add(0, at::add(members, copy, c10::Scalar(count)), values)
+      .view_symint({copies, count})
+      .sum(0);
+}
+
 std::tuple<at::Tensor, at::Tensor> codebook_quant_backward(const at::Tensor& grad, const at::Tensor& x,
                                                            const at::Tensor& codebook) {
+  constexpr int64_t kCopiesOnGpu = 1024;
   const at::Tensor members = codebook_indices(x, codebook).reshape(-1);
-  return {grad, at::zeros_like(codebook).index_add(0, members, grad.reshape(-1).to(codebook.scalar_type()))};
+  const at::Tensor values = grad.reshape(-1).to(codebook.scalar_type());
+  return {grad, sums_of_members(values, members, codebook.sym_size(0), x.is_cuda() ? kCopiesOnGpu : 1)};
 }
 
 std::optional<int64_t> check_value_grid(const char* op, const at::Tensor& x, std::optional<int64_t> axis) {

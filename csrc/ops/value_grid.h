@@ -8,6 +8,12 @@
 namespace cctorch {
 
 std::tuple<at::Tensor> binary_quant_backward(const at::Tensor& grad, const at::Tensor& x, std::optional<int64_t> axis);
+
+// The sum of the values of each member, 0 to count - 1. A GPU's additions to one place wait for each other, and the
+// places of a codebook are few: each has so many copies, which take turns and are added up at last.
+at::Tensor sums_of_members(const at::Tensor& values, const at::Tensor& members, const c10::SymInt& count,
+                           int64_t copies);
+
 std::tuple<at::Tensor, at::Tensor> codebook_quant_backward(const at::Tensor& grad, const at::Tensor& x,
                                                            const at::Tensor& codebook);
 

@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <cctorch/repair.h>
 
 #include <algorithm>
@@ -95,6 +96,8 @@ void Moments::add(const at::Tensor& x, const at::Tensor& y) {
       *sum = sum->to(x.device());
     }
   }
+  // With TF32, which many turn on for training, singular moments would not look so.
+  const at::NoTF32Guard full_float32;
   const at::Tensor x_exact = in_product_type(x), y_exact = in_product_type(y);
   const at::Tensor x_mean = x_exact.mean(1), y_mean = y_exact.mean(1);
   const at::Tensor x_central = x_exact - x_mean.unsqueeze(1), y_central = y_exact - y_mean.unsqueeze(1);

@@ -28,7 +28,7 @@ std::vector<Weight<S>> random_weights(int64_t count) {
   std::vector<Weight<S>> weights;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t rows = 1 + i % 3;
-    const int64_t size = i % 5 == 0 ? 1 : (i % 7 == 0 ? 700 : 3 + 9 * i);
+    const int64_t size = i % 42 == 21 ? 9001 : (i % 5 == 0 ? 1 : (i % 7 == 0 ? 700 : 3 + 9 * i));
     const int64_t skipped = i % 4 == 3 ? 1 : 0;
     Weight<S> weight{std::vector<S>(skipped + rows * size), std::vector<S>(rows * size, S(unwritten)),
                      std::vector<Math<S>>(rows, unwritten), size, skipped};
@@ -57,7 +57,8 @@ template <typename S>
 class FakeQuantWeights : public ::testing::Test {};
 TYPED_TEST_SUITE(FakeQuantWeights, FloatingTypes);
 
-// More weights than one launch takes, of rows shorter and longer than a block, some that do not begin at a vector.
+// More weights than one launch takes, of rows shorter and longer than what a block loads at once, some that do not
+// begin at a vector.
 TYPED_TEST(FakeQuantWeights, EqualsPlainLoops) {
   for (const uint32_t seed : {0u, 1u, 7u}) {
     auto weights = random_weights<TypeParam>(130);

@@ -110,6 +110,15 @@ TYPED_TEST(DeviceMask, MagnitudeMasksEqualBruteForce) {
   }
 }
 
+// Several times what the threads of a block load at once, and a rest.
+TYPED_TEST(DeviceMask, PartsOfManyVectors) {
+  using T = TypeParam;
+  constexpr int64_t kAtOnce = cuda::kInFlight<T> * cuda::kThreads * cuda::kVector<T>;
+  for (const auto& values : {normal<T>(5 * kAtOnce + 777, 1), few_distinct<T>(5 * kAtOnce + 777, 2)}) {
+    for (const int64_t blocks : {1, 2}) expect_largest<T>({values, {T(1), T(2)}}, kAtOnce, blocks, 3);
+  }
+}
+
 TYPED_TEST(DeviceMask, ExtremesAreInOrderAndNanIsTheLargest) {
   using T = TypeParam;
   using Limits = std::numeric_limits<T>;

@@ -114,9 +114,9 @@ void expect_gradients(const Backward<S, P>& result, const Layout& l, const std::
 
 // Rows shorter and longer than a vector, a warp's vectors, a segment and a block, and whole numbers of them; channels
 // that fill a tile of columns, that do not, and that take several.
-const Layout kLayouts[] = {{1, 1, 1},    {1, 1, 5000}, {3, 5, 49}, {2, 2, 2049}, {2, 3, 4096}, {37, 4, 32},
-                           {1, 300, 33}, {40, 2, 300}, {70, 3, 1}, {9, 40, 1},   {100, 64, 1}, {40, 9, 49},
-                           {33, 700, 1}, {17, 5, 9},   {1, 7, 9},  {5, 1, 31}};
+const Layout kLayouts[] = {{1, 1, 1},    {1, 1, 5000}, {3, 5, 49}, {2, 2, 2049}, {2, 3, 4096},  {37, 4, 32},
+                           {1, 300, 33}, {40, 2, 300}, {70, 3, 1}, {9, 40, 1},   {100, 64, 1},  {40, 9, 49},
+                           {33, 700, 1}, {17, 5, 9},   {1, 7, 9},  {5, 1, 31},   {1, 17, 2048}, {1, 16, 64}};
 
 template <typename S>
 class SumChannels : public ::testing::Test {};
@@ -142,7 +142,8 @@ TYPED_TEST(SumChannels, ChannelGateEqualsFloat64) {
 TYPED_TEST(SumChannels, WhereTensorsBeginMakesNoDifference) {
   using S = TypeParam;
   using T = Math<S>;
-  for (const Layout& l : {Layout{1, 1, 5000}, Layout{2, 2, 2049}, Layout{3, 5, 49}, Layout{100, 64, 1}}) {
+  for (const Layout& l :
+       {Layout{1, 1, 5000}, Layout{2, 2, 2049}, Layout{3, 5, 49}, Layout{100, 64, 1}, Layout{1, 9, 128}}) {
     const int64_t numel = l.outer * l.channels * l.inner;
     const auto grad = normal<S>(numel, 1), x = normal<S>(numel, 2);
     const auto gates = normal<T>(l.channels, 3);
@@ -208,7 +209,8 @@ TYPED_TEST(SumChannels, SoftThresholdEqualsFloat64) {
 TYPED_TEST(SumChannels, FakeQuantOffsetEqualsFloat64) {
   using S = TypeParam;
   using T = Math<S>;
-  for (const Layout& l : {Layout{1, 1, 5000}, Layout{3, 5, 49}, Layout{9, 40, 1}, Layout{17, 5, 9}}) {
+  for (const Layout& l :
+       {Layout{1, 1, 5000}, Layout{3, 5, 49}, Layout{9, 40, 1}, Layout{17, 5, 9}, Layout{1, 9, 300}}) {
     const int64_t numel = l.outer * l.channels * l.inner;
     const auto grad = normal<S>(numel, 1);
     // Quarter steps from the offset, off the halves and the ends.

@@ -6,6 +6,8 @@
 
 #include <limits>
 
+#include "csrc/ops/value_grid.h"
+
 namespace cctorch {
 namespace {
 
@@ -26,6 +28,12 @@ TEST(ValueGrid, FindsTheValues) {
   const auto two = at::tensor({1.0f, 1.2f, -3.0f, 3.0f});
   EXPECT_TRUE(at::allclose(binary_code_quant(two, 2), at::tensor({1.1f, 1.1f, -3.0f, 3.0f})));
   EXPECT_TRUE(at::allclose(binary_code_quant(two, 1, "greedy"), at::tensor({2.05f, 2.05f, -2.05f, 2.05f})));
+}
+
+TEST(ValueGrid, SumsOfMembersAreThoseOfAllCopies) {
+  const auto values = at::arange(1000, at::kDouble), members = at::arange(1000, at::kLong).square().remainder(5);
+  const auto expected = at::bincount(members, values, 6);
+  for (const int64_t copies : {1, 4, 1024}) EXPECT_TRUE(sums_of_members(values, members, 6, copies).equal(expected));
 }
 
 TEST(ValueGrid, CodebookLearns) {
