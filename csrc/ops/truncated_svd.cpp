@@ -68,7 +68,7 @@ std::pair<at::Tensor, at::Tensor> empty_factors(const at::Tensor& matrix, int64_
 
 namespace {
 
-// On any device, without waiting for it.
+// On any device; linalg_eigh waits for it, to know whether it converged.
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> composite(at::TensorList matrices, at::IntArrayRef ranks,
                                                                        at::TensorList bases) {
   check_truncated_svd(matrices, ranks, bases);
