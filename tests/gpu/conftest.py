@@ -1,7 +1,15 @@
-"""Numbers on a GPU as on a CPU: no TF32, and sums in the same order each time."""
+"""Numbers on a GPU as on a CPU: no TF32, and sums in the same order each time. And a session that outlives its device.
+
+An illegal access to memory takes the process's CUDA context, and every test after it would fail. So the session ends
+there, with exit status 70, and another one goes on behind it:
+
+    export CCTORCH_TEST_DONE=$(mktemp)
+    while python -m pytest tests/gpu; [ $? = 70 ]; do :; done
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +20,9 @@ import torch
 # Networks, configurations and data sets are those of the other tests.
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
+_DONE = os.environ.get("CCTORCH_TEST_DONE")
+_CONTEXT_IS_LOST = 70
+
 
 @pytest.fixture(autouse=True)
 def _exact() -> Iterator[None]:
@@ -20,3 +31,20 @@ def _exact() -> Iterator[None]:
     cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, False, True, False
     yield
     cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out what an earlier session has run."""
+    done = set(Path(_DONE).read_text().splitlines()) if _DONE and Path(_DONE).exists() else set()
+    items[:] = [item for item in items if item.nodeid not in done]
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    if _DONE:
+        with open(_DONE, "a") as file:
+            file.write(f"{nodeid}\n")
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"{nodeid} lost the CUDA context: {error}", returncode=_CONTEXT_IS_LOST)
