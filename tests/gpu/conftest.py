@@ -1,10 +1,10 @@
 """Numbers on a GPU as on a CPU: no TF32, and sums in the same order each time. And a session that outlives its device.
 
 An illegal access to memory takes the process's CUDA context, and every test after it would fail. So the session ends
-there, with exit status 70, and another one goes on behind it:
+there, with another exit status than pytest's own, as where the process dies. Another session goes on behind it:
 
-    export CCTORCH_TEST_DONE=$(mktemp)
-    while python -m pytest tests/gpu; [ $? = 70 ]; do :; done
+    export CCTORCH_TEST_BEGUN=$(mktemp)
+    until python -m pytest tests/gpu; [ $? -le 5 ]; do :; done
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 # Networks, configurations and data sets are those of the other tests.
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
-_DONE = os.environ.get("CCTORCH_TEST_DONE")
+_BEGUN = Path(os.environ.get("CCTORCH_TEST_BEGUN", os.devnull))
 _CONTEXT_IS_LOST = 70
 
 
@@ -34,15 +34,17 @@ def _exact() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out what an earlier session has run."""
-    done = set(Path(_DONE).read_text().splitlines()) if _DONE and Path(_DONE).exists() else set()
-    items[:] = [item for item in items if item.nodeid not in done]
+    """Leaves out what an earlier session has begun."""
+    begun = set(_BEGUN.read_text().splitlines())
+    items[:] = [item for item in items if item.nodeid not in begun]
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    with _BEGUN.open("a") as file:
+        file.write(f"{nodeid}\n")
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    if _DONE:
-        with open(_DONE, "a") as file:
-            file.write(f"{nodeid}\n")
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
