@@ -93,8 +93,8 @@ at::Tensor tucker2_core(const at::Tensor& w, const Tucker2Bases& bases) {
 
 namespace {
 
-// On any device; linalg_eigh waits for it, to know whether it converged. Always from the start: the bases that are given
-// could be near or not.
+// On any device; linalg_eigh waits for it, to know whether it converged. Always from the start: the bases that are
+// given could be near or not.
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> composite(
     at::TensorList weights, at::IntArrayRef ranks_out, at::IntArrayRef ranks_in, int64_t iterations,
     at::TensorList bases_out, at::TensorList bases_in) {
