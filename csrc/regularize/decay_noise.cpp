@@ -29,7 +29,8 @@ void UniformNoise::replace(std::vector<Weight>& weights) {
   if (!generator_.defined() || generator_.device() != device) {
     generator_ = at::globalContext().defaultGenerator(device).clone();
     generator_.set_current_seed(seed_);
-    if (state_.defined()) generator_.set_state(state_);
+    // That of another kind of device has another size: there the draws begin anew.
+    if (state_.defined() && state_.numel() == generator_.get_state().numel()) generator_.set_state(state_);
     state_.reset();
   }
   for (Weight& weight : weights) {

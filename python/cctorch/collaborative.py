@@ -17,6 +17,7 @@ from cctorch import _C, distributed, latency_budget, layer_choice
 from cctorch.graph import ModelGraph, trace
 from cctorch.latency import LatencyTable
 from cctorch.latency_budget import Latency
+from cctorch.modes import evaluating_with_gradients
 from cctorch.plan import CompressionPlan, LayerSpec
 
 __all__ = ["Compression", "compress", "mean_gradients", "solve", "solve_latency"]
@@ -109,30 +110,27 @@ def mean_gradients(
     """
     weights = [_weight(model, name) for name in layers]
     _check_finite(model)
-    training = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     sums = [torch.zeros_like(weight) for weight in weights]
     examples = 0
     total = len(batches) if isinstance(batches, Sized) else 0
     try:
-        model.eval()
         for parameter in requires_grad:
             parameter.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
-        for done, (inputs, labels) in enumerate(batches, start=1):
-            with torch.enable_grad():
-                gradients = torch.autograd.grad(loss(model(inputs), labels), weights, allow_unused=True)
-            used = [(s, g) for s, g in zip(sums, gradients, strict=True) if g is not None]
-            torch._foreach_add_([s for s, _ in used], [g for _, g in used], alpha=len(labels))
-            examples += len(labels)
-            if progress:
-                progress("gradients", done, max(total, done))
+        with evaluating_with_gradients(model):
+            for done, (inputs, labels) in enumerate(batches, start=1):
+                with torch.enable_grad():
+                    gradients = torch.autograd.grad(loss(model(inputs), labels), weights, allow_unused=True)
+                used = [(s, g) for s, g in zip(sums, gradients, strict=True) if g is not None]
+                torch._foreach_add_([s for s, _ in used], [g for _, g in used], alpha=len(labels))
+                examples += len(labels)
+                if progress:
+                    progress("gradients", done, max(total, done))
     finally:
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
-        for module, mode in training.items():
-            module.training = mode
     if across_ranks:
         examples = int(distributed.sum_(torch.tensor(examples)))
         for gradient in sums:

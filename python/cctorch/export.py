@@ -191,7 +191,9 @@ def _foreign(program: ExportedProgram) -> list[str]:
 
 def _check_reloaded(data: bytes, example: Tensor, expected: Tensor) -> None:
     reloaded = torch.export.load(io.BytesIO(data)).module()(example)
-    tolerance = 1e-9 if expected.dtype == torch.float64 else 1e-4 if expected.dtype == torch.float32 else 2e-2
+    # On CUDA products of float32 may be those of TF32, which keeps as many bits as float16.
+    exact = expected.dtype == torch.float32 and not expected.is_cuda
+    tolerance = 1e-9 if expected.dtype == torch.float64 else 1e-4 if exact else 2e-2
     error = (reloaded - expected).abs().max().item()
     allowed = tolerance * max(1.0, expected.abs().max().item())
     if not error <= allowed:

@@ -23,3 +23,22 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     with modes_restored(model), torch.no_grad():
         model.eval()
         yield torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def evaluating_with_gradients(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode in which gradients can be taken of every module.
+
+    cuDNN has those of recurrent layers in training mode alone, which differs by their dropout: that is 0 meanwhile.
+    """
+    dropouts = {module: module.dropout for module in model.modules() if isinstance(module, nn.RNNBase)}
+    with modes_restored(model):
+        model.eval()
+        try:
+            for recurrent in dropouts:
+                recurrent.dropout = 0.0
+                recurrent.train()
+            yield
+        finally:
+            for recurrent, dropout in dropouts.items():
+                recurrent.dropout = dropout

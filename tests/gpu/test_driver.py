@@ -235,7 +235,9 @@ def test_layers_are_timed_on_the_device(dataset: Path, tmp_path: Path, monkeypat
     """Where no plan is fast enough, the run says so."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     settings = _settings(dataset, tmp_path, "plain", **_compress(budget="latency", target=0.1, latency_batch=4))
+    outcome = "reached"
     try:
         run(settings, console=_quiet())
     except ValueError as error:
-        assert "of the latency at batch 4: the fastest plan" in str(error)
+        outcome = str(error)
+    assert outcome == "reached" or "of the latency at batch 4: the fastest plan" in outcome

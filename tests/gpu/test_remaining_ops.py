@@ -369,7 +369,7 @@ def test_tensors_of_two_devices_are_refused() -> None:
         lambda: ops.magnitude_masks([x, torch.ones(3)], 0.5),
         lambda: ops.truncated_svd([torch.ones(3, 3, device=DEVICE), torch.ones(3, 3)], [1, 1]),
     ):
-        with pytest.raises(RuntimeError, match="device|cuda|cpu"):
+        with pytest.raises(RuntimeError, match=r"device|cuda|cpu"):
             call()
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cctorch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from cctorch import batch_norm
 from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
 from cctorch.collaborative import mean_gradients
+from cctorch.export import save_program
 from cctorch.graph import trace
 from cctorch.nn import FakeQuant, LowRankWeight, Mask
 from placed import CPU, DEVICE, assert_same, assert_same_state, needs_device, placed
@@ -370,3 +372,26 @@ def test_export_on_the_device() -> None:
     x = images().to(DEVICE)
     program = torch.export.export(model.eval(), (x,)).module()
     torch.testing.assert_close(program(x), model(x))
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_program_of_the_device(tf32: bool, tmp_path: Path) -> None:
+    """TF32, which is how torch convolves unless told otherwise, is no reason to refuse the program."""
+    torch.backends.cudnn.allow_tf32 = tf32  # which the fixture puts back
+    model = placed(built("padded resnet")).float()
+    cctorch.apply(model, networks.random_plan(trace(built("padded resnet"), images(2)), 0))
+    x = images().to(DEVICE).float()
+    save_program(model, x, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x[:3]), model(x[:3]), rtol=0.02, atol=0.02)
+
+
+def test_a_quantized_program_of_the_device(tmp_path: Path) -> None:
+    model = placed(built("padded resnet")).float()
+    cctorch.prepare(model, masked(built("padded resnet"), MaskPlan("magnitude", 0.5), 4))
+    x = images().to(DEVICE).float()
+    save_program(model, x, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), model(x), rtol=1e-3, atol=1e-3)

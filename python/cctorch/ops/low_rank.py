@@ -140,7 +140,7 @@ def truncated_svd(
     With ``bases``, one half-step of subspace iteration replaces all that, if by an estimate (the angles by which
     the basis turned) the result is within the same 0.1 %; after a second half-step without success the bases are
     ignored. They make no difference for m <= 24, for float64 input, and outside the CPU, where every matrix goes
-    through its float64 Gram matrix and nothing waits for the device.
+    through its float64 Gram matrix.
 
     Several matrices are decomposed in parallel, one on each thread; a single one has all threads. No gradient.
 

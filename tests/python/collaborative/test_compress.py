@@ -45,6 +45,31 @@ def test_a_layer_that_is_called_twice_is_left_alone_and_the_rest_is_compressed()
     assert model(data[0][0]).shape == (4, 10)
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(24, 6, 2, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.lstm(x.flatten(2).mT.unflatten(1, (8, 8)).flatten(2))
+        return self.head(y[:, -1])
+
+
+def test_recurrent_layers_are_differentiated_in_the_mode_that_cudnn_can() -> None:
+    """In training, without their dropout: the gradient is that of evaluation."""
+    torch.manual_seed(0)
+    model = Recurrent()
+    data, seen = batches(), []
+    model.lstm.register_forward_hook(lambda m, i, o: seen.append((m.training, m.dropout)))
+    found = mean_gradients(model.train(), data, ["head"])
+    assert seen == [(True, 0.0)] * 3
+    assert (model.lstm.training, model.lstm.dropout) == (True, 0.5)
+    images, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    F.cross_entropy(model.eval()(images), labels).backward()
+    torch.testing.assert_close(found["head"], model.head.weight.grad)
+
+
 def test_mean_gradients_are_those_of_the_loss_over_all_images() -> None:
     torch.manual_seed(0)
     model = CallsOneLayerTwice().double()

@@ -246,3 +246,13 @@ def test_module_compiles_whole():
     x = torch.randn(4, 5, 6, 6).contiguous(memory_format=torch.channels_last)
     want = copy.deepcopy(module)(x)
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), want)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_no_image_has_no_gradient(memory_format: torch.memory_format) -> None:
+    x = torch.empty(0, 3, 2, 2).contiguous(memory_format=memory_format).requires_grad_()
+    weight, bias = (torch.ones(3, requires_grad=True) for _ in range(2))
+    y = ops.batch_norm_inference(x, weight, bias, torch.zeros(3), torch.ones(3))
+    grads = torch.autograd.grad(y.sum(), (x, weight, bias))
+    assert [grad.shape for grad in grads] == [(0, 3, 2, 2), (3,), (3,)]
+    assert not any(grad.any() for grad in grads)
