@@ -218,6 +218,8 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Of each rank. Absent: torch's choice, or OMP_NUM_THREADS, which torchrun sets to 1.
     threads: int | None = Field(default=None, ge=1)
+    # On CUDA: time cuDNN's algorithms for each shape and take the fastest. A run no longer repeats to the bit.
+    cudnn_benchmark: bool = False
     # Under torchrun, train on the statistics of the whole batch, which makes the result independent of the number of
     # ranks up to rounding. false: each rank on those of its share, with less communication and another result.
     synchronize_batch_norm: bool = True

@@ -24,6 +24,14 @@ def select_device(config: Config) -> torch.device:
     return torch.device("cuda", distributed.local_rank())
 
 
+def set_up(config: Config) -> torch.device:
+    """The device, and what torch is told about how to use it."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    return select_device(config)
+
+
 def _refuse_graphs(config: Config) -> None:
     """DistributedDataParallel can be recorded under conditions on NCCL and its threads that are not met here."""
     for name, settings in (("train", config.train), ("finetune", config.finetune), ("regularize", config.regularize)):

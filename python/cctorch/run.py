@@ -27,7 +27,7 @@ from cctorch import (
 )
 from cctorch.apply import apply
 from cctorch.config import Compress, Config, ConfigError, Finetune, Training, expand
-from cctorch.device import describe, select_device
+from cctorch.device import describe, select_device, set_up
 from cctorch.graph import trace
 from cctorch.interruption import Interruption
 from cctorch.log import Log, duration
@@ -84,9 +84,7 @@ class _Run:
     def __init__(self, config: Config, folder: Folder, interruption: Interruption, fresh: bool) -> None:
         self.config, self.folder, self.interruption = config, folder, interruption
         self.vote = distributed.Vote()
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        self.device = select_device(config)
+        self.device = set_up(config)
         self.regularizing: RegularizeStage | None = None
         self.data = self._load_data()
         self.feed = data.Feed(self.data, config.train.channels_last)

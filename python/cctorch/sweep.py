@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -24,7 +23,7 @@ from cctorch import batch_norm, compress_stage, data, measure, report
 from cctorch.apply import apply
 from cctorch.collaborative import Compression
 from cctorch.config import Compress, Config, load_config
-from cctorch.device import describe, select_device
+from cctorch.device import describe, set_up
 from cctorch.log import Log
 from cctorch.repair import repair
 from cctorch.store import Folder, load_model
@@ -87,9 +86,7 @@ def _points(folder: Path) -> list[Point]:
 class _Sweep:
     def __init__(self, config: Config, settings: Compress, folder: Folder, log: Log) -> None:
         self.config, self.settings, self.folder, self.log = config, settings, folder, log
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        device = select_device(config)
+        device = set_up(config)
         self.device = describe(device)
         self.data = data.load(config.data, config.seed, device)
         self.feed = data.Feed(self.data, config.train.channels_last)
