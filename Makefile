@@ -70,9 +70,14 @@ wheel: test-build  ## build the wheel into dist/ and import it
 	cd dist && PATH=/nonexistent PYTHONPATH=installed ../$(BIN)/python -c \
 	  'import cctorch; assert "installed" in cctorch.__file__, cctorch.__file__; print("wheel imports:", cctorch.__file__)'
 
-gpu: build  ## on a machine with a GPU: its tests and benchmarks
+gpu: CARD = docs/results/gpu/$(shell $(BIN)/python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "_"))')
+gpu: build  ## on a machine with a GPU: its tests and benchmarks; results under the card's name
 	$(BIN)/python -m pytest tests/gpu
-	$(BIN)/python benchmarks/ops.py --device cuda
+	mkdir -p $(CARD)
+	$(BIN)/python benchmarks/ops.py --device cuda --gigabytes 2 --json $(CARD)/ops.json
+	$(BIN)/python benchmarks/regularize.py --device cuda --model resnet56 --json $(CARD)/regularize_resnet56.json
+	$(BIN)/python benchmarks/throughput.py --device cuda --model resnet56 --ranks 1 --steps 40 --cuda-graphs --out $(CARD)
+	$(BIN)/python benchmarks/search.py --output $(CARD)/search resnet50
 
 sanitize: $(VENV)/.ready  ## the C++ tests under address and undefined-behaviour sanitizers
 	$(BIN)/cmake -S . -B $(BUILD)-sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCCTORCH_SANITIZE=address,undefined \
