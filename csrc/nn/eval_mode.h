@@ -1,7 +1,9 @@
 #pragma once
 
 #include <torch/nn/module.h>
+#include <torch/nn/modules/rnn.h>
 
+#include <functional>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -29,6 +31,35 @@ class EvalMode {
   torch::nn::Module& model_;
   bool was_training_;
   std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> modules_;
+};
+
+// Inside the scope of an EvalMode: recurrent layers that can be differentiated. cuDNN does so in training mode alone,
+// which differs by their dropout: that is 0 meanwhile. Their mode is EvalMode's to put back.
+class RecurrentGradients {
+ public:
+  explicit RecurrentGradients(torch::nn::Module& model) {
+    for (const auto& module : model.modules()) {
+      add(std::dynamic_pointer_cast<torch::nn::LSTMImpl>(module));
+      add(std::dynamic_pointer_cast<torch::nn::GRUImpl>(module));
+      add(std::dynamic_pointer_cast<torch::nn::RNNImpl>(module));
+    }
+  }
+  ~RecurrentGradients() {
+    for (const auto& restore : restore_) restore();
+  }
+  RecurrentGradients(const RecurrentGradients&) = delete;
+  RecurrentGradients& operator=(const RecurrentGradients&) = delete;
+
+ private:
+  template <typename Layer>
+  void add(const std::shared_ptr<Layer>& layer) {
+    if (!layer) return;
+    restore_.push_back([layer, dropout = layer->options.dropout()] { layer->options.dropout(dropout); });
+    layer->options.dropout(0.0);
+    layer->train();
+  }
+
+  std::vector<std::function<void()>> restore_;
 };
 
 }  // namespace cctorch

@@ -73,6 +73,7 @@ std::vector<Layer> mean_gradients(torch::nn::Module& model, const std::vector<La
   }
 
   const EvalMode eval(model);
+  const RecurrentGradients recurrent(model);
   const torch::AutoGradMode grad_mode(true);
   int64_t own = 0;
   while (const std::optional<BatchLoss> batch = next_loss()) {

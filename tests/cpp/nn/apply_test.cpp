@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 #include <torch/nn/modules/conv.h>
+#include <torch/nn/modules/rnn.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/adamw.h>
 #include <torch/optim/rmsprop.h>
@@ -257,6 +258,41 @@ TEST(MeanGradients, AreThoseOfTheMeanLoss) {
   EXPECT_LT((layers[0].gradient - model->conv2->weight.grad()).abs().max().item<double>(), 1e-14);
   EXPECT_LT((layers[1].gradient - model->conv3->weight.grad()).abs().max().item<double>(), 1e-14);
   EXPECT_TRUE(torch::equal(layers[1].weight, model->conv3->weight));
+}
+
+struct RecurrentImpl : torch::nn::Module {
+  RecurrentImpl() {
+    register_module("lstm", lstm);
+    register_module("head", head);
+  }
+  at::Tensor loss(const at::Tensor& x, const at::Tensor& labels) {
+    seen.emplace_back(lstm->is_training(), lstm->options.dropout());
+    return torch::cross_entropy_loss(head->forward(std::get<0>(lstm->forward(x)).select(1, -1)), labels);
+  }
+  torch::nn::LSTM lstm{torch::nn::LSTMOptions(6, 8).num_layers(2).dropout(0.5).batch_first(true)};
+  nn::Linear head{torch::nn::LinearOptions(8, 5)};
+  std::vector<std::pair<bool, double>> seen;
+};
+TORCH_MODULE(Recurrent);
+
+// cuDNN's recurrent layers have gradients in training mode alone: without their dropout these are those of evaluation.
+TEST(MeanGradients, DifferentiateRecurrentLayersInTrainingWithoutDropout) {
+  torch::manual_seed(0);
+  Recurrent model;
+  model->to(torch::kDouble);
+  const at::Tensor x = torch::randn({3, 4, 6}, torch::kDouble), labels = torch::randint(5, {3}, torch::kLong);
+  const auto specs = layer_specs(*model, [&] { model->loss(x, labels); });
+  bool done = false;
+  const auto layers = collaborative::mean_gradients(*model, specs, [&]() -> std::optional<collaborative::BatchLoss> {
+    if (std::exchange(done, true)) return std::nullopt;
+    return collaborative::BatchLoss{model->loss(x, labels), 3};
+  });
+  EXPECT_EQ(model->seen.back(), std::pair(true, 0.0));
+  EXPECT_TRUE(model->lstm->is_training());
+  EXPECT_EQ(model->lstm->options.dropout(), 0.5);
+  model->eval();
+  model->loss(x, labels).backward();
+  EXPECT_TRUE(torch::allclose(layers.at(0).gradient, model->head->weight.grad()));
 }
 
 TEST(MeanGradients, RefuseACompressedLayerAndNoBatch) {
