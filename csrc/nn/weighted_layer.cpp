@@ -1,4 +1,5 @@
 #include <cctorch/collaborative.h>
+#include <cctorch/gather_channels.h>
 #include <cctorch/nn/layers.h>
 
 #include <algorithm>
@@ -81,7 +82,7 @@ at::Tensor WeightedLayer<Derived>::gathered(const at::Tensor& x, int64_t dimensi
   if (!gather_.defined()) return x;
   // Not a buffer, which Module::to(device) would move: Module::to(dtype) would also turn it into floating point.
   if (gather_.device() != x.device()) gather_ = gather_.to(x.device());
-  return x.index_select(dimension, gather_);
+  return gather_channels(x, gather_, dimension);
 }
 
 template <typename Derived>

@@ -31,6 +31,8 @@ Timer = Callable[[Sequence[nn.Module], Tensor], list[list[float]]]
 _FORMAT = 2
 # Processors that others may keep busy. A second thread that waits for its turn costs a small layer ten times over.
 _UNDISTURBED = 0.15
+# Changes with the code of the layers, so that times of other code are not taken for theirs.
+_LAYERS = 2
 # Seconds by which processor times, counted in ticks, may be off.
 _CLOCK_TICKS = 0.1
 
@@ -185,6 +187,7 @@ class LatencyTable:
             "layout": str(self.layout),
             "batch": self.batch,
             "torch": torch.__version__,
+            "layers": _LAYERS,
         }
 
     def seconds(self, shape: LayerShape) -> float:

@@ -106,6 +106,15 @@ def test_channel_gate(dtype: torch.dtype, shape: tuple[int, ...], memory_format:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dim", [1, -1])
+def test_gather_channels(dtype: torch.dtype, memory_format: torch.memory_format, dim: int) -> None:
+    x = torch.randn(8, 40, 7, 24).to(dtype).contiguous(memory_format=memory_format)
+    index = torch.tensor([23, 0, 4, 5, 17])
+    assert_agree(on_both(lambda x: ops.gather_channels(x, index.to(x.device), dim), x), dtype, 1)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("axis", [None, 0, 1])

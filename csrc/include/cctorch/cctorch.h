@@ -9,6 +9,7 @@
 #include <cctorch/fake_quant_weights.h>
 #include <cctorch/float_quant.h>
 #include <cctorch/gates.h>
+#include <cctorch/gather_channels.h>
 #include <cctorch/low_rank.h>
 #include <cctorch/mask.h>
 #include <cctorch/memory.h>

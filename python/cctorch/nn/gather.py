@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cctorch.nn.low_rank import LowRankLinear
+from cctorch.ops import gather_channels
 
 
 class GatherChannels(nn.Module):
@@ -26,11 +27,17 @@ class GatherChannels(nn.Module):
         self.training = layer.training
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x.index_select(self.dim, self.index))
+        # A compiler does without the copy; an exported program runs without cctorch.
+        pick = torch.index_select if torch.compiler.is_compiling() else _gather
+        y: Tensor = self.layer(pick(x, self.dim, self.index))
         return y
 
     def extra_repr(self) -> str:
         return f"channels={self.index.numel()}"
+
+
+def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    return gather_channels(x, index, dim)
 
 
 def unwrapped(model: nn.Module, path: str) -> nn.Module:

@@ -11,6 +11,7 @@ from cctorch.ops.fake_quant import fake_quant, fake_quant_groups, fake_quant_off
 from cctorch.ops.fake_quant_weights import fake_quant_weights
 from cctorch.ops.float_quant import fp8_quant, power_of_two_quant
 from cctorch.ops.gates import hard_concrete, hard_concrete_open, sigmoid_gate
+from cctorch.ops.gather_channels import gather_channels
 from cctorch.ops.low_rank import low_rank_conv2d, low_rank_linear, truncated_svd, tucker2, tucker2_conv2d
 from cctorch.ops.mask import apply_mask, block_masks, channel_masks, magnitude_masks, magnitude_prune, nm_masks
 from cctorch.ops.quant_range import observe_range_, quant_range, quant_range_offset
@@ -41,6 +42,7 @@ __all__ = [
     "fake_quant_offset",
     "fake_quant_weights",
     "fp8_quant",
+    "gather_channels",
     "hard_concrete",
     "hard_concrete_open",
     "low_rank_conv2d",

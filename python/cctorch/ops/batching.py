@@ -112,11 +112,24 @@ def _per_slice_backward(name: str, parameters: int) -> Callable[..., Any]:
     return rule
 
 
+def _with_dim(name: str) -> Callable[..., Any]:
+    """The rule of an operator on a tensor, an index that is the same for all samples, and a dimension."""
+
+    def rule(info: Any, dims: _Dims, x: Tensor, index: Tensor, dim: int = 1, *rest: Any) -> tuple[Tensor, int]:
+        if dims[1] is not None:
+            raise NotImplementedError(f"{name}: torch.vmap over index, expected one index for all samples")
+        x = _batched(x, dims[0], info.batch_size)
+        return getattr(torch.ops.cctorch, name)(x, index, dim % (x.dim() - 1) + 1, *rest), 0
+
+    return rule
+
+
 _PARAMETERS = {"fake_quant": 1, "fake_quant_offset": 2, "pact": 1, "fp8_quant": 1, "soft_threshold": 1}
 _RULES: dict[str, Callable[..., Any]] = {
     "apply_mask": _apply_mask,
     "channel_gate": _channel_gate,
     "channel_gate_backward": _channel_gate_backward,
+    **{name: _with_dim(name) for name in ("gather_channels", "scatter_channels")},
     **{name: _per_slice(name, count) for name, count in _PARAMETERS.items()},
     **{f"{name}_backward": _per_slice_backward(f"{name}_backward", count) for name, count in _PARAMETERS.items()},
 }
