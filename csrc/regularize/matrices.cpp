@@ -34,12 +34,11 @@ void replace_matrices(std::vector<Weight>& weights, const Unfolding& unfolding,
   }
   for (const auto& [kind, members] : groups) {
     std::vector<at::Tensor> parts;
-    for (const size_t i : members) parts.push_back(matrices[i].to(at::kDouble));
-    const at::Tensor projected = project(at::stack(parts), kind.first);
+    for (const size_t i : members) parts.push_back(matrices[i]);
+    const auto projected = project(at::stack(parts).to(at::kDouble), kind.first).to(kind.first).unbind();
     for (size_t j = 0; j < members.size(); ++j) {
       Weight& weight = weights[members[j]];
-      weight.value =
-          unfolding.to_weight(projected[static_cast<int64_t>(j)].to(weight.value.scalar_type()), weight.value.sizes());
+      weight.value = unfolding.to_weight(projected[j], weight.value.sizes());
     }
   }
 }
