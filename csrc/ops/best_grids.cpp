@@ -6,12 +6,11 @@
 #include <algorithm>
 
 #include "csrc/ops/cpu/row_fit.h"
+#include "csrc/ops/row_fits.h"
 
 namespace cctorch {
 
 namespace {
-
-constexpr int kTurns = 20;
 
 // Two scales give any two magnitudes a1 + a2 and a1 - a2, so the best of them are 2-means of |w|, found exactly:
 // rows x 2, the larger first.
@@ -25,31 +24,8 @@ at::Tensor two_magnitudes(const at::Tensor& magnitudes) {
   return at::cat({upper.gather(-1, best) / (best + 1), lower.gather(-1, best) / (columns - 1 - best).clamp_min(1)}, -1);
 }
 
-// All codes of so many bits: 2^bits x bits, of -1 and 1.
-at::Tensor all_codes(int64_t bits, const at::TensorOptions& options) {
-  const at::Tensor index = at::arange(int64_t{1} << bits, options.dtype(at::kLong)).unsqueeze(-1);
-  const at::Tensor bit = at::arange(bits, options.dtype(at::kLong));
-  return index.bitwise_right_shift(bit).bitwise_and(1).to(at::kDouble) * 2 - 1;
-}
-
 at::Tensor levels_of(const at::Tensor& scales) {
   return std::get<0>(at::sort(at::matmul(scales, all_codes(scales.size(-1), scales.options()).t())));
-}
-
-// Alternates between the nearest of the 2^bits levels and least squares for the scales.
-at::Tensor alternate(const at::Tensor& rows, at::Tensor scales) {
-  const at::Tensor signs = all_codes(scales.size(-1), scales.options());
-  const SortedRows sorted(rows);
-  for (int i = 0; i < kTurns; ++i) {
-    const auto [levels, order] = at::sort(at::matmul(scales, signs.t()));
-    const auto cells = sorted.cells(midpoints(levels));
-    const at::Tensor code = signs.index({order});  // rows x 2^bits x bits
-    const at::Tensor transposed = code.transpose(-1, -2);
-    const at::Tensor gram = at::matmul(transposed, cells.counts.unsqueeze(-1) * code);
-    const at::Tensor moment = at::matmul(transposed, cells.sums.unsqueeze(-1));
-    scales = at::matmul(at::linalg_pinv(gram, 1e-12, /*hermitian=*/true), moment).squeeze(-1);
-  }
-  return scales;
 }
 
 // rows x bits
@@ -63,7 +39,7 @@ at::Tensor fitted_scales(const at::Tensor& rows, int64_t bits) {
   }
   const at::Tensor fewer = fitted_scales(rows, bits - 1);
   const at::Tensor rest = (nearest(rows, levels_of(fewer)) - rows).abs_().mean(-1, true);
-  return alternate(rows, at::cat({fewer, rest}, -1));
+  return alternated(SortedRows(rows), at::cat({fewer, rest}, -1));
 }
 
 // function(fit, row) for the number of each row, on all threads.

@@ -2,14 +2,19 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <utility>
+
 namespace cctorch {
 
 // Rows sorted in ascending order, with running sums: what falls between two bounds costs a binary search.
 class SortedRows {
  public:
   explicit SortedRows(const at::Tensor& rows);
+  SortedRows(at::Tensor values, at::Tensor sums) : values_(std::move(values)), sums_(std::move(sums)) {}
 
   const at::Tensor& values() const { return values_; }
+  // rows x (columns + 1): from 0 on
+  const at::Tensor& sums() const { return sums_; }
 
   // Elements of each row in each of the cells that `bounds` (rows x cells - 1, ascending) cut it into, and their sums.
   struct Cells {

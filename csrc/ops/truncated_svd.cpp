@@ -2,14 +2,15 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <map>
 
 #include "csrc/ops/checks.h"
+#include "csrc/ops/subspace.h"
 
 namespace cctorch {
 
@@ -68,28 +69,71 @@ std::pair<at::Tensor, at::Tensor> empty_factors(const at::Tensor& matrix, int64_
 
 namespace {
 
-// On any device. On CUDA linalg_eigh waits for it, and takes larger matrices than 32 x 32 one after the other.
+// Matrices of one size, rank and type, count x rows x columns with rows <= columns: one decomposition.
+struct Group {
+  std::vector<size_t> members;
+  at::Tensor all, basis, near;
+};
+
+// Two steps from the bases of an earlier call.
+void start(Group& group, const at::Tensor& bases) {
+  const at::Tensor once = composed::turned_towards(group.all, composed::orthonormal(bases.to(at::kDouble)));
+  group.basis = composed::turned_towards(group.all, once);
+  group.near = composed::near(once, group.basis);
+}
+
+// On any device. The host waits for it once to see which of the bases were near enough, and to decompose the others.
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> composite(at::TensorList matrices, at::IntArrayRef ranks,
                                                                        at::TensorList bases) {
   check_truncated_svd(matrices, ranks, bases);
-  // Of one size: one decomposition.
-  std::map<std::pair<std::vector<int64_t>, int64_t>, std::vector<size_t>> groups;
-  for (size_t i = 0; i < matrices.size(); ++i) groups[{matrices[i].sizes().vec(), ranks[i]}].push_back(i);
-  std::vector<at::Tensor> left(matrices.size()), right(matrices.size());
-  for (const auto& [kind, members] : groups) {
+  using Kind = std::tuple<std::vector<int64_t>, int64_t, at::ScalarType, bool>;
+  std::map<Kind, Group> groups;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const bool started = !bases.empty() && bases[i].numel() > 0 && starts_from_bases(matrices[i]);
+    groups[{matrices[i].sizes().vec(), ranks[i], matrices[i].scalar_type(), started}].members.push_back(i);
+  }
+  const auto stacked = [](at::TensorList list, const std::vector<size_t>& members, bool wide) {
     std::vector<at::Tensor> parts;
-    for (const size_t i : members) parts.push_back(matrices[i].to(at::kDouble));
-    const at::Tensor all = at::stack(parts);
-    const bool wide = all.size(-2) <= all.size(-1);
-    const at::Tensor vectors =
-        std::get<1>(at::linalg_eigh(wide ? at::matmul(all, all.mT()) : at::matmul(all.mT(), all)));
-    const at::Tensor basis = vectors.narrow(-1, vectors.size(-1) - kind.second, kind.second);
-    const at::Tensor rest = wide ? at::matmul(basis.mT(), all) : at::matmul(all, basis);
-    for (size_t j = 0; j < members.size(); ++j) {
-      const auto type = matrices[members[j]].scalar_type();
-      const auto factor = [&](const at::Tensor& t) { return t[static_cast<int64_t>(j)].to(type).contiguous(); };
-      left[members[j]] = factor(wide ? basis : rest);
-      right[members[j]] = factor(wide ? rest : basis.mT());
+    for (const size_t i : members) parts.push_back(wide ? list[i] : list[i].mT());
+    return at::stack(parts).flatten(0, -3).to(at::kDouble);
+  };
+  std::vector<Group*> started;
+  std::vector<at::Tensor> near;
+  for (auto& [kind, group] : groups) {
+    const auto& [sizes, rank, type, from_bases] = kind;
+    const bool wide = sizes[sizes.size() - 2] <= sizes.back();
+    group.all = stacked(matrices, group.members, wide);
+    if (from_bases) {
+      start(group, stacked(bases, group.members, wide).mT());
+      started.push_back(&group);
+      near.push_back(group.near);
+    } else {
+      group.basis = composed::leading(group.all, rank);
+    }
+  }
+  const auto far = composed::far_ones(near);
+  for (size_t g = 0; g < started.size(); ++g) {
+    if (far[g].empty()) continue;
+    Group& group = *started[g];
+    const at::Tensor index = at::tensor(far[g], group.all.options().dtype(at::kLong));
+    group.basis.index_copy_(0, index, composed::leading(group.all.index_select(0, index), group.basis.size(-2)));
+  }
+  std::vector<at::Tensor> left(matrices.size()), right(matrices.size());
+  for (const auto& [kind, group] : groups) {
+    const auto& [sizes, rank, type, from_bases] = kind;
+    const bool wide = sizes[sizes.size() - 2] <= sizes.back();
+    const at::Tensor rest = at::matmul(group.basis, group.all);
+    auto shape = sizes;
+    shape.insert(shape.begin(), static_cast<int64_t>(group.members.size()));
+    const auto factors = [&](const at::Tensor& factor) {
+      shape[shape.size() - 2] = factor.size(-2);
+      shape.back() = factor.size(-1);
+      return composed::apart(factor.reshape(shape), type);
+    };
+    const auto lefts = factors(wide ? group.basis.mT() : rest.mT()), rights = factors(wide ? rest : group.basis);
+    for (size_t j = 0; j < group.members.size(); ++j) {
+      left[group.members[j]] = lefts[j];
+      right[group.members[j]] = rights[j];
     }
   }
   return {left, right};

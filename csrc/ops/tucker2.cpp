@@ -2,11 +2,16 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <map>
+
 #include "csrc/ops/checks.h"
+#include "csrc/ops/subspace.h"
 
 namespace cctorch {
 
@@ -68,21 +73,23 @@ Tucker2Factors empty_tucker2(const at::Tensor& weight, int64_t rank_out, int64_t
           at::empty_symint({weight.sym_size(1), rank_in}, weight.options())};
 }
 
-at::Tensor swapped(const at::Tensor& w) { return w.transpose(0, 1).contiguous(); }
+at::Tensor swapped(const at::Tensor& w) { return w.transpose(-3, -2).contiguous(); }
 
 at::Tensor coordinates(const at::Tensor& basis, const at::Tensor& w) {
-  return at::matmul(basis, w.flatten(1)).view({basis.size(0), w.size(1), w.size(2)});
+  auto sizes = w.sizes().vec();
+  sizes[sizes.size() - 3] = basis.size(-2);
+  return at::matmul(basis, w.flatten(-2)).view(sizes);
 }
 
 Tucker2Bases hosvd(const at::Tensor& w, int64_t rank_out, int64_t rank_in, const Tucker2Steps& steps) {
-  return {steps.leading(w.flatten(1), rank_out), steps.leading(swapped(w).flatten(1), rank_in)};
+  return {steps.leading(w.flatten(-2), rank_out), steps.leading(swapped(w).flatten(-2), rank_in)};
 }
 
 Tucker2Bases improved(const at::Tensor& w, Tucker2Bases bases, int64_t iterations, const Tucker2Steps& steps) {
   const at::Tensor by_input = swapped(w);
   for (int64_t i = 0; i < iterations; ++i) {
-    bases.out = steps.turned(swapped(coordinates(bases.in, by_input)).flatten(1), bases.out);
-    bases.in = steps.turned(swapped(coordinates(bases.out, w)).flatten(1), bases.in);
+    bases.out = steps.turned(swapped(coordinates(bases.in, by_input)).flatten(-2), bases.out);
+    bases.in = steps.turned(swapped(coordinates(bases.out, w)).flatten(-2), bases.in);
   }
   return bases;
 }
@@ -93,29 +100,85 @@ at::Tensor tucker2_core(const at::Tensor& w, const Tucker2Bases& bases) {
 
 namespace {
 
-// On any device: always from the start, since only a look at the data, for which it would wait, could tell that bases
-// are near.
+// Weights of one size, ranks and type, count x outputs x inputs x kernel, are decomposed together.
+struct Group {
+  std::vector<size_t> members;
+  at::Tensor all, near;
+  Tucker2Bases bases;
+};
+
+Tucker2Bases exact(const at::Tensor& all, int64_t rank_out, int64_t rank_in, int64_t iterations) {
+  const Tucker2Steps steps{
+      &composed::leading,
+      [](const at::Tensor& a, const at::Tensor& basis) { return composed::leading(a, basis.size(-2)); }};
+  return improved(all, hosvd(all, rank_out, rank_in, steps), iterations, steps);
+}
+
+// From bases that fitted similar weights, as on CPU: near, unless these turn too far.
+void start(Group& group, const Tucker2Bases& start, int64_t iterations) {
+  const Tucker2Steps steps{&composed::leading, &composed::turned_towards};
+  const Tucker2Bases once =
+      improved(group.all, {composed::orthonormal(start.out), composed::orthonormal(start.in)}, 1, steps);
+  group.bases = improved(group.all, once, std::max<int64_t>(iterations - 1, 1), steps);
+  group.near = composed::near(once.out, group.bases.out).logical_and(composed::near(once.in, group.bases.in));
+}
+
+// On any device. The host waits for it once to see which of the bases were near enough, and to decompose the others.
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> composite(
     at::TensorList weights, at::IntArrayRef ranks_out, at::IntArrayRef ranks_in, int64_t iterations,
     at::TensorList bases_out, at::TensorList bases_in) {
   check_tucker2(weights, {ranks_out, ranks_in, iterations}, bases_out, bases_in);
-  const auto leading = [](const at::Tensor& a, int64_t rank) {
-    const at::Tensor vectors = std::get<1>(at::linalg_eigh(at::matmul(a, a.t())));
-    return vectors.narrow(1, vectors.size(1) - rank, rank).t();
+  using Kind = std::tuple<std::vector<int64_t>, int64_t, int64_t, at::ScalarType, bool>;
+  std::map<Kind, Group> groups;
+  std::vector<Tucker2Factors> factors(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const at::Tensor& w = weights[i];
+    if (w.numel() == 0) {
+      factors[i] = empty_tucker2(w, ranks_out[i], ranks_in[i]);
+      continue;
+    }
+    const bool started = !bases_out.empty() && bases_out[i].numel() > 0 && bases_in[i].numel() > 0 &&
+                         tucker2_starts_from_bases(w);
+    groups[{w.sizes().vec(), ranks_out[i], ranks_in[i], w.scalar_type(), started}].members.push_back(i);
+  }
+  const auto stacked = [](at::TensorList list, const std::vector<size_t>& members) {
+    std::vector<at::Tensor> parts;
+    for (const size_t i : members) parts.push_back(list[i]);
+    return at::stack(parts).to(at::kDouble);
   };
-  const Tucker2Steps steps{leading,
-                           [&](const at::Tensor& a, const at::Tensor& basis) { return leading(a, basis.size(0)); }};
-  return tucker2_lists(weights.size(), [&](size_t i) -> Tucker2Factors {
-    const at::Tensor& weight = weights[i];
-    Tucker2Factors factors = empty_tucker2(weight, ranks_out[i], ranks_in[i]);
-    if (weight.numel() == 0) return factors;
-    const at::Tensor w = weight.to(at::kDouble).reshape({weight.size(0), weight.size(1), -1});
-    const Tucker2Bases bases = improved(w, hosvd(w, ranks_out[i], ranks_in[i], steps), iterations, steps);
-    factors[0].copy_(tucker2_core(w, bases).view(factors[0].sizes()));
-    factors[1].copy_(bases.out.t());
-    factors[2].copy_(bases.in.t());
-    return factors;
-  });
+  std::vector<Group*> started;
+  std::vector<at::Tensor> near;
+  for (auto& [kind, group] : groups) {
+    const auto& [sizes, rank_out, rank_in, type, from_bases] = kind;
+    const auto count = static_cast<int64_t>(group.members.size());
+    group.all = stacked(weights, group.members).reshape({count, sizes[0], sizes[1], -1});
+    if (from_bases) {
+      start(group, {stacked(bases_out, group.members).mT(), stacked(bases_in, group.members).mT()}, iterations);
+      started.push_back(&group);
+      near.push_back(group.near);
+    } else {
+      group.bases = exact(group.all, rank_out, rank_in, iterations);
+    }
+  }
+  const auto far = composed::far_ones(near);
+  for (size_t g = 0; g < started.size(); ++g) {
+    if (far[g].empty()) continue;
+    Tucker2Bases& bases = started[g]->bases;
+    const at::Tensor index = at::tensor(far[g], bases.out.options().dtype(at::kLong));
+    const Tucker2Bases others =
+        exact(started[g]->all.index_select(0, index), bases.out.size(-2), bases.in.size(-2), iterations);
+    bases.out.index_copy_(0, index, others.out);
+    bases.in.index_copy_(0, index, others.in);
+  }
+  for (const auto& [kind, group] : groups) {
+    const auto& [sizes, rank_out, rank_in, type, from_bases] = kind;
+    std::vector<int64_t> core{static_cast<int64_t>(group.members.size()), rank_out, rank_in};
+    core.insert(core.end(), sizes.begin() + 2, sizes.end());
+    const auto cores = composed::apart(tucker2_core(group.all, group.bases).view(core), type);
+    const auto out = composed::apart(group.bases.out.mT(), type), in = composed::apart(group.bases.in.mT(), type);
+    for (size_t j = 0; j < group.members.size(); ++j) factors[group.members[j]] = {cores[j], out[j], in[j]};
+  }
+  return tucker2_lists(weights.size(), [&](size_t i) { return factors[i]; });
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
 // As starts_from_bases in truncated_svd.h.
 bool tucker2_starts_from_bases(const at::Tensor& weight);
 
-// One weight as outputs x inputs x kernel on its way. Bases have orthonormal rows.
+// One weight as outputs x inputs x kernel on its way, or a batch of them. Bases have orthonormal rows.
 struct Tucker2Steps {
   std::function<at::Tensor(const at::Tensor& unfolded, int64_t rank)> leading;
   std::function<at::Tensor(const at::Tensor& unfolded, const at::Tensor& basis)> turned;  // better than `basis`

@@ -1,29 +1,12 @@
 #include <ATen/ATen.h>
 #include <cctorch/regularize.h>
 
-#include "csrc/ops/best_grids.h"
+#include "csrc/ops/row_fits.h"
 #include "csrc/regularize/cpu_rows.h"
 #include "csrc/regularize/matrices.h"
 #include "csrc/regularize/value_sets.h"
 
 namespace cctorch::regularize {
-
-namespace {
-
-constexpr int kIterations = 50;
-
-struct Fit {
-  at::Tensor centers;  // rows x values, ascending
-  at::Tensor gain;     // rows x 1: how far the squared error is below ||w||^2
-};
-
-Fit lloyd(const SortedRows& sorted, at::Tensor centers) {
-  for (int i = 0; i < kIterations; ++i) centers = kmeans_step(sorted, centers);
-  const auto cells = sorted.cells(midpoints(centers));
-  return {centers, (2 * centers * cells.sums - centers.square() * cells.counts).sum(-1, true)};
-}
-
-}  // namespace
 
 at::Tensor on_codebook(const at::Tensor& rows, int64_t count) {
   const SortedRows sorted(rows);
@@ -31,9 +14,15 @@ at::Tensor on_codebook(const at::Tensor& rows, int64_t count) {
   const int64_t columns = rows.size(-1);
   const at::Tensor fraction = (at::arange(count, rows.options()) + 0.5) / count;
   const at::Tensor smallest = values.narrow(-1, 0, 1), largest = values.narrow(-1, columns - 1, 1);
-  const Fit even = lloyd(sorted, smallest + (largest - smallest) * fraction);
-  const Fit quantiles = lloyd(sorted, values.index_select(-1, (fraction * columns).to(at::kLong)));
-  const at::Tensor centers = at::where(quantiles.gain > even.gain, quantiles.centers, even.centers);
+  const at::Tensor even = smallest + (largest - smallest) * fraction;
+  const at::Tensor quantiles = values.index_select(-1, (fraction * columns).to(at::kLong));
+  const auto fitted = lloyd(sorted, at::stack({even, quantiles}, 1)).unbind(1);
+  // How far the squared error is below ||w||^2.
+  const auto gain = [&](const at::Tensor& centers) {
+    const auto cells = sorted.cells(midpoints(centers));
+    return (2 * centers * cells.sums - centers.square() * cells.counts).sum(-1, true);
+  };
+  const at::Tensor centers = at::where(gain(fitted[1]) > gain(fitted[0]), fitted[1], fitted[0]);
   // A row of so few distinct values is its own best codebook.
   const at::Tensor changes = (values.narrow(-1, 1, columns - 1) != values.narrow(-1, 0, columns - 1)).sum(-1, true);
   return at::where(changes < count, rows, nearest(rows, centers));

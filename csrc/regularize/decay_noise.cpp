@@ -33,13 +33,24 @@ void UniformNoise::replace(std::vector<Weight>& weights) {
     if (state_.defined() && state_.numel() == generator_.get_state().numel()) generator_.set_state(state_);
     state_.reset();
   }
+  // Each step for all weights together: on a device most would be too short to be worth a launch.
+  std::vector<at::Tensor> values, noise;
+  std::vector<at::Scalar> roots;
   for (Weight& weight : weights) {
-    const at::Tensor& w = weight.value;
-    const at::Tensor rms =
-        at::linalg_vector_norm(w, 2, std::nullopt, false, at::kDouble) / std::sqrt(static_cast<double>(w.numel()));
-    const at::Tensor noise = at::rand(w.sizes(), generator_, w.options()).mul_(2).sub_(1);
-    weight.value = w + noise.mul_((rms * strength_).to(w.scalar_type()));
-    weight.storage = Storage::dense(w);
+    const at::Tensor& w = values.emplace_back(weight.value);
+    noise.push_back(at::rand(w.sizes(), generator_, w.options()));
+    roots.emplace_back(std::sqrt(static_cast<double>(w.numel())));
+  }
+  at::_foreach_mul_(noise, 2);
+  at::_foreach_sub_(noise, 1);
+  auto rms = at::_foreach_norm(values, 2, at::kDouble);
+  at::_foreach_div_(rms, roots);
+  at::_foreach_mul_(rms, strength_);
+  for (size_t i = 0; i < weights.size(); ++i) noise[i].mul_(rms[i].to(noise[i].scalar_type()));
+  values = at::_foreach_add(values, noise);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    weights[i].value = values[i];
+    weights[i].storage = Storage::dense(values[i]);
   }
 }
 

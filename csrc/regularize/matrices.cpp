@@ -24,31 +24,25 @@ Unfolding as_matrix(MatrixView view) {
           }};
 }
 
-void replace_matrices(std::vector<Weight>& weights, const Unfolding& unfolding,
-                      const std::function<at::Tensor(const at::Tensor& matrices, at::ScalarType type)>& project) {
-  std::map<std::pair<at::ScalarType, std::vector<int64_t>>, std::vector<size_t>> groups;
+void replace_rows(std::vector<Weight>& weights, bool per_channel,
+                  const std::function<at::Tensor(const at::Tensor& rows, at::ScalarType type)>& project) {
+  const Unfolding unfolding = as_rows(per_channel);
+  std::map<std::pair<at::ScalarType, int64_t>, std::vector<size_t>> groups;
   std::vector<at::Tensor> matrices;
   for (size_t i = 0; i < weights.size(); ++i) {
-    matrices.push_back(unfolding.to_matrix(weights[i].value));
-    groups[{matrices[i].scalar_type(), matrices[i].sizes().vec()}].push_back(i);
+    const at::Tensor& rows = matrices.emplace_back(unfolding.to_matrix(weights[i].value));
+    groups[{rows.scalar_type(), rows.size(1)}].push_back(i);
   }
   for (const auto& [kind, members] : groups) {
     std::vector<at::Tensor> parts;
-    for (const size_t i : members) parts.push_back(matrices[i].to(at::kDouble));
-    const at::Tensor projected = project(at::stack(parts), kind.first);
+    std::vector<int64_t> counts;
+    for (const size_t i : members) counts.push_back(parts.emplace_back(matrices[i]).size(0));
+    const auto projected = project(at::cat(parts).to(at::kDouble), kind.first).to(kind.first).split_with_sizes(counts);
     for (size_t j = 0; j < members.size(); ++j) {
       Weight& weight = weights[members[j]];
-      weight.value =
-          unfolding.to_weight(projected[static_cast<int64_t>(j)].to(weight.value.scalar_type()), weight.value.sizes());
+      weight.value = unfolding.to_weight(projected[j], weight.value.sizes());
     }
   }
-}
-
-void replace_rows(std::vector<Weight>& weights, bool per_channel,
-                  const std::function<at::Tensor(const at::Tensor& rows, at::ScalarType type)>& project) {
-  replace_matrices(weights, as_rows(per_channel), [&](const at::Tensor& matrices, at::ScalarType type) {
-    return project(matrices.flatten(0, 1), type).view(matrices.sizes());
-  });
 }
 
 int64_t bits_per_element(const at::Tensor& tensor) { return 8 * tensor.element_size(); }

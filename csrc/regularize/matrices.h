@@ -17,12 +17,8 @@ Unfolding as_rows(bool per_channel);
 
 Unfolding as_matrix(MatrixView view);
 
-// Replaces every weight by what `project` makes of its matrix. Equal shapes go in one call: float64, count x rows x
-// columns, of weights that are of `type`.
-void replace_matrices(std::vector<Weight>& weights, const Unfolding& unfolding,
-                      const std::function<at::Tensor(const at::Tensor& matrices, at::ScalarType type)>& project);
-
-// The same with all rows of all matrices of one width below each other.
+// Replaces every weight by what `project` makes of its rows. Rows of one width and type, below each other, go in one
+// call: float64, of weights that are of `type`.
 void replace_rows(std::vector<Weight>& weights, bool per_channel,
                   const std::function<at::Tensor(const at::Tensor& rows, at::ScalarType type)>& project);
 

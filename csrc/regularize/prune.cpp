@@ -35,10 +35,9 @@ void prune(Weight& weight, const at::Tensor& mask, int64_t kept, int64_t index_b
 std::vector<int64_t> nonzeros(at::TensorList tensors) {
   std::vector<int64_t> counts(tensors.size());
   if (!tensors[0].is_cpu()) {
-    std::vector<at::Tensor> each;
-    for (const at::Tensor& tensor : tensors) each.push_back(at::count_nonzero(tensor));
-    const at::Tensor all = at::stack(each).cpu();
-    std::copy_n(all.const_data_ptr<int64_t>(), counts.size(), counts.begin());
+    // A few launches for all of them; float64 counts exactly.
+    const at::Tensor all = at::stack(at::_foreach_norm(at::_foreach_sign(tensors), 1, at::kDouble)).cpu();
+    std::copy_n(all.const_data_ptr<double>(), counts.size(), counts.begin());
     return counts;
   }
   with_bits(tensors[0].scalar_type(), [&](auto bits) {

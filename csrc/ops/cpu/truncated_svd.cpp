@@ -11,8 +11,8 @@
 namespace cctorch {
 
 bool starts_from_bases(const at::Tensor& matrix) {
-  return matrix.is_cpu() && matrix.scalar_type() != at::kDouble &&
-         std::min(matrix.size(-2), matrix.size(-1)) > cpu::subspace::direct_rows;
+  return matrix.scalar_type() != at::kDouble &&
+         (!matrix.is_cpu() || std::min(matrix.size(-2), matrix.size(-1)) > cpu::subspace::direct_rows);
 }
 
 }  // namespace cctorch

@@ -12,8 +12,8 @@
 namespace cctorch {
 
 bool tucker2_starts_from_bases(const at::Tensor& weight) {
-  return weight.is_cpu() && weight.scalar_type() != at::kDouble &&
-         std::max(weight.size(0), weight.size(1)) > cpu::subspace::direct_rows;
+  return weight.scalar_type() != at::kDouble &&
+         (!weight.is_cpu() || std::max(weight.size(0), weight.size(1)) > cpu::subspace::direct_rows);
 }
 
 }  // namespace cctorch

@@ -139,8 +139,9 @@ def truncated_svd(
 
     With ``bases``, one half-step of subspace iteration replaces all that, if by an estimate (the angles by which
     the basis turned) the result is within the same 0.1 %; after a second half-step without success the bases are
-    ignored. They make no difference for m <= 24, for float64 input, and outside the CPU, where every matrix goes
-    through its float64 Gram matrix.
+    ignored. They make no difference for float64 input, and on a CPU for m <= 24. Outside the CPU all is in float64:
+    the eigenvectors of the Gram matrix, or two whole steps from ``bases``, by the same estimate. All matrices of one
+    shape are decomposed together there, and the host waits once to read all estimates.
 
     Several matrices are decomposed in parallel, one on each thread; a single one has all threads. No gradient.
 

@@ -220,21 +220,77 @@ def test_any_values(data: Any, rows: int, columns: int, scale: float) -> None:
     assert error(matrix, *one(matrix, rank)) <= 1.001 * least(matrix, rank) + resolved(matrix)
 
 
+def elsewhere(
+    matrices: list[Tensor], rank: int, bases: list[Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What CUDA runs, run here: the kernel that every device but the CPU has."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    op = torch.ops.cctorch.truncated_svd.default
+    factors: tuple[list[Tensor], list[Tensor]] = op.redispatch(keys, matrices, [rank] * len(matrices), bases or [])
+    return factors
+
+
 @pytest.mark.parametrize("rows", [20, 80])
 def test_other_devices_take_the_exact_route(rows: int) -> None:
-    """What CUDA runs, run here: the kernel that every device but the CPU has."""
     matrices = [
         random(rows, 100),
         random(rows, 100, seed=1),
         random(100, rows),
         random(100, rows, dtype=torch.bfloat16),
     ]
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    left, right = torch.ops.cctorch.truncated_svd.default.redispatch(keys, matrices, [5] * 4, [])
+    left, right = elsewhere(matrices, 5)
     for m, a, b in zip(matrices, left, right, strict=True):
         rounding = 2 * torch.finfo(m.dtype).eps * float(m.double().norm())
         assert error(m, a, b) <= (1 + 1e-6) * least(m, 5) + rounding
         assert a.dtype == b.dtype == m.dtype
+        assert a.is_contiguous()
+        assert b.is_contiguous()
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-3, 0.1, 0.3, 1.0, 100.0])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("rows", "rank"), [(160, 40), (48, 12), (25, 24), (32, 1), (30, 30)])
+def test_other_devices_started_from_the_bases_of_an_event(
+    change: float, transpose: bool, rows: int, rank: int
+) -> None:
+    """Two of one shape moved as far, one between them much farther."""
+    moved, starts = [], []
+    for seed in range(3):
+        matrix = random(400, rows, seed=seed) if transpose else random(rows, 400, seed=seed)
+        (left,), (right,) = elsewhere([matrix], rank)
+        starts.append(basis_of(matrix, left, right))
+        noise = random(*matrix.shape, seed=5 + seed)
+        projected = left @ right
+        moved.append(projected + (1000 if seed == 1 else change) * projected.norm() / noise.norm() * noise)
+    for m, a, b in zip(moved, *elsewhere(moved, rank, starts), strict=True):
+        assert error(m, a, b) <= 1.001 * least(m, rank) + resolved(m)
+
+
+@pytest.mark.parametrize("basis", ["zero", "dependent", "random", "huge", "nan", "empty"])
+def test_any_basis_will_do_elsewhere(basis: str) -> None:
+    matrix = random(100, 150)
+    start = {
+        "zero": torch.zeros(100, 20),
+        "dependent": random(100, 1).expand(100, 20),
+        "random": random(100, 20, seed=3),
+        "huge": 1e15 * random(100, 20, seed=3),
+        "nan": torch.full((100, 20), math.nan),
+        "empty": torch.empty(0),
+    }[basis]
+    (left,), (right,) = elsewhere([matrix], 20, [start])
+    assert error(matrix, left, right) <= 1.001 * least(matrix, 20)
+
+
+@pytest.mark.parametrize("shape", [(5, 30, 40), (2, 3, 60, 30), (4, 16, 20), (0, 30, 40)])
+def test_a_batch_elsewhere_started_from_its_bases(shape: tuple[int, ...]) -> None:
+    matrices = random(*shape)
+    (left,), (right,) = elsewhere([matrices], 8)
+    moved = left @ right + 0.02 * random(*shape, seed=5)
+    (lefts,), (rights,) = elsewhere([moved], 8, [basis_of(matrices, left, right)])
+    assert lefts.shape == left.shape
+    assert rights.shape == right.shape
+    for m, a, b in zip(*(t.flatten(0, -3) for t in (moved, lefts, rights)), strict=True):
+        assert error(m, a, b) <= 1.001 * least(m, 8) + resolved(m)
 
 
 def test_opcheck() -> None:

@@ -112,13 +112,74 @@ def test_channels_last() -> None:
     torch.testing.assert_close(merged(*(t[0] for t in strided)), merged(*(t[0] for t in plain)))
 
 
-def test_other_devices() -> None:
+def elsewhere(
+    weights: list[Tensor], ranks: list[tuple[int, int]], bases: list[tuple[Tensor, Tensor]] | None = None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """What CUDA runs, run here: the kernel that every device but the CPU has."""
-    weight = random(80, 12, 3, 3)
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     op = torch.ops.cctorch.tucker2.default
-    (core,), (out,), (inner,) = op.redispatch(keys, [weight], [20], [6], 2, [], [])
-    assert error(weight, core, out, inner) == pytest.approx(hooi(weight, (20, 6), 2), rel=1e-6)
+    out, inner = ([b[side] for b in bases or []] for side in (0, 1))
+    factors: tuple[list[Tensor], list[Tensor], list[Tensor]] = op.redispatch(
+        keys, weights, [r[0] for r in ranks], [r[1] for r in ranks], 2, out, inner
+    )
+    return factors
+
+
+def test_other_devices() -> None:
+    """In groups of one shape, ranks and type."""
+    weights = [random(80, 12, 3, 3, seed=seed) for seed in range(3)]
+    weights += [random(12, 80, 1), random(80, 12, 3, 3, dtype=torch.float64), random(6, 9), random(4, 4, 0)]
+    ranks = [(20, 6), (20, 6), (19, 6), (5, 20), (20, 6), (3, 3), (2, 2)]
+    for weight, rank, *factors in zip(weights[:-1], ranks, *elsewhere(weights, ranks), strict=False):
+        assert [f.dtype for f in factors] == [weight.dtype] * 3
+        assert all(f.is_contiguous() for f in factors)
+        assert error(weight, *factors) == pytest.approx(hooi(weight, rank, 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("change", [0.0, 0.05, 1.0, 100.0])
+@pytest.mark.parametrize("size", [(96, 80), (64, 32), (30, 6), (200, 4)])
+def test_other_devices_started_from_the_bases_of_an_event(change: float, size: tuple[int, int]) -> None:
+    """Of weights that moved little and one that moved far, which only the exact way helps."""
+    ranks = [(size[0] // 3, size[1] // 2)] * 3
+    starts, moved = [], []
+    for seed in range(3):
+        weight = random(*size, 3, 3, seed=seed)
+        (core,), (out,), (inner,) = elsewhere([weight], ranks[:1])
+        starts.append((out, inner))
+        noise = random(*weight.shape, seed=5 + seed)
+        merged_ = merged(core, out, inner).float()
+        moved.append(merged_ + (1000 if seed == 1 else change) * merged_.norm() / noise.norm() * noise)
+    for weight, *factors in zip(moved, *elsewhere(moved, ranks, starts), strict=True):
+        assert error(weight, *factors) <= 1.001 * hooi(weight, ranks[0], 2) + 1e-6 * float(weight.norm())
+        for basis in factors[1:]:
+            torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), rtol=0, atol=1e-5)
+
+
+def test_other_devices_see_that_weights_are_near() -> None:
+    """Nearly of these ranks, the iteration has not ended where it begins: its error shows that it began there."""
+    weight = merged(random(6, 5, 3, 3), random(40, 6, seed=1), random(30, 5, seed=2)).float()
+    weight += 0.02 * random(*weight.shape, seed=3)
+    ranks = [(6, 5)]
+    (_,), (out,), (inner,) = elsewhere([weight], ranks)
+    moved = weight + 0.02 * random(*weight.shape, seed=4)
+    started, cold = elsewhere([moved], ranks, [(out, inner)]), elsewhere([moved], ranks)
+    errors = [error(moved, *(part[0] for part in factors)) for factors in (started, cold)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+    assert not torch.equal(started[1][0].abs(), cold[1][0].abs())
+
+
+@pytest.mark.parametrize("basis", ["zero", "dependent", "nan", "empty"])
+def test_any_basis_will_do_elsewhere(basis: str) -> None:
+    weight = random(40, 30, 3, 3)
+    start = {
+        "zero": (torch.zeros(40, 6), torch.zeros(30, 5)),
+        "dependent": (random(40, 1).expand(40, 6), random(30, 1).expand(30, 5)),
+        "nan": (torch.full((40, 6), torch.nan), random(30, 5)),
+        "empty": (torch.empty(0), torch.empty(0)),
+    }[basis]
+    factors = elsewhere([weight, weight], [(6, 5)] * 2, [start, start])
+    for core, out, inner in zip(*factors, strict=True):
+        assert error(weight, core, out, inner) <= 1.001 * hooi(weight, (6, 5), 2)
 
 
 def test_opcheck_and_compile() -> None:

@@ -1,0 +1,53 @@
+#pragma once
+
+#include <cmath>
+
+#include "csrc/ops/formula/host_device.h"
+
+namespace cctorch::formula {
+
+// The shortest x of those with the least |gram x - moment|; eigenvalues of up to 1e-12 of the largest count as 0. By
+// Jacobi's method; `gram`, symmetric, becomes diagonal. Of a fixed size: all in registers on a device.
+template <int N>
+CCTORCH_HOST_DEVICE void least_squares(double (&gram)[N][N], const double (&moment)[N], double (&x)[N]) {
+  constexpr int sweeps = 12;  // convergence is quadratic: 6 to 8 are enough for this size
+  constexpr double negligible = 1e-17, singular = 1e-12;
+  double vectors[N][N];
+  for (int i = 0; i < N; ++i) {
+    for (int j = 0; j < N; ++j) vectors[i][j] = i == j ? 1 : 0;
+  }
+  for (int sweep = 0; sweep < sweeps; ++sweep) {
+    for (int p = 0; p < N; ++p) {
+      for (int q = p + 1; q < N; ++q) {
+        if (std::abs(gram[p][q]) <= negligible * (std::abs(gram[p][p]) + std::abs(gram[q][q]))) continue;
+        const double theta = (gram[q][q] - gram[p][p]) / (2 * gram[p][q]);
+        const double t = std::copysign(1 / (std::abs(theta) + std::sqrt(theta * theta + 1)), theta);
+        const double c = 1 / std::sqrt(t * t + 1), s = t * c;
+        for (int k = 0; k < N; ++k) {
+          const double left = gram[k][p], right = gram[k][q];
+          gram[k][p] = c * left - s * right;
+          gram[k][q] = s * left + c * right;
+        }
+        for (int k = 0; k < N; ++k) {
+          const double upper = gram[p][k], lower = gram[q][k];
+          gram[p][k] = c * upper - s * lower;
+          gram[q][k] = s * upper + c * lower;
+          const double left = vectors[k][p], right = vectors[k][q];
+          vectors[k][p] = c * left - s * right;
+          vectors[k][q] = s * left + c * right;
+        }
+      }
+    }
+  }
+  double largest = 0;
+  for (int i = 0; i < N; ++i) largest = std::abs(gram[i][i]) > largest ? std::abs(gram[i][i]) : largest;
+  for (int k = 0; k < N; ++k) x[k] = 0;
+  for (int i = 0; i < N; ++i) {
+    if (!(std::abs(gram[i][i]) > singular * largest)) continue;
+    double product = 0;
+    for (int k = 0; k < N; ++k) product += vectors[k][i] * moment[k];
+    for (int k = 0; k < N; ++k) x[k] += vectors[k][i] * product / gram[i][i];
+  }
+}
+
+}  // namespace cctorch::formula
