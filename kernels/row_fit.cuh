@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -34,34 +33,32 @@ struct SearchReach {
     const double* row = rows + blockIdx.x * size;
     double own_largest = 0, own_energy = 0;
     for (int64_t i = threadIdx.x; i < size; i += kThreads) {
-      own_largest = std::max(own_largest, std::abs(row[i]));
+      own_largest = std::fmax(own_largest, std::abs(row[i]));
       own_energy += row[i] * row[i];
     }
     const double largest = block_max(own_largest, shared.warp_values);
     const double energy = block_sum(own_energy, shared.warp_values);
-    const auto refit = [&](double from) {
+    // The best reach, up to the largest magnitude, for the codes that `from` gives.
+    Fit best{largest, energy};
+    for (int i = 0; i <= clips + refinements; ++i) {
+      const double from = i == 0 ? largest : (i <= clips ? largest * clip[i - 1] : best.reach);
       const double divisor = from > 0 ? from : 1.0;
       double own_dot = 0, own_square = 0;
-      for (int64_t i = threadIdx.x; i < size; i += kThreads) {
-        const double code = std::min(std::max(std::rint(row[i] / divisor * q), -q), q);
-        own_dot += row[i] * code;
+      for (int64_t k = threadIdx.x; k < size; k += kThreads) {
+        const double code = std::fmin(std::fmax(std::rint(row[k] / divisor * q), -q), q);
+        own_dot += row[k] * code;
         own_square += code * code;
       }
       const double dot = block_sum(own_dot, shared.warp_values);
       const double square = block_sum(own_square, shared.warp_values);
-      const double fitted = std::min(dot / std::max(square, 1.0) * q, largest);
+      const double fitted = std::fmin(dot / std::fmax(square, 1.0) * q, largest);
       const double step = fitted / q;
-      return Fit{fitted, energy - 2 * step * dot + step * step * square};
-    };
-    Fit best = refit(largest);
-    for (int k = 0; k < clips; ++k) {
-      const Fit other = refit(largest * clip[k]);
-      if (other.error < best.error) best = other;
-    }
-    for (int i = 0; i < refinements; ++i) {
-      const Fit other = refit(best.reach);
-      if (!(other.error < best.error)) break;
-      best = other;
+      const double error = energy - 2 * step * dot + step * step * square;
+      if (i == 0 || error < best.error) {
+        best = {fitted, error};
+      } else if (i > clips) {
+        break;
+      }
     }
     if (threadIdx.x == 0) reach[blockIdx.x] = best.reach;
   }
@@ -161,10 +158,10 @@ struct Alternate {
     for (unsigned other = 0; other < kLevels; ++other) {
       const double its = level(other, scale);
       if (its < own || (its == own && other < code)) {
-        below = is_first ? its : std::max(below, its);
+        below = is_first ? its : std::fmax(below, its);
         is_first = false;
       } else if (other != code) {
-        above = is_last ? its : std::min(above, its);
+        above = is_last ? its : std::fmin(above, its);
         is_last = false;
       }
     }

@@ -108,9 +108,9 @@ struct Group {
 };
 
 Tucker2Bases exact(const at::Tensor& all, int64_t rank_out, int64_t rank_in, int64_t iterations) {
-  const Tucker2Steps steps{
-      &composed::leading,
-      [](const at::Tensor& a, const at::Tensor& basis) { return composed::leading(a, basis.size(-2)); }};
+  const Tucker2Steps steps{&composed::leading, [](const at::Tensor& a, const at::Tensor& basis) {
+                             return composed::leading(a, basis.size(-2));
+                           }};
   return improved(all, hosvd(all, rank_out, rank_in, steps), iterations, steps);
 }
 
@@ -137,8 +137,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
       factors[i] = empty_tucker2(w, ranks_out[i], ranks_in[i]);
       continue;
     }
-    const bool started = !bases_out.empty() && bases_out[i].numel() > 0 && bases_in[i].numel() > 0 &&
-                         tucker2_starts_from_bases(w);
+    const bool started =
+        !bases_out.empty() && bases_out[i].numel() > 0 && bases_in[i].numel() > 0 && tucker2_starts_from_bases(w);
     groups[{w.sizes().vec(), ranks_out[i], ranks_in[i], w.scalar_type(), started}].members.push_back(i);
   }
   const auto stacked = [](at::TensorList list, const std::vector<size_t>& members) {

@@ -6,9 +6,11 @@
 #include <bit>
 #include <map>
 #include <span>
+#include <utility>
 
 #include "csrc/ops/cpu/select.h"
 #include "csrc/ops/mask.h"
+#include "csrc/regularize/prune.h"
 
 namespace cctorch::regularize {
 
@@ -126,11 +128,37 @@ void ChannelPruning::check_shapes(const NamedParameters& selected) const {
   }
 }
 
+at::Tensor keep_best_slices(const at::Tensor& weights, int64_t axis, int64_t kept) {
+  const at::Tensor norms =
+      at::linalg_vector_norm(weights.movedim(axis + 1, 1).flatten(2), 2, {-1}, /*keepdim=*/false, at::kDouble);
+  const at::Tensor order = std::get<1>(at::sort(norms, /*stable=*/true, /*dim=*/-1, /*descending=*/true));
+  std::vector<int64_t> shape(weights.dim(), 1);
+  shape[0] = weights.size(0);
+  shape[axis + 1] = weights.size(axis + 1);
+  const at::Tensor keep =
+      at::zeros(norms.sizes(), norms.options().dtype(at::kBool)).scatter_(-1, order.narrow(-1, 0, kept), true);
+  return at::where(keep.view(shape), weights, at::zeros({}, weights.options()));
+}
+
 void ChannelPruning::replace(std::vector<Weight>& weights) {
+  const auto kept_of = [&](int64_t channels) { return std::max<int64_t>(1, kept_count(sparsity_, channels)); };
+  // On a device a launch for each weight takes longer than its work.
+  std::map<std::pair<at::ScalarType, std::vector<int64_t>>, std::vector<Weight*>> groups;
   for (Weight& weight : weights) {
-    const int64_t channels = weight.value.size(axis_);
-    const int64_t kept = std::max<int64_t>(1, kept_count(sparsity_, channels));
-    prune(weight, channel_masks({weight.value}, sparsity_, axis_)[0], weight.value.numel() / channels * kept, channels);
+    const int64_t channels = weight.value.size(axis_), kept = weight.value.numel() / channels * kept_of(channels);
+    if (weight.value.is_cpu()) {
+      prune(weight, channel_masks({weight.value}, sparsity_, axis_)[0], kept, channels);
+    } else {
+      groups[{weight.value.scalar_type(), weight.value.sizes().vec()}].push_back(&weight);
+      pruned(weight, kept, channels);
+    }
+  }
+  for (const auto& [kind, members] : groups) {
+    std::vector<at::Tensor> parts;
+    for (const Weight* weight : members) parts.push_back(weight->value);
+    const int64_t axis = axis_ < 0 ? axis_ + parts[0].dim() : axis_;
+    const auto values = keep_best_slices(at::stack(parts), axis, kept_of(parts[0].size(axis))).unbind();
+    for (size_t i = 0; i < members.size(); ++i) members[i]->value = values[i];
   }
 }
 

@@ -250,9 +250,7 @@ def test_other_devices_take_the_exact_route(rows: int) -> None:
 @pytest.mark.parametrize("change", [0.0, 1e-3, 0.1, 0.3, 1.0, 100.0])
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(("rows", "rank"), [(160, 40), (48, 12), (25, 24), (32, 1), (30, 30)])
-def test_other_devices_started_from_the_bases_of_an_event(
-    change: float, transpose: bool, rows: int, rank: int
-) -> None:
+def test_other_devices_started_from_the_bases_of_an_event(change: float, transpose: bool, rows: int, rank: int) -> None:
     """Two of one shape moved as far, one between them much farther."""
     moved, starts = [], []
     for seed in range(3):
