@@ -58,7 +58,11 @@ class Work:
         copies = [torch.empty_like(t) for t in self.tensors]
         functions = dict(self.contenders)
         if self.passes:
-            functions["limit"] = lambda: torch._foreach_copy_(copies, list(self.tensors))
+            functions["limit"] = (
+                (lambda: copies[0].copy_(self.tensors[0]))
+                if len(copies) == 1
+                else lambda: torch._foreach_copy_(copies, list(self.tensors))
+            )
         self.milliseconds = in_turns(functions, seconds, device)
         if device == "cuda":
             for name, function in functions.items():

@@ -119,8 +119,10 @@ def test_mean_gradients(name: str) -> None:
     model = built(name)
     layers = [s.name for s in trace(model, images(2)).specs if s.kind in ("conv2d", "linear")]
     ours = mean_gradients(placed(model), batches(DEVICE), layers)
+    # On CUDA torch's hardswish divides by 6 with the 1 / 6 of float32, in float64 too.
+    bound = 1e-7 if name == "squeeze and excite" else 1e-10
     for layer, gradient in mean_gradients(model, batches(CPU), layers).items():
-        assert_same(ours[layer], gradient, rtol=1e-8, atol=1e-10 * float(gradient.abs().max()))
+        assert_same(ours[layer], gradient, rtol=1e-8, atol=bound * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("units", ["both", "channels", "singular_values"])
