@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--gradients", type=Path, help="read them from this file, or write them to it")
     parser.add_argument("--json", type=Path)
-    parser.set_defaults(images=1000)
+    parser.set_defaults(images=1000, count="final")
     arguments = parser.parse_args()
     _C.keep_freed_memory()
     prepared = Ablation(arguments)
