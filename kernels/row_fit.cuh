@@ -188,7 +188,7 @@ struct Alternate {
         gram[p][p] = static_cast<double>(row.size);
         for (int q = 0; q < p; ++q) gram[p][q] = gram[q][p] = warp_sum(sign_in(code, p) * sign_in(code, q) * members);
       }
-      formula::least_squares(gram, moment, scale);
+      formula::least_squares(gram, moment, scale, kBits);
     }
     if (code < kBits) {
       scales[number * kBits + code] = code == 0 ? scale[0] : (code == 1 ? scale[1] : scale[2]);

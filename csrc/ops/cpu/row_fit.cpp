@@ -4,6 +4,8 @@
 #include <array>
 #include <cmath>
 
+#include "csrc/ops/formula/least_squares.h"
+
 namespace cctorch::cpu {
 
 namespace {
@@ -11,62 +13,9 @@ namespace {
 constexpr int kTurns = 20;
 constexpr int kIterations = 50;
 constexpr int64_t kMostBits = 8;
-constexpr double kSingular = 1e-12;  // of the largest eigenvalue
 
 using Vector = std::array<double, kMostBits>;
 using Matrix = std::array<Vector, kMostBits>;
-
-Matrix identity() {
-  Matrix one{};
-  for (size_t i = 0; i < one.size(); ++i) one[i][i] = 1;
-  return one;
-}
-
-// Jacobi's method: `a`, symmetric, becomes diagonal. Returns its eigenvectors as columns.
-Matrix diagonalize(Matrix& a, int64_t size) {
-  constexpr int sweeps = 12;  // convergence is quadratic: 6 to 8 are enough for this size
-  constexpr double negligible = 1e-17;
-  Matrix vectors = identity();
-  for (int sweep = 0; sweep < sweeps; ++sweep) {
-    for (int64_t p = 0; p < size; ++p) {
-      for (int64_t q = p + 1; q < size; ++q) {
-        if (std::abs(a[p][q]) <= negligible * (std::abs(a[p][p]) + std::abs(a[q][q]))) continue;
-        const double theta = (a[q][q] - a[p][p]) / (2 * a[p][q]);
-        const double t = std::copysign(1 / (std::abs(theta) + std::hypot(theta, 1.0)), theta);
-        const double c = 1 / std::hypot(t, 1.0), s = t * c;
-        for (int64_t k = 0; k < size; ++k) {
-          const double left = a[k][p], right = a[k][q];
-          a[k][p] = c * left - s * right;
-          a[k][q] = s * left + c * right;
-        }
-        for (int64_t k = 0; k < size; ++k) {
-          const double upper = a[p][k], lower = a[q][k];
-          a[p][k] = c * upper - s * lower;
-          a[q][k] = s * upper + c * lower;
-          const double left = vectors[k][p], right = vectors[k][q];
-          vectors[k][p] = c * left - s * right;
-          vectors[k][q] = s * left + c * right;
-        }
-      }
-    }
-  }
-  return vectors;
-}
-
-// The shortest x of those with the least |gram x - moment|.
-Vector least_squares(Matrix gram, const Vector& moment, int64_t size) {
-  const Matrix vectors = diagonalize(gram, size);
-  double largest = 0;
-  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::abs(gram[i][i]));
-  Vector x{};
-  for (int64_t i = 0; i < size; ++i) {
-    if (!(std::abs(gram[i][i]) > kSingular * largest)) continue;
-    double product = 0;
-    for (int64_t k = 0; k < size; ++k) product += vectors[k][i] * moment[k];
-    for (int64_t k = 0; k < size; ++k) x[k] += vectors[k][i] * product / gram[i][i];
-  }
-  return x;
-}
 
 double sign_in(size_t code, int64_t bit) { return (code >> bit & 1) != 0 ? 1.0 : -1.0; }
 
@@ -218,7 +167,8 @@ void RowFit::alternate() {
       }
       begin = cell.end;
     }
-    const Vector fitted = least_squares(gram, moment, bits);
+    Vector fitted;
+    formula::least_squares(gram, moment, fitted, static_cast<int>(bits));
     std::copy_n(fitted.begin(), bits, scales_.begin());
   }
 }

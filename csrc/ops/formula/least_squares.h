@@ -7,28 +7,29 @@
 namespace cctorch::formula {
 
 // The shortest x of those with the least |gram x - moment|; eigenvalues of up to 1e-12 of the largest count as 0. By
-// Jacobi's method; `gram`, symmetric, becomes diagonal. Of a fixed size: all in registers on a device.
-template <int N>
-CCTORCH_HOST_DEVICE void least_squares(double (&gram)[N][N], const double (&moment)[N], double (&x)[N]) {
+// Jacobi's method; `gram`, symmetric, becomes diagonal. Of the arrays' first `size` rows and columns; where that is a
+// constant, all of them are in registers on a device.
+template <typename Matrix, typename Vector>
+CCTORCH_HOST_DEVICE void least_squares(Matrix& gram, const Vector& moment, Vector& x, int size) {
   constexpr int sweeps = 12;  // convergence is quadratic: 6 to 8 are enough for this size
   constexpr double negligible = 1e-17, singular = 1e-12;
-  double vectors[N][N];
-  for (int i = 0; i < N; ++i) {
-    for (int j = 0; j < N; ++j) vectors[i][j] = i == j ? 1 : 0;
+  Matrix vectors;
+  for (int i = 0; i < size; ++i) {
+    for (int j = 0; j < size; ++j) vectors[i][j] = i == j ? 1 : 0;
   }
   for (int sweep = 0; sweep < sweeps; ++sweep) {
-    for (int p = 0; p < N; ++p) {
-      for (int q = p + 1; q < N; ++q) {
+    for (int p = 0; p < size; ++p) {
+      for (int q = p + 1; q < size; ++q) {
         if (std::abs(gram[p][q]) <= negligible * (std::abs(gram[p][p]) + std::abs(gram[q][q]))) continue;
         const double theta = (gram[q][q] - gram[p][p]) / (2 * gram[p][q]);
         const double t = std::copysign(1 / (std::abs(theta) + std::sqrt(theta * theta + 1)), theta);
         const double c = 1 / std::sqrt(t * t + 1), s = t * c;
-        for (int k = 0; k < N; ++k) {
+        for (int k = 0; k < size; ++k) {
           const double left = gram[k][p], right = gram[k][q];
           gram[k][p] = c * left - s * right;
           gram[k][q] = s * left + c * right;
         }
-        for (int k = 0; k < N; ++k) {
+        for (int k = 0; k < size; ++k) {
           const double upper = gram[p][k], lower = gram[q][k];
           gram[p][k] = c * upper - s * lower;
           gram[q][k] = s * upper + c * lower;
@@ -40,13 +41,13 @@ CCTORCH_HOST_DEVICE void least_squares(double (&gram)[N][N], const double (&mome
     }
   }
   double largest = 0;
-  for (int i = 0; i < N; ++i) largest = std::abs(gram[i][i]) > largest ? std::abs(gram[i][i]) : largest;
-  for (int k = 0; k < N; ++k) x[k] = 0;
-  for (int i = 0; i < N; ++i) {
+  for (int i = 0; i < size; ++i) largest = std::abs(gram[i][i]) > largest ? std::abs(gram[i][i]) : largest;
+  for (int k = 0; k < size; ++k) x[k] = 0;
+  for (int i = 0; i < size; ++i) {
     if (!(std::abs(gram[i][i]) > singular * largest)) continue;
     double product = 0;
-    for (int k = 0; k < N; ++k) product += vectors[k][i] * moment[k];
-    for (int k = 0; k < N; ++k) x[k] += vectors[k][i] * product / gram[i][i];
+    for (int k = 0; k < size; ++k) product += vectors[k][i] * moment[k];
+    for (int k = 0; k < size; ++k) x[k] += vectors[k][i] * product / gram[i][i];
   }
 }
 

@@ -117,7 +117,9 @@ def _with_dim(name: str) -> Callable[..., Any]:
 
     def rule(info: Any, dims: _Dims, x: Tensor, index: Tensor, dim: int = 1, *rest: Any) -> tuple[Tensor, int]:
         if dims[1] is not None:
-            raise NotImplementedError(f"{name}: torch.vmap over index, expected one index for all samples")
+            raise ValueError(
+                f"{name}: torch.vmap over index, expected in_dims of None for it: one index for all samples"
+            )
         x = _batched(x, dims[0], info.batch_size)
         return getattr(torch.ops.cctorch, name)(x, index, dim % (x.dim() - 1) + 1, *rest), 0
 

@@ -132,7 +132,7 @@ TEST(LeastSquares, IsThatOfThePseudoinverse) {
       m[i] = moment[i].item<double>();
       for (int j = 0; j < 3; ++j) g[i][j] = gram[i][j].item<double>();
     }
-    formula::least_squares(g, m, x);
+    formula::least_squares(g, m, x, 3);
     EXPECT_TRUE(at::tensor({x[0], x[1], x[2]}, at::kDouble).allclose(expected, 1e-9, 1e-12)) << rank << expected;
   }
 }

@@ -129,6 +129,11 @@ def test_vmap() -> None:
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])
 
 
+def test_vmap_takes_one_index_for_all_samples() -> None:
+    with pytest.raises(ValueError, match="in_dims of None"):
+        torch.vmap(gather_channels)(torch.randn(3, 2, 4), torch.zeros(3, 2, dtype=torch.int64))
+
+
 def test_bad_arguments() -> None:
     x = torch.randn(2, 3, 4)
     with pytest.raises(IndexError, match=r"index\[1\] = 3, expected 0 to 2"):
