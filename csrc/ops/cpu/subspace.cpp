@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 namespace cctorch::cpu::subspace {
 
@@ -13,6 +14,10 @@ namespace {
 // Some kept eigenvalues of A A^T: their sum, the largest and the smallest.
 struct Kept {
   double sum, largest, smallest;
+
+  Kept shifted(double by, int64_t rank) const {
+    return {sum + by * static_cast<double>(rank), largest + by, smallest + by};
+  }
 };
 
 double epsilon(at::ScalarType type) {
@@ -47,20 +52,73 @@ Kept kept_of(const at::Tensor& values, int64_t rank) {
 // Whether squares as small as matter beside their sum, and products of it, are numbers in float32.
 bool fits_float32(double sum_of_squares) { return 1e-20 < sum_of_squares && sum_of_squares < 1e30; }
 
-// rows x columns of +1 and -1, the same ones every time (xorshift64).
-at::Tensor signs(int64_t rows, int64_t columns) {
-  at::Tensor result = at::empty({rows, columns}, at::kFloat);
-  auto* values = result.mutable_data_ptr<float>();
-  uint64_t state = 0x9e3779b97f4a7c15;
-  for (int64_t i = 0; i < rows * columns; ++i) {
-    if (i % 32 == 0) {
-      state ^= state << 13;
-      state ^= state >> 7;
-      state ^= state << 17;
+// xorshift64, the same numbers every time.
+class Random {
+ public:
+  uint64_t below(uint64_t bound) { return (next() >> 32) % bound; }
+  float sign() { return (next() >> 40 & 1) != 0 ? 1.0F : -1.0F; }
+
+ private:
+  uint64_t next() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    return state_ ^= state_ << 17;
+  }
+
+  uint64_t state_ = 0x9e3779b97f4a7c15;
+};
+
+// `count` random sums and differences of the rows of G, each row in about four of them. As good a start as a product
+// with random signs, at the cost of a few passes over G.
+at::Tensor mixed_rows(const at::Tensor& g, int64_t count) {
+  const int64_t n = g.size(0), each = std::min(n, (4 * n + count - 1) / count);
+  at::Tensor result = at::zeros({count, n}, g.options());
+  const auto* rows = g.const_data_ptr<float>();
+  auto* sums = result.mutable_data_ptr<float>();
+  std::vector<int64_t> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  Random random;
+  int64_t taken = n;
+  for (int64_t i = 0; i < count * each; ++i) {
+    if (taken == n) {  // every row once, then all again in another order
+      for (int64_t k = n - 1; k > 0; --k) std::swap(order[k], order[random.below(k + 1)]);
+      taken = 0;
     }
-    values[i] = (state >> (i % 32 + 16) & 1) != 0 ? 1.0F : -1.0F;
+    const float* row = rows + order[taken++] * n;
+    float* sum = sums + i / each * n;
+    const float sign = random.sign();
+    for (int64_t k = 0; k < n; ++k) sum[k] += sign * row[k];
   }
   return result;
+}
+
+// Three quarters of the smallest eigenvalue that some Lanczos steps see: subtracted from G, it spreads a flat spectrum.
+// No larger part of the eigenvalues than that one's weight can lie below it (Chebyshev, Markov and Stieltjes); where
+// this is much, 0: they would grow with the largest.
+double floor_of(const at::Tensor& g) {
+  constexpr int64_t steps = 6;
+  at::Tensor tridiagonal = at::zeros({steps, steps}, at::kDouble);
+  auto entry = tridiagonal.accessor<double, 2>();
+  at::Tensor before = at::zeros({g.size(0)}, g.options()), now = at::empty({g.size(0)}, g.options());
+  Random random;
+  for (int64_t i = 0; i < g.size(0); ++i) {
+    now.mutable_data_ptr<float>()[i] = random.sign() / std::sqrt(static_cast<float>(g.size(0)));
+  }
+  double beside = 0;
+  for (int64_t i = 0; i < steps; ++i) {
+    at::Tensor next = at::addmv(before, g, now, -beside, 1);
+    entry[i][i] = at::dot(next, now).item<double>();
+    if (i + 1 == steps) break;
+    next.sub_(now, entry[i][i]);
+    beside = at::linalg_vector_norm(next).item<double>();
+    if (!(beside > 0)) return 0;
+    entry[i + 1][i] = beside;
+    before = now;
+    now = next.div_(beside);
+  }
+  const auto [values, vectors] = at::linalg_eigh(tridiagonal);
+  const double weight = std::pow(vectors[0][0].item<double>(), 2);
+  return weight < 0.3 ? std::max(0.0, 0.75 * values[0].item<double>()) : 0;
 }
 
 // The Chebyshev polynomial of degree `degree` on [0, bound] of G, times `rows`: at most 1 on that interval, and growing
@@ -84,14 +142,13 @@ int64_t safe_degree(double top, double bound, int64_t wanted) {
 }
 
 // Subspace iteration with Chebyshev polynomials and one Rayleigh-Ritz step at the end: products of matrices almost
-// only. Needs fewer multiplications than an eigendecomposition for ranks
-// below a third of G's size.
+// only. Needs fewer multiplications than an eigendecomposition for ranks below a third of G's size.
 std::optional<std::pair<at::Tensor, Kept>> iterate(const at::Tensor& g, int64_t rank) {
-  // A tenth more rows than wanted, and this degree of all polynomials together, reach 0.1 % for a spectrum without any
-  // gap; those of trained weights fall faster.
-  constexpr int64_t total_degree = 8;
-  const int64_t width = rank + std::max<int64_t>(8, rank / 10);
-  auto block = orthonormal(at::mm(signs(width, g.size(0)), g), 1);
+  // A quarter more rows than wanted, and this degree of all polynomials together, reach 0.1 % for a spectrum without
+  // any gap; those of trained weights fall faster.
+  constexpr int64_t total_degree = 5;
+  const int64_t width = rank + rank / 4 + 16;
+  auto block = orthonormal(mixed_rows(g, width), 1);
   for (int64_t degree = 1; block;) {
     const at::Tensor image = at::mm(*block, g);
     const at::Tensor projected = at::mm(image, block->t());
@@ -116,47 +173,48 @@ std::pair<at::Tensor, Kept> by_eigenvectors(const at::Tensor& g, int64_t rank) {
   return {vectors.narrow(1, g.size(0) - rank, rank).t(), kept_of(values, rank)};
 }
 
-// Rows of length 1, with their products, whose Cholesky factor exists: they are shifted.
-struct UnitRows {
-  at::Tensor rows, lengths, lower;
-};
+// L^-1 `rows`. Solved from the right for the transpose, as LAPACK sees it, nothing is transposed in memory.
+at::Tensor solve_rows(const at::Tensor& lower, const at::Tensor& rows) {
+  return at::linalg_solve_triangular(lower.t(), rows.t(), /*upper=*/true, /*left=*/false).t();
+}
 
-std::optional<UnitRows> unit_rows(const at::Tensor& rows) {
-  const at::Tensor lengths = at::linalg_vector_norm(rows, 2, {1}, /*keepdim=*/true).clamp_min(1e-30);
-  const at::Tensor unit = rows / lengths;
-  at::Tensor products = at::mm(unit, unit.t());
+// L of the rows' products, whose Cholesky factor exists: relative to their lengths, these are shifted.
+std::optional<at::Tensor> lower_of_products(const at::Tensor& rows) {
+  at::Tensor products = at::mm(rows, rows.t());
+  const at::Tensor lengths = products.diagonal().sqrt().unsqueeze(1);
+  products.div_(lengths).div_(lengths.t());
   products.diagonal().add_(5e-7 * static_cast<double>(rows.size(0)));
   const auto [lower, failed] = at::linalg_cholesky_ex(products);
   if (failed.item<int>() != 0) return std::nullopt;
-  return UnitRows{unit, lengths, lower};
+  return lower * lengths;
 }
 
 // The sum of sin^2 of the angles between orthonormal rows B and the rows of L^-1 B G, where L L^T = B G B^T: B times
 // their transpose is L.
 std::optional<double> turn_of_solution(const at::Tensor& solution, const at::Tensor& lower) {
-  const auto unit = unit_rows(solution);
-  if (!unit) return std::nullopt;
-  const at::Tensor overlap = at::linalg_solve_triangular(unit->lower, lower.t() / unit->lengths, /*upper=*/false);
+  const auto of_products = lower_of_products(solution);
+  if (!of_products) return std::nullopt;
+  const at::Tensor overlap = at::linalg_solve_triangular(*of_products, lower.t(), /*upper=*/false);
   return static_cast<double>(solution.size(0)) - overlap.square().sum(at::kDouble).item<double>();
 }
 
 }  // namespace
 
 std::optional<at::Tensor> orthonormal(const at::Tensor& rows, int passes) {
-  const auto unit = unit_rows(rows);
-  if (!unit) return std::nullopt;
-  at::Tensor q = at::linalg_solve_triangular(unit->lower, unit->rows, /*upper=*/false);
+  const auto first = lower_of_products(rows);
+  if (!first) return std::nullopt;
+  at::Tensor q = solve_rows(*first, rows);
   for (int pass = 1; pass < passes; ++pass) {
     const auto [lower, failed] = at::linalg_cholesky_ex(at::mm(q, q.t()));
     if (failed.item<int>() != 0) return std::nullopt;
-    q = at::linalg_solve_triangular(lower, q, /*upper=*/false);
+    q = solve_rows(lower, q);
   }
   return q;
 }
 
 at::Tensor gram(const at::Tensor& a) {
   const int64_t rows = a.size(0);
-  constexpr int64_t panel = 128;
+  constexpr int64_t panel = 256;  // products of fewer rows run at a lower rate
   at::Tensor g = at::empty({rows, rows}, a.options());
   for (int64_t begin = 0; begin < rows; begin += panel) {
     const int64_t end = std::min(rows, begin + panel);
@@ -206,7 +264,14 @@ at::Tensor leading(const at::Tensor& a, int64_t rank) {
   const at::Tensor g = gram(a);
   const double total = g.diagonal().sum(at::kDouble).item<double>();
   if (!fits_float32(total)) return exact_basis(a, rank).to(at::kFloat);
-  auto found = 3 * rank < a.size(0) ? iterate(g, rank) : std::nullopt;
+  std::optional<std::pair<at::Tensor, Kept>> found;
+  if (3 * rank < a.size(0)) {
+    const double shift = floor_of(g);
+    g.diagonal().sub_(shift);
+    found = iterate(g, rank);
+    g.diagonal().add_(shift);
+    if (found) found->second = found->second.shifted(shift, rank);
+  }
   if (!found) found = by_eigenvectors(g, rank);
   return resolved(found->second, total, rank, at::kFloat) ? found->first : exact_basis(a, rank).to(at::kFloat);
 }
@@ -223,7 +288,7 @@ std::optional<std::pair<at::Tensor, at::Tensor>> warm(const at::Tensor& a, const
     const auto [lower, failed] = at::linalg_cholesky_ex(ritz);
     if (failed.item<int>() != 0) return std::nullopt;
     // B = `rows`, Z = B A: the best in the rows of Z is A Z^T (Z Z^T)^-1 Z, and Z Z^T = L L^T.
-    const at::Tensor half = at::linalg_solve_triangular(lower, image, /*upper=*/false);
+    const at::Tensor half = solve_rows(lower, image);
     const double kept = half.square().sum(at::kDouble).item<double>();
     if (most_lost(total, rank, at::kFloat) > 0.002 * (total - kept)) {
       Kept of_ritz = kept_of(at::linalg_eigvalsh(ritz), rank);

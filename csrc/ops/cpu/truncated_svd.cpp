@@ -56,7 +56,12 @@ void factor(const Piece& piece) {
   const at::Tensor matrix = piece.matrices[0].to(at::kFloat);
   const at::Tensor basis = subspace::leading(matrix, piece.left.size(2));
   piece.left[0].copy_(basis.t());
-  piece.right[0].copy_(at::mm(basis, matrix));
+  at::Tensor right = piece.right[0];
+  if (right.scalar_type() == at::kFloat) {
+    at::mm_out(right, basis, matrix);
+  } else {
+    right.copy_(at::mm(basis, matrix));
+  }
 }
 
 void cut(std::vector<Piece>& pieces, const at::Tensor& matrices, const at::Tensor& basis, const at::Tensor& left,

@@ -82,6 +82,26 @@ def test_spectra(spectrum: str, rank: int, dtype: torch.dtype) -> None:
         assert error(m, *one(m, rank)) <= slack * least(m, rank) + 8 * eps * float(m.double().norm())
 
 
+FLAT = {
+    "a tenth": lambda n: with_values(n, 2 * n, np.linspace(1.1, 1, n)).float(),
+    "three tenths": lambda n: with_values(n, 2 * n, np.linspace(1.3, 1, n)).float(),
+    "above a step": lambda n: with_values(
+        n, 2 * n, np.r_[np.full(n // 5, 30), np.linspace(1.3, 1, n - n // 5)]
+    ).float(),
+    "each row its own direction": lambda n: torch.diag(torch.linspace(1, 0, n)[random(n).argsort()]),
+    "half of the rows zero": lambda n: random(n, 4 * n) * (random(n, 1, seed=1) > 0),
+    "many columns": lambda n: random(n, 18 * n),
+}
+
+
+@pytest.mark.parametrize("part", [0.01, 0.12, 0.25, 0.33])
+@pytest.mark.parametrize("case", FLAT)
+def test_spectra_without_a_gap(case: str, part: float) -> None:
+    matrix = FLAT[case](256)
+    rank = int(256 * part)
+    assert error(matrix, *one(matrix, rank)) <= 1.001 * least(matrix, rank)
+
+
 def trained() -> list[Tensor]:
     folder = Path(os.environ.get("CCTORCH_WEIGHTS", ""))
     files = sorted(folder.glob("resnet20*.th")) if os.environ.get("CCTORCH_WEIGHTS") else []
