@@ -3,9 +3,9 @@
 #include <ATen/ops/sort.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <limits>
 
+#include "csrc/ops/cpu/slice_norms.h"
 #include "csrc/ops/mask.h"
 
 // Masks of groups on CPU: one score for each, in float64, and the exact selection of magnitude_masks() among them.
@@ -39,11 +39,6 @@ void check_no_nan(const at::Tensor& scores, const char* op, size_t i) {
   TORCH_CHECK(!scores.isnan().any().item<bool>(), op, ": ", nth_weight(i), " has NaN, so its parts cannot be ordered");
 }
 
-// The slices along `axis` as rows.
-at::Tensor slices(const at::Tensor& weight, int64_t axis) {
-  return weight.movedim(axis, 0).reshape({weight.size(axis), -1});
-}
-
 // The best slice, the first of several, is ahead of all that are not the best of theirs.
 at::Tensor with_best_ahead(const at::Tensor& scores) {
   // A stable descending sort puts NaN first and the lower of two tied indices first.
@@ -57,14 +52,14 @@ std::vector<at::Tensor> channel_masks(at::TensorList weights, double sparsity, i
   std::vector<at::Tensor> scores, masks;
   int64_t total = 0;
   int64_t fewest = 0;
+  const auto squares = cpu::squared_slice_norms(weights, axis);
   for (size_t i = 0; i < weights.size(); ++i) {
     masks.push_back(empty_mask(weights[i]));
     if (weights[i].numel() == 0) continue;
-    const auto rows = slices(weights[i], axis);
-    const auto norms = at::linalg_vector_norm(rows, 2, {1}, false, at::kDouble);
-    check_no_nan(norms, "channel_masks", i);
-    scores.push_back(with_best_ahead(norms / std::sqrt(static_cast<double>(rows.size(1)))));
-    total += rows.size(0);
+    check_no_nan(squares[i], "channel_masks", i);
+    const int64_t slices = squares[i].numel();
+    scores.push_back(with_best_ahead((squares[i] * slices / weights[i].numel()).sqrt()));
+    total += slices;
     ++fewest;
   }
   if (total == 0) return masks;

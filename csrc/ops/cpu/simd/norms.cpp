@@ -37,7 +37,20 @@ double squared_distance(const void* a, const void* b, int64_t n) {
 }
 
 template <typename S, typename T>
-constexpr Norms of{&square<S, T>, &squared_distance<S, T>};
+void add_squares(const void* a, int64_t n, double* sums) {
+  Reader<S, T> read;
+  for (int64_t begin = 0; begin < n; begin += kTile) {
+    const int64_t size = tile_size(begin, n);
+    const T* values = read(a, begin, size);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      sums[begin + i] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+    }
+  }
+}
+
+template <typename S, typename T>
+constexpr Norms of{&square<S, T>, &squared_distance<S, T>, &add_squares<S, T>};
 
 }  // namespace
 

@@ -10,6 +10,8 @@ namespace cctorch::simd {
 struct Norms {
   double (*square)(const void* a, int64_t n);
   double (*squared_distance)(const void* a, const void* b, int64_t n);
+  // To sums[i] the square of a[i].
+  void (*add_squares)(const void* a, int64_t n, double* sums);
 };
 
 namespace baseline {
