@@ -2,6 +2,8 @@
 #include <cctorch/plan.h>
 
 #include <array>
+#include <fmt/format.h>
+
 #include <nlohmann/json.hpp>
 #include <utility>
 
@@ -99,8 +101,8 @@ CompressionPlan read_plan(const json& in) {
 
 std::string CompressionPlan::to_json() const {
   // One line for each layer: diffs of two plans then show the layers that differ.
-  std::string text = "{\"cctorch_plan\": " + std::to_string(format_version) + ", \"method\": " + json(method).dump() +
-                     ", \"target\": " + json(target).dump() + ", \"layers\": [";
+  std::string text = fmt::format(R"({{"cctorch_plan": {}, "method": {}, "target": {}, "layers": [)", format_version,
+                                 json(method).dump(), json(target).dump());
   for (size_t i = 0; i < layers.size(); ++i) text += (i ? ",\n  " : "\n  ") + write(layers[i]).dump();
   return text + "\n]}\n";
 }
