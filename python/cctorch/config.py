@@ -319,12 +319,22 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"the override {override!r} has no value: expected key=value, e.g. compress.target=0.6")
-    *parents, last = key.split(".")
-    for depth, parent in enumerate(parents):
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{key} = {value}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-    tree[last] = _parse(value, override)
+    node: Any = tree
+    path = key.split(".")
+    for depth, name in enumerate(path):
+        if isinstance(node, list):
+            here = ".".join(path[:depth])
+            if not (name.isdecimal() and int(name) < len(node)):
+                raise ConfigError(f"{key} = {value}: {here} is a list of {len(node)}: expected 0 to {len(node) - 1}")
+            place: Any = int(name)
+        elif isinstance(node, dict):
+            place = name
+        else:
+            raise ConfigError(f"{key} = {value}: {'.'.join(path[:depth])} is a value, not a section")
+        if depth + 1 == len(path):
+            node[place] = _parse(value, override)
+        else:
+            node = node[place] if isinstance(node, list) else node.setdefault(place, {})
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

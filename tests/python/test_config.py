@@ -89,6 +89,8 @@ REFUSED = [
     ("name=../elsewhere", "name = '../elsewhere': "),
     ("name", "the override 'name' has no value: expected key=value"),
     ("name.x=3", "name.x = 3: name is a value, not a section"),
+    ("measure.batch_sizes.2=4", "measure.batch_sizes.2 = 4: measure.batch_sizes is a list of 2: expected 0 to 1"),
+    ("measure.batch_sizes.few=4", "measure.batch_sizes.few = 4: measure.batch_sizes is a list of 2: expected 0 to 1"),
     ("compress={target: 0.5, target: 0.6}", "the key 'target' occurs twice"),
     ("seed=[1", "seed=[1 is not YAML"),
 ]
@@ -144,6 +146,14 @@ def test_overrides_are_yaml(file: Path) -> None:
         7,
     )
     assert config.data.limit_train is None
+
+
+def test_overrides_reach_into_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CCTORCH_WEIGHTS", str(tmp_path))
+    (tmp_path / "resnet32-d509ac18.th").touch()
+    config = load_config(CONFIGS / "regularize" / "tucker2.yaml", ["regularize.q.0.ratio=1.6"])
+    assert config.regularize is not None
+    assert config.regularize.q[0].model_dump()["ratio"] == 1.6
 
 
 def test_the_resolved_configuration_reads_back(file: Path, tmp_path: Path) -> None:
