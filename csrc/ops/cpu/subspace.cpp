@@ -262,7 +262,7 @@ at::Tensor leading(const at::Tensor& a, int64_t rank) {
   // All directions: rounded eigenvectors would lose some of what an identity keeps.
   if (rank == a.size(0)) return at::eye(rank, a.options());
   const at::Tensor g = gram(a);
-  const double total = g.diagonal().sum(at::kDouble).item<double>();
+  const auto total = g.diagonal().sum(at::kDouble).item<double>();
   if (!fits_float32(total)) return exact_basis(a, rank).to(at::kFloat);
   std::optional<std::pair<at::Tensor, Kept>> found;
   if (3 * rank < a.size(0)) {
@@ -289,7 +289,7 @@ std::optional<std::pair<at::Tensor, at::Tensor>> warm(const at::Tensor& a, const
     if (failed.item<int>() != 0) return std::nullopt;
     // B = `rows`, Z = B A: the best in the rows of Z is A Z^T (Z Z^T)^-1 Z, and Z Z^T = L L^T.
     const at::Tensor half = solve_rows(lower, image);
-    const double kept = half.square().sum(at::kDouble).item<double>();
+    const auto kept = half.square().sum(at::kDouble).item<double>();
     if (most_lost(total, rank, at::kFloat) > 0.002 * (total - kept)) {
       Kept of_ritz = kept_of(at::linalg_eigvalsh(ritz), rank);
       of_ritz.sum = kept;

@@ -52,7 +52,10 @@ void factor(const Piece& piece) {
       return;
     }
   }
-  if (is_exact(piece.matrices)) return factor_exactly(piece);
+  if (is_exact(piece.matrices)) {
+    factor_exactly(piece);
+    return;
+  }
   const at::Tensor matrix = piece.matrices[0].to(at::kFloat);
   const at::Tensor basis = subspace::leading(matrix, piece.left.size(2));
   piece.left[0].copy_(basis.t());
@@ -67,7 +70,10 @@ void factor(const Piece& piece) {
 void cut(std::vector<Piece>& pieces, const at::Tensor& matrices, const at::Tensor& basis, const at::Tensor& left,
          const at::Tensor& right) {
   const int64_t rows = matrices.size(-2), columns = matrices.size(-1);
-  if (rows > columns) return cut(pieces, matrices.mT(), basis.defined() ? basis.mT() : basis, right.mT(), left.mT());
+  if (rows > columns) {
+    cut(pieces, matrices.mT(), basis.defined() ? basis.mT() : basis, right.mT(), left.mT());
+    return;
+  }
   const auto batch = [](const at::Tensor& t) { return t.dim() == 2 ? t.unsqueeze(0) : t.flatten(0, -3); };
   const Piece whole{batch(matrices), basis.defined() ? batch(basis) : basis, batch(left), batch(right)};
   const int64_t count = whole.matrices.size(0);
