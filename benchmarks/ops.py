@@ -270,6 +270,71 @@ def model_weights(setting: Setting) -> Iterator[Work]:
     )
 
 
+def lists(setting: Setting) -> Iterator[Work]:
+    """A model's weights in one call, one call for each, and the composed expression of all of them."""
+    weights = resnet50_weights(setting.device)
+    grads = [torch.randn_like(w) for w in weights]
+
+    def spread(parameter: Tensor, weight: Tensor) -> Tensor:
+        return parameter.view(-1, *[1] * (weight.dim() - 1))
+
+    def grid(x: Tensor, log_scale: Tensor) -> Tensor:
+        scale = spread(log_scale.exp(), x)
+        clamped = (x / scale).clamp(-8, 7)
+        return scale * straight_through(clamped, clamped.round())
+
+    def around(x: Tensor, log_scale: Tensor, offset: Tensor) -> Tensor:
+        return grid(x - spread(offset, x), log_scale) + spread(offset, x)
+
+    def eight_bit_floats(x: Tensor, log_scale: Tensor) -> Tensor:
+        scale = spread(log_scale.exp(), x)
+        clamped = (x / scale).clamp(-448, 448)
+        return scale * straight_through(clamped, clamped.to(torch.float8_e4m3fn).to(x.dtype))
+
+    def thresholded(x: Tensor, threshold: Tensor) -> Tensor:
+        return x.sign() * (x.abs() - spread(threshold, x)).relu()
+
+    def each(function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+        return lambda *tensors: [function(*t) for t in zip(*tensors, strict=True)]
+
+    def recorded(function: Callable[..., list[Tensor]], parameters: int) -> Callable[[], object]:
+        columns = [[torch.full((len(w),), -4.0, device=w.device) for w in weights] for _ in range(parameters)]
+        inputs = [[t.detach().requires_grad_() for t in tensors] for tensors in (weights, *columns)]
+        leaves = [t for tensors in inputs for t in tensors]
+        return lambda: torch.autograd.grad(function(*inputs), leaves, grads)
+
+    for name, parameters, function, composed in (
+        ("LSQ", 1, lambda x, s: ops.fake_quant(x, s, -8, 7, 0), grid),
+        ("LSQ+", 2, lambda x, s, o: ops.fake_quant_offset(x, s, o, -8, 7, 0), around),
+        ("fp8", 1, lambda x, s: ops.fp8_quant(x, s, torch.float8_e4m3fn, 0), eight_bit_floats),
+        ("soft threshold", 1, lambda x, t: ops.soft_threshold(x, t, 0), thresholded),
+    ):
+        contenders = {
+            "cctorch": function,
+            "cctorch, one by one": each(function),
+            "torch.compile": compiled(each(composed)),
+            "torch eager": each(composed),
+        }
+        yield Work(
+            f"ResNet-50: {name} of 54 weights, forward + backward",
+            weights,
+            {who: recorded(does, parameters) for who, does in contenders.items()},
+            passes=5,
+        )
+    for name, computed in (
+        ("powers of two", lambda x: ops.power_of_two_quant(x, 4, 0)),
+        ("scaled signs", lambda x: ops.binary_quant(x, 0)),
+        ("ternary", lambda x: ops.ternary_quant(x, 0)),
+        ("2-bit codes", lambda x: ops.binary_code_quant(x, 2, axis=0)),
+    ):
+        yield Work(
+            f"ResNet-50: {name} of 54 weights",
+            weights,
+            {"cctorch": lambda f=computed: f(weights), "cctorch, one by one": lambda f=computed: each(f)(weights)},
+            passes=2,
+        )
+
+
 def masks(setting: Setting) -> Iterator[Work]:
     weights = resnet50_weights(setting.device)
     kept = sum(w.numel() for w in weights) // 5
@@ -324,7 +389,7 @@ def structured_masks(setting: Setting) -> Iterator[Work]:
         yield Work(f"ResNet-50: {name}", weights, contenders, passes=1.25)
 
 
-_ALL = (fake_quant, relatives, apply_mask, small, model_weights, masks, structured_masks)
+_ALL = (fake_quant, relatives, apply_mask, small, model_weights, lists, masks, structured_masks)
 WORKS = {work.__name__: work for work in _ALL}
 
 

@@ -29,8 +29,8 @@ std::tuple<at::Tensor, at::Tensor> channel_gate_backward(const at::Tensor& grad,
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "channel_gate_backward", [&] {
     using T = at::opmath_type<scalar_t>;
     const at::Tensor gates = gate.to(c10::CppTypeToScalarType<T>::value);
-    const auto [grad_x, sums] = backward<scalar_t, Given>(formula::ChannelGate<T>{}, grad, x, gates, 1, 1.0);
-    return std::make_tuple(grad_x, sums.view(gate.sizes()).to(gate.scalar_type()));
+    const auto gradients = backward<scalar_t, Given>(formula::ChannelGate<T>{}, grad, x, gates, 1, 1.0);
+    return std::make_tuple(gradients[0], gradients[1].to(gate.scalar_type()));
   });
 }
 

@@ -32,8 +32,10 @@ struct ElementWise {
     return static_cast<S>(formula.forward(static_cast<T>(value), parameter));
   }
 
-  __device__ void operator()(Shared&) const {
-    const int64_t begin = blockIdx.x * kTile;
+  int64_t blocks() const { return ceil_div(numel, kTile); }
+
+  __device__ void operator()(Shared&, int64_t block = blockIdx.x) const {
+    const int64_t begin = block * kTile;
     const int64_t end = std::min(begin + kTile, numel);
     if (aligned && end - begin == kTile) {
       vectors(begin + threadIdx.x * kVector<S>);
@@ -90,14 +92,28 @@ struct ElementWise {
   }
 };
 
+template <typename S, typename Formula, typename Source>
+ElementWise<S, Formula, Source> kernel(const Formula& formula, const Source& source, const Layout& layout, S* y,
+                                       const S* x, int64_t numel) {
+  using Kernel = ElementWise<S, Formula, Source>;
+  return {formula,
+          source,
+          layout,
+          y,
+          x,
+          numel,
+          are_aligned<kVector<S>>(y, x),
+          Position::of(layout, Kernel::kStep),
+          Position::of(layout, kThreads)};
+}
+
 // y = formula(x). launch(blocks, kernel) starts a kernel.
 template <typename S, typename Formula, typename Source, typename Launch>
 void forward(const Launch& launch, const Formula& formula, const Source& source, const Layout& layout, S* y, const S* x,
              int64_t numel) {
-  using Kernel = ElementWise<S, Formula, Source>;
   if (numel == 0) return;
-  launch(ceil_div(numel, Kernel::kTile), Kernel{formula, source, layout, y, x, numel, are_aligned<kVector<S>>(y, x),
-                                                Position::of(layout, Kernel::kStep), Position::of(layout, kThreads)});
+  const auto work = kernel(formula, source, layout, y, x, numel);
+  launch(work.blocks(), work);
 }
 
 }  // namespace cctorch::cuda::elementwise

@@ -36,12 +36,12 @@ std::tuple<at::Tensor, at::Tensor> fake_quant_backward(const at::Tensor& grad, c
   axis = check_fake_quant(x, log_scale, qmin, qmax, axis);
   check_backward(grad, x, "fake_quant_backward");
   const c10::cuda::CUDAGuard guard(x.device());
-  const auto [grad_x, sums] =
+  const auto gradients =
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quant_backward", [&] {
         return backward<scalar_t, Raw>(lsq<at::opmath_type<scalar_t>>(qmin, qmax), grad, x, log_scale, axis,
                                        grad_scale);
       });
-  return {grad_x, sums.view(log_scale.sizes())};
+  return {gradients[0], gradients[1]};
 }
 
 at::Tensor fake_quant_offset(const at::Tensor& x, const at::Tensor& log_scale, const at::Tensor& offset, int64_t qmin,
@@ -62,16 +62,61 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quant_offset_backward(const 
   axis = check_fake_quant_offset(x, log_scale, offset, qmin, qmax, axis);
   check_backward(grad, x, "fake_quant_offset_backward");
   const c10::cuda::CUDAGuard guard(x.device());
-  const auto [grad_x, sums] =
+  const auto gradients =
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quant_offset_backward", [&] {
         using T = at::opmath_type<scalar_t>;
         return backward<scalar_t, Raw>(formula::FakeQuantOffset<T>{lsq<T>(qmin, qmax)}, grad, x, {log_scale, offset},
                                        axis, grad_scale);
       });
-  const auto column = [&](int64_t i, const at::Tensor& like) {
-    return sums.select(1, i).clone(at::MemoryFormat::Contiguous).view(like.sizes());
-  };
-  return {grad_x, column(0, log_scale), column(1, offset)};
+  return {gradients[0], gradients[1], gradients[2]};
+}
+
+std::vector<at::Tensor> fake_quant_list(at::TensorList x, at::TensorList log_scale, int64_t qmin, int64_t qmax,
+                                        std::optional<int64_t> axis, at::ArrayRef<double> grad_scale) {
+  check_fake_quant(x, log_scale, qmin, qmax, axis, grad_scale);
+  const c10::cuda::CUDAGuard guard(x[0].device());
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x[0].scalar_type(), "fake_quant", [&] {
+    return forward<scalar_t, Raw>(lsq<at::opmath_type<scalar_t>>(qmin, qmax), x, {log_scale}, axis);
+  });
+}
+
+Lists<2> fake_quant_list_backward(at::TensorList grad, at::TensorList x, at::TensorList log_scale, int64_t qmin,
+                                  int64_t qmax, std::optional<int64_t> axis, at::ArrayRef<double> grad_scale) {
+  check_fake_quant(x, log_scale, qmin, qmax, axis, grad_scale);
+  check_backward(grad, x, "fake_quant_backward");
+  const c10::cuda::CUDAGuard guard(x[0].device());
+  const auto gradients =
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x[0].scalar_type(), "fake_quant_backward", [&] {
+        return backward<scalar_t, Raw>(lsq<at::opmath_type<scalar_t>>(qmin, qmax), grad, x, {log_scale}, axis,
+                                       grad_scale);
+      });
+  return {gradients[0], gradients[1]};
+}
+
+std::vector<at::Tensor> fake_quant_offset_list(at::TensorList x, at::TensorList log_scale, at::TensorList offset,
+                                               int64_t qmin, int64_t qmax, std::optional<int64_t> axis,
+                                               at::ArrayRef<double> grad_scale) {
+  check_fake_quant_offset(x, log_scale, offset, qmin, qmax, axis, grad_scale);
+  const c10::cuda::CUDAGuard guard(x[0].device());
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x[0].scalar_type(), "fake_quant_offset", [&] {
+    using T = at::opmath_type<scalar_t>;
+    return forward<scalar_t, Raw>(formula::FakeQuantOffset<T>{lsq<T>(qmin, qmax)}, x, {log_scale, offset}, axis);
+  });
+}
+
+Lists<3> fake_quant_offset_list_backward(at::TensorList grad, at::TensorList x, at::TensorList log_scale,
+                                         at::TensorList offset, int64_t qmin, int64_t qmax, std::optional<int64_t> axis,
+                                         at::ArrayRef<double> grad_scale) {
+  check_fake_quant_offset(x, log_scale, offset, qmin, qmax, axis, grad_scale);
+  check_backward(grad, x, "fake_quant_offset_backward");
+  const c10::cuda::CUDAGuard guard(x[0].device());
+  const auto gradients =
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x[0].scalar_type(), "fake_quant_offset_backward", [&] {
+        using T = at::opmath_type<scalar_t>;
+        return backward<scalar_t, Raw>(formula::FakeQuantOffset<T>{lsq<T>(qmin, qmax)}, grad, x, {log_scale, offset},
+                                       axis, grad_scale);
+      });
+  return {gradients[0], gradients[1], gradients[2]};
 }
 
 at::Tensor pact(const at::Tensor& x, const at::Tensor& log_alpha, int64_t bits, std::optional<int64_t> axis) {
@@ -88,10 +133,10 @@ std::tuple<at::Tensor, at::Tensor> pact_backward(const at::Tensor& grad, const a
   axis = check_pact(x, log_alpha, bits, axis);
   check_backward(grad, x, "pact_backward");
   const c10::cuda::CUDAGuard guard(x.device());
-  const auto [grad_x, sums] = AT_DISPATCH_FLOATING_TYPES_AND2(
+  const auto gradients = AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, x.scalar_type(), "pact_backward",
       [&] { return backward<scalar_t, Raw>(clipped<at::opmath_type<scalar_t>>(bits), grad, x, log_alpha, axis, 1.0); });
-  return {grad_x, sums.view(log_alpha.sizes())};
+  return {gradients[0], gradients[1]};
 }
 
 }  // namespace
@@ -101,6 +146,10 @@ TORCH_LIBRARY_IMPL(cctorch, CUDA, m) {
   m.impl("fake_quant_backward", &fake_quant_backward);
   m.impl("fake_quant_offset", &fake_quant_offset);
   m.impl("fake_quant_offset_backward", &fake_quant_offset_backward);
+  m.impl("fake_quant.list", &fake_quant_list);
+  m.impl("fake_quant_backward.list", &fake_quant_list_backward);
+  m.impl("fake_quant_offset.list", &fake_quant_offset_list);
+  m.impl("fake_quant_offset_backward.list", &fake_quant_offset_list_backward);
   m.impl("pact", &pact);
   m.impl("pact_backward", &pact_backward);
 }

@@ -25,11 +25,32 @@ std::tuple<at::Tensor, at::Tensor> fp8_quant_backward(const at::Tensor& grad, co
   axis = check_fp8_quant(x, log_scale, dtype, axis);
   check_backward(grad, x, "fp8_quant_backward");
   const c10::cuda::CUDAGuard guard(x.device());
-  const auto [grad_x, sums] =
+  const auto gradients =
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fp8_quant_backward", [&] {
         return backward<scalar_t, Raw>(fp8<at::opmath_type<scalar_t>>(dtype), grad, x, log_scale, axis, grad_scale);
       });
-  return {grad_x, sums.view(log_scale.sizes())};
+  return {gradients[0], gradients[1]};
+}
+
+std::vector<at::Tensor> fp8_quant_list(at::TensorList x, at::TensorList log_scale, at::ScalarType dtype,
+                                       std::optional<int64_t> axis, at::ArrayRef<double> grad_scale) {
+  check_fp8_quant(x, log_scale, dtype, axis, grad_scale);
+  const c10::cuda::CUDAGuard guard(x[0].device());
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x[0].scalar_type(), "fp8_quant", [&] {
+    return forward<scalar_t, Raw>(fp8<at::opmath_type<scalar_t>>(dtype), x, {log_scale}, axis);
+  });
+}
+
+Lists<2> fp8_quant_list_backward(at::TensorList grad, at::TensorList x, at::TensorList log_scale, at::ScalarType dtype,
+                                 std::optional<int64_t> axis, at::ArrayRef<double> grad_scale) {
+  check_fp8_quant(x, log_scale, dtype, axis, grad_scale);
+  check_backward(grad, x, "fp8_quant_backward");
+  const c10::cuda::CUDAGuard guard(x[0].device());
+  const auto gradients =
+      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x[0].scalar_type(), "fp8_quant_backward", [&] {
+        return backward<scalar_t, Raw>(fp8<at::opmath_type<scalar_t>>(dtype), grad, x, {log_scale}, axis, grad_scale);
+      });
+  return {gradients[0], gradients[1]};
 }
 
 at::Tensor power_of_two_quant(const at::Tensor& x, int64_t bits, std::optional<int64_t> axis) {
@@ -47,6 +68,8 @@ at::Tensor power_of_two_quant(const at::Tensor& x, int64_t bits, std::optional<i
 TORCH_LIBRARY_IMPL(cctorch, CUDA, m) {
   m.impl("fp8_quant", &fp8_quant);
   m.impl("fp8_quant_backward", &fp8_quant_backward);
+  m.impl("fp8_quant.list", &fp8_quant_list);
+  m.impl("fp8_quant_backward.list", &fp8_quant_list_backward);
   m.impl("power_of_two_quant", &power_of_two_quant);
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "csrc/ops/formula/layout.h"
 #include "kernels/block.cuh"
@@ -50,6 +51,43 @@ struct List {
     }
   }
 };
+
+// One kernel for the tensors of a list: each of its blocks is one of the blocks of one of the bodies, which know what
+// tensor is theirs. They travel as an argument, so nothing waits for a copy, and a captured graph keeps them.
+template <typename Body>
+struct Together {
+  using Shared = typename Body::Shared;
+  struct Item {
+    Body body;
+    int64_t first;  // block
+  };
+  static constexpr int64_t kItems = (4096 - 2 * sizeof(int64_t)) / sizeof(Item);  // an argument has 4 KB
+
+  int64_t count;
+  Item items[kItems];
+
+  __device__ void operator()(Shared& shared) const {
+    const Item& item = items[last_from(count, blockIdx.x, [&](int64_t i) { return items[i].first; })];
+    item.body(shared, blockIdx.x - item.first);
+  }
+};
+
+// Starts body.blocks() blocks of each body, of which none has none: as few kernels as their arguments allow.
+template <typename Launch, typename Body>
+void launch_together(const Launch& launch, const std::vector<Body>& bodies) {
+  using Kernel = Together<Body>;
+  static_assert(sizeof(Kernel) <= 4096);
+  const auto size = static_cast<int64_t>(bodies.size());
+  for (int64_t begin = 0; begin < size; begin += Kernel::kItems) {
+    Kernel kernel{std::min(Kernel::kItems, size - begin), {}};
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < kernel.count; ++i) {
+      kernel.items[i] = {bodies[begin + i], blocks};
+      blocks += bodies[begin + i].blocks();
+    }
+    launch(blocks, kernel);
+  }
+}
 
 // The elements of each of at most `blocks` blocks, which are then ceil(total / span); whole rows of threads.
 inline int64_t span_of(int64_t total, int64_t blocks) { return ceil_div(ceil_div(total, kThreads), blocks) * kThreads; }

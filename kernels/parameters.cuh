@@ -35,6 +35,21 @@ struct Raw {
   }
 };
 
+// Where the gradients of parameters go, in the same way.
+template <typename T, typename P>
+struct Totals {
+  T* numbers[formula::numbers_in<P>];
+
+  __device__ void set(int64_t channel, const P& total) const {
+    if constexpr (formula::is_pair<P>) {
+      numbers[0][channel] = total.first;
+      numbers[1][channel] = total.second;
+    } else {
+      numbers[0][channel] = total;
+    }
+  }
+};
+
 // The channel of an element, and how far into its row of that channel it is. Dividing is slow: a thread does it once
 // and advances from there.
 struct Position {

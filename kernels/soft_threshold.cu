@@ -11,11 +11,14 @@
 namespace cctorch::cuda {
 namespace {
 
+template <typename S>
+using Formula = formula::SoftThreshold<at::opmath_type<S>>;
+
 at::Tensor soft_threshold(const at::Tensor& x, const at::Tensor& threshold, std::optional<int64_t> axis) {
   axis = check_soft_threshold(x, threshold, axis);
   const c10::cuda::CUDAGuard guard(x.device());
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "soft_threshold", [&] {
-    return forward<scalar_t, Given>(formula::SoftThreshold<at::opmath_type<scalar_t>>{}, x, threshold, axis);
+    return forward<scalar_t, Raw>(Formula<scalar_t>{}, x, threshold, axis);
   });
 }
 
@@ -24,12 +27,29 @@ std::tuple<at::Tensor, at::Tensor> soft_threshold_backward(const at::Tensor& gra
   axis = check_soft_threshold(x, threshold, axis);
   check_backward(grad, x, "soft_threshold_backward");
   const c10::cuda::CUDAGuard guard(x.device());
-  const auto [grad_x, sums] =
-      AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "soft_threshold_backward", [&] {
-        const formula::SoftThreshold<at::opmath_type<scalar_t>> formula;
-        return backward<scalar_t, Given>(formula, grad, x, threshold, axis, 1.0);
-      });
-  return {grad_x, sums.view(threshold.sizes())};
+  const auto gradients = AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, x.scalar_type(), "soft_threshold_backward",
+      [&] { return backward<scalar_t, Raw>(Formula<scalar_t>{}, grad, x, threshold, axis, 1.0); });
+  return {gradients[0], gradients[1]};
+}
+
+std::vector<at::Tensor> soft_threshold_list(at::TensorList x, at::TensorList threshold, std::optional<int64_t> axis) {
+  check_soft_threshold(x, threshold, axis);
+  const c10::cuda::CUDAGuard guard(x[0].device());
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x[0].scalar_type(), "soft_threshold", [&] {
+    return forward<scalar_t, Raw>(Formula<scalar_t>{}, x, {threshold}, axis);
+  });
+}
+
+Lists<2> soft_threshold_list_backward(at::TensorList grad, at::TensorList x, at::TensorList threshold,
+                                      std::optional<int64_t> axis) {
+  check_soft_threshold(x, threshold, axis);
+  check_backward(grad, x, "soft_threshold_backward");
+  const c10::cuda::CUDAGuard guard(x[0].device());
+  const auto gradients = AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, x[0].scalar_type(), "soft_threshold_backward",
+      [&] { return backward<scalar_t, Raw>(Formula<scalar_t>{}, grad, x, {threshold}, axis, {}); });
+  return {gradients[0], gradients[1]};
 }
 
 }  // namespace
@@ -37,6 +57,8 @@ std::tuple<at::Tensor, at::Tensor> soft_threshold_backward(const at::Tensor& gra
 TORCH_LIBRARY_IMPL(cctorch, CUDA, m) {
   m.impl("soft_threshold", &soft_threshold);
   m.impl("soft_threshold_backward", &soft_threshold_backward);
+  m.impl("soft_threshold.list", &soft_threshold_list);
+  m.impl("soft_threshold_backward.list", &soft_threshold_list_backward);
 }
 
 }  // namespace cctorch::cuda

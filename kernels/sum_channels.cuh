@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <numeric>
+#include <vector>
 
 #include "kernels/block.cuh"
+#include "kernels/list.cuh"
 #include "kernels/parameters.cuh"
 #include "kernels/vector.cuh"
 
@@ -74,9 +76,10 @@ struct Arguments {
 // is no more than a segment, a group of weights for example, each warp takes one and leaves nothing to put together.
 template <typename S, typename Formula, typename Source>
 struct BackwardRows {
+  using T = typename Formula::value_type;
   using P = typename Formula::parameter_type;
   struct Shared {
-    typename Formula::value_type warp_sums[kWarps];
+    T warp_sums[kWarps];
   };
 
   Arguments<S, Formula, Source> arguments;
@@ -84,11 +87,15 @@ struct BackwardRows {
   int64_t splits;  // 0: a warp for each channel
   P* partials;     // channels x splits
   double factor;   // these two for the warps
-  P* sums_of_channels;
+  Totals<T, P> sums_of_channels;
 
-  __device__ void operator()(Shared& shared) const {
+  int64_t blocks() const {
+    return splits == 0 ? ceil_div(arguments.layout.channels, int64_t(kWarps)) : arguments.layout.channels * splits;
+  }
+
+  __device__ void operator()(Shared& shared, int64_t block = blockIdx.x) const {
     const Layout& l = arguments.layout;
-    const int64_t channel = splits == 0 ? int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp : blockIdx.x / splits;
+    const int64_t channel = splits == 0 ? block * kWarps + threadIdx.x / kWarp : block / splits;
     if (channel >= l.channels) return;  // a whole warp, of those that need no others
     const P parameter = arguments.source(arguments.formula, channel);
     P parameters[kVector<S>];
@@ -98,12 +105,12 @@ struct BackwardRows {
     if (splits == 0) {
       add(channel * l.inner, (channel + 1) * l.inner, parameters, sums);
       const auto total = warp_sum(formula::wide(sum_of(sums)));
-      if (threadIdx.x % kWarp == 0) sums_of_channels[channel] = formula::Narrow<P>::from(total * factor);
+      if (threadIdx.x % kWarp == 0) sums_of_channels.set(channel, formula::Narrow<P>::from(total * factor));
       return;
     }
     const int64_t per_row = ceil_div(l.inner, kSegment);
     CCTORCH_KEEP_LOOP
-    for (int64_t segment = blockIdx.x % splits * kWarps + threadIdx.x / kWarp; segment < l.outer * per_row;
+    for (int64_t segment = block % splits * kWarps + threadIdx.x / kWarp; segment < l.outer * per_row;
          segment += splits * kWarps) {
       const int64_t outer = per_row == 1 ? segment : segment / per_row;  // spares short rows the division
       const int64_t row = (outer * l.channels + channel) * l.inner;
@@ -111,7 +118,7 @@ struct BackwardRows {
       add(row + begin, row + std::min(begin + kSegment, l.inner), parameters, sums);
     }
     const P total = block_sum(sum_of(sums), shared.warp_sums);
-    if (threadIdx.x == 0) partials[blockIdx.x] = total;
+    if (threadIdx.x == 0) partials[block] = total;
   }
 
   __device__ static P sum_of(const P (&sums)[kVector<S>]) {
@@ -151,11 +158,13 @@ struct BackwardColumns {
   int64_t columns;
   P* partials;  // splits x columns
 
-  __device__ void operator()(Shared& shared) const {
-    const int64_t split = blockIdx.x % splits;
+  int64_t blocks() const { return ceil_div(columns, kTile) * splits; }
+
+  __device__ void operator()(Shared& shared, int64_t block = blockIdx.x) const {
+    const int64_t split = block % splits;
     const unsigned warp = threadIdx.x / kWarp;
     const unsigned lane = threadIdx.x % kWarp;
-    const int64_t column = blockIdx.x / splits * kTile + lane * kVector<S>;
+    const int64_t column = block / splits * kTile + lane * kVector<S>;
     P sums[kVector<S>]{};
     if (column < columns) add(column, split * kWarps + warp, sums);
     CCTORCH_UNROLL
@@ -194,7 +203,7 @@ struct BackwardColumns {
 };
 
 // One block for each channel: factor times the sum of its partials, which are outer x channels x inner.
-template <typename P>
+template <typename T, typename P>
 struct SumPartials {
   struct Shared {
     double warp_sums[kWarps];
@@ -203,26 +212,28 @@ struct SumPartials {
   Layout layout;
   const P* partials;
   double factor;
-  P* sums;
+  Totals<T, P> sums;
 
-  __device__ void operator()(Shared& shared) const {
-    const int64_t channel = blockIdx.x;
+  int64_t blocks() const { return layout.channels; }
+
+  __device__ void operator()(Shared& shared, int64_t channel = blockIdx.x) const {
     formula::Wide<P> sum{};
     for (int64_t i = threadIdx.x; i < layout.outer * layout.inner; i += kThreads) {
       const int64_t row = i / layout.inner * layout.channels + channel;
       sum += formula::wide(partials[row * layout.inner + i % layout.inner]);
     }
     const auto total = block_sum(sum, shared.warp_sums);
-    if (threadIdx.x == 0) sums[channel] = formula::Narrow<P>::from(total * factor);
+    if (threadIdx.x == 0) sums.set(channel, formula::Narrow<P>::from(total * factor));
   }
 };
 
 // How many blocks share a channel or a tile of columns, and the layout of what they find: nothing with no splits.
 struct Partition {
   bool rows;
-  int64_t blocks;
   int64_t splits;
   Layout partials;
+
+  int64_t numel() const { return partials.outer * partials.channels * partials.inner; }
 };
 
 // About `most_blocks` blocks, a few times as many of rows, but no more than have work.
@@ -232,36 +243,67 @@ Partition partition(const Layout& l, int64_t most_blocks) {
   const auto splits = [](int64_t groups, int64_t warps, int64_t blocks) {
     return std::min(ceil_div(warps, kWarps), std::max<int64_t>(1, blocks / groups));
   };
-  if (l.outer == 1 && l.inner <= kSegment) return {true, ceil_div(l.channels, kWarps), 0, {0, l.channels, 0}};
+  if (l.outer == 1 && l.inner <= kSegment) return {true, 0, {0, l.channels, 0}};
   // Columns of few rows would leave as many partials as there are elements.
   if (l.channels == 1 || l.inner >= (l.outer < kWarp ? kWarp : kTile)) {
     // The last blocks run with few others: of more, they are a smaller part, and a block leaves one number.
     const int64_t parts = splits(l.channels, l.outer * ceil_div(l.inner, kSegment), 4 * most_blocks);
-    return {true, l.channels * parts, parts, {1, l.channels, parts}};
+    return {true, parts, {1, l.channels, parts}};
   }
   const int64_t period = l.channels * l.inner;
   const int64_t whole = kVector<S> / std::gcd(period, int64_t(kVector<S>));
   const int64_t repeats = whole * std::max<int64_t>(1, kTile / (whole * period));
   const int64_t tiles = ceil_div(repeats * period, kTile);
   const int64_t parts = splits(tiles, ceil_div(l.outer, repeats), most_blocks);
-  return {false, tiles * parts, parts, {parts * repeats, l.channels, l.inner}};
+  return {false, parts, {parts * repeats, l.channels, l.inner}};
 }
 
-// Writes arguments.grad_x, and to `sums` the gradient of each channel's parameter times factor. launch(blocks, kernel)
-// starts a kernel after the ones before; `partials` has room for part.partials.
-template <typename S, typename Formula, typename Source, typename Launch, typename P = typename Formula::parameter_type>
-void backward(const Launch& launch, const Arguments<S, Formula, Source>& arguments, const Partition& part, P* partials,
-              double factor, P* sums) {
-  const Layout& found = part.partials;
-  const bool aligned = are_aligned<kVector<S>>(arguments.grad_x, arguments.grad, arguments.x);
-  if (part.rows) {
-    launch(part.blocks, BackwardRows<S, Formula, Source>{arguments, aligned, part.splits, partials, factor, sums});
-    if (part.splits == 0) return;
-  } else {
-    const int64_t columns = found.outer / part.splits * found.channels * found.inner;
-    launch(part.blocks, BackwardColumns<S, Formula, Source>{arguments, aligned, part.splits, columns, partials});
+// Writes the grad_x of each, and to its `sums` the gradients of the channels' parameters times factor.
+template <typename S, typename Formula, typename Source>
+struct Work {
+  using T = typename Formula::value_type;
+  using P = typename Formula::parameter_type;
+
+  Arguments<S, Formula, Source> arguments;
+  Partition part;
+  P* partials;  // room for part.numel()
+  double factor;
+  Totals<T, P> sums;
+
+  bool aligned() const { return are_aligned<kVector<S>>(arguments.grad_x, arguments.grad, arguments.x); }
+  BackwardRows<S, Formula, Source> rows() const { return {arguments, aligned(), part.splits, partials, factor, sums}; }
+  BackwardColumns<S, Formula, Source> columns() const {
+    const Layout& found = part.partials;
+    return {arguments, aligned(), part.splits, found.outer / part.splits * found.channels * found.inner, partials};
   }
-  launch(found.channels, SumPartials<P>{found, partials, factor, sums});
+  SumPartials<T, P> sum() const { return {part.partials, partials, factor, sums}; }
+};
+
+// launch(blocks, kernel) starts a kernel after the ones before.
+template <typename Launch, typename S, typename Formula, typename Source>
+void backward(const Launch& launch, const Work<S, Formula, Source>& work) {
+  const auto start = [&](const auto& kernel) { launch(kernel.blocks(), kernel); };
+  work.part.rows ? start(work.rows()) : start(work.columns());
+  if (work.part.splits > 0) start(work.sum());
+}
+
+// All of a list in a few launches.
+template <typename Launch, typename S, typename Formula, typename Source>
+void backward(const Launch& launch, const std::vector<Work<S, Formula, Source>>& list) {
+  std::vector<BackwardRows<S, Formula, Source>> rows;
+  std::vector<BackwardColumns<S, Formula, Source>> columns;
+  std::vector<SumPartials<typename Formula::value_type, typename Formula::parameter_type>> sums;
+  for (const auto& work : list) {
+    if (work.part.rows) {
+      rows.push_back(work.rows());
+    } else {
+      columns.push_back(work.columns());
+    }
+    if (work.part.splits > 0) sums.push_back(work.sum());
+  }
+  launch_together(launch, rows);
+  launch_together(launch, columns);
+  launch_together(launch, sums);
 }
 
 }  // namespace cctorch::cuda::sum_channels

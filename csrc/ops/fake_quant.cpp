@@ -9,7 +9,7 @@ namespace cctorch {
 
 at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& log_scale, int64_t qmin, int64_t qmax,
                       std::optional<int64_t> axis, double grad_scale) {
-  static const auto op = find_operator<decltype(fake_quant)>("cctorch::fake_quant");
+  static const auto op = find_operator<FakeQuantOp>("cctorch::fake_quant");
   return op.call(x, log_scale, qmin, qmax, axis, grad_scale);
 }
 
@@ -22,7 +22,7 @@ std::tuple<at::Tensor, at::Tensor> fake_quant_backward(const at::Tensor& grad, c
 
 at::Tensor fake_quant_offset(const at::Tensor& x, const at::Tensor& log_scale, const at::Tensor& offset, int64_t qmin,
                              int64_t qmax, std::optional<int64_t> axis, double grad_scale) {
-  static const auto op = find_operator<decltype(fake_quant_offset)>("cctorch::fake_quant_offset");
+  static const auto op = find_operator<FakeQuantOffsetOp>("cctorch::fake_quant_offset");
   return op.call(x, log_scale, offset, qmin, qmax, axis, grad_scale);
 }
 
@@ -32,6 +32,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fake_quant_offset_backward(const 
                                                                           int64_t qmax, std::optional<int64_t> axis,
                                                                           double grad_scale) {
   static const auto op = find_operator<decltype(fake_quant_offset_backward)>("cctorch::fake_quant_offset_backward");
+  return op.call(grad, x, log_scale, offset, qmin, qmax, axis, grad_scale);
+}
+
+std::vector<at::Tensor> fake_quant(at::TensorList x, at::TensorList log_scale, int64_t qmin, int64_t qmax,
+                                   std::optional<int64_t> axis, at::ArrayRef<double> grad_scale) {
+  static const auto op = find_operator<FakeQuantListOp>("cctorch::fake_quant", "list");
+  return op.call(x, log_scale, qmin, qmax, axis, grad_scale);
+}
+
+Lists<2> fake_quant_list_backward(at::TensorList grad, at::TensorList x, at::TensorList log_scale, int64_t qmin,
+                                  int64_t qmax, std::optional<int64_t> axis, at::ArrayRef<double> grad_scale) {
+  static const auto op = find_operator<decltype(fake_quant_list_backward)>("cctorch::fake_quant_backward", "list");
+  return op.call(grad, x, log_scale, qmin, qmax, axis, grad_scale);
+}
+
+std::vector<at::Tensor> fake_quant_offset(at::TensorList x, at::TensorList log_scale, at::TensorList offset,
+                                          int64_t qmin, int64_t qmax, std::optional<int64_t> axis,
+                                          at::ArrayRef<double> grad_scale) {
+  static const auto op = find_operator<FakeQuantOffsetListOp>("cctorch::fake_quant_offset", "list");
+  return op.call(x, log_scale, offset, qmin, qmax, axis, grad_scale);
+}
+
+Lists<3> fake_quant_offset_list_backward(at::TensorList grad, at::TensorList x, at::TensorList log_scale,
+                                         at::TensorList offset, int64_t qmin, int64_t qmax, std::optional<int64_t> axis,
+                                         at::ArrayRef<double> grad_scale) {
+  static const auto op =
+      find_operator<decltype(fake_quant_offset_list_backward)>("cctorch::fake_quant_offset_backward", "list");
   return op.call(grad, x, log_scale, offset, qmin, qmax, axis, grad_scale);
 }
 
@@ -72,6 +99,21 @@ std::optional<int64_t> check_fake_quant_offset(const at::Tensor& x, const at::Te
   check_range("fake_quant_offset", qmin, qmax);
   check_grid_parameter("fake_quant_offset", x, offset, "offset", axis);
   return check_grid_parameter("fake_quant_offset", x, log_scale, "log_scale", axis);
+}
+
+void check_fake_quant(at::TensorList x, at::TensorList log_scale, int64_t qmin, int64_t qmax,
+                      std::optional<int64_t> axis, at::ArrayRef<double> grad_scale) {
+  check_range("fake_quant", qmin, qmax);
+  check_grid_parameters("fake_quant", x, log_scale, "log_scale", axis);
+  check_grad_scales("fake_quant", x, grad_scale);
+}
+
+void check_fake_quant_offset(at::TensorList x, at::TensorList log_scale, at::TensorList offset, int64_t qmin,
+                             int64_t qmax, std::optional<int64_t> axis, at::ArrayRef<double> grad_scale) {
+  check_range("fake_quant_offset", qmin, qmax);
+  check_grid_parameters("fake_quant_offset", x, log_scale, "log_scale", axis);
+  check_grid_parameters("fake_quant_offset", x, offset, "offset", axis);
+  check_grad_scales("fake_quant_offset", x, grad_scale);
 }
 
 std::optional<int64_t> check_pact(const at::Tensor& x, const at::Tensor& log_alpha, int64_t bits,
@@ -127,6 +169,22 @@ TORCH_LIBRARY_FRAGMENT(cctorch, m) {
   m.def(
       "fake_quant_offset_backward(Tensor grad, Tensor x, Tensor log_scale, Tensor offset, int qmin, int qmax, "
       "int? axis, float grad_scale) -> (Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
+      "fake_quant.list(Tensor[] x, Tensor[] log_scale, int qmin, int qmax, int? axis=None, float[] grad_scale=[]) -> "
+      "Tensor[]",
+      tags);
+  m.def(
+      "fake_quant_backward.list(Tensor[] grad, Tensor[] x, Tensor[] log_scale, int qmin, int qmax, int? axis, "
+      "float[] grad_scale) -> (Tensor[], Tensor[])",
+      tags);
+  m.def(
+      "fake_quant_offset.list(Tensor[] x, Tensor[] log_scale, Tensor[] offset, int qmin, int qmax, int? axis=None, "
+      "float[] grad_scale=[]) -> Tensor[]",
+      tags);
+  m.def(
+      "fake_quant_offset_backward.list(Tensor[] grad, Tensor[] x, Tensor[] log_scale, Tensor[] offset, int qmin, "
+      "int qmax, int? axis, float[] grad_scale) -> (Tensor[], Tensor[], Tensor[])",
       tags);
   m.def(
       "fake_quant_groups(Tensor x, Tensor log_scale, int qmin, int qmax, int group_size, float grad_scale=1.0, "

@@ -5,8 +5,6 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <string>
-
 #include "csrc/ops/channelwise.h"
 #include "csrc/ops/checks.h"
 #include "csrc/ops/rows.h"
@@ -26,7 +24,7 @@ void check_fake_quant_weights(at::TensorList weights, int64_t bits, int64_t axis
   TORCH_CHECK(2 <= bits && bits <= 16, op, ": bits must be in [2, 16], got ", bits);
   check_like_tensors(weights, op, "weights");
   for (size_t i = 0; i < weights.size(); ++i) {
-    check_axis(weights[i], axis, op, ("weights[" + std::to_string(i) + "]").c_str());
+    check_axis(weights[i], axis, op, Name("weights", i));
   }
 }
 

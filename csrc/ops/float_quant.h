@@ -5,18 +5,32 @@
 
 #include <tuple>
 
+#include "csrc/ops/dispatch.h"
 #include "csrc/ops/formula/float_quant.h"
 
 namespace cctorch {
+
+using Fp8QuantOp = at::Tensor(const at::Tensor&, const at::Tensor&, at::ScalarType, std::optional<int64_t>, double);
+using Fp8QuantListOp = std::vector<at::Tensor>(at::TensorList, at::TensorList, at::ScalarType, std::optional<int64_t>,
+                                               at::ArrayRef<double>);
+
+using PowerOfTwoQuantOp = at::Tensor(const at::Tensor&, int64_t, std::optional<int64_t>);
+using PowerOfTwoQuantListOp = std::vector<at::Tensor>(at::TensorList, int64_t, std::optional<int64_t>);
 
 std::tuple<at::Tensor, at::Tensor> fp8_quant_backward(const at::Tensor& grad, const at::Tensor& x,
                                                       const at::Tensor& log_scale, at::ScalarType dtype,
                                                       std::optional<int64_t> axis, double grad_scale);
 
+Lists<2> fp8_quant_list_backward(at::TensorList grad, at::TensorList x, at::TensorList log_scale, at::ScalarType dtype,
+                                 std::optional<int64_t> axis, at::ArrayRef<double> grad_scale);
+
 // These raise where an argument is wrong and return the axis counted from the front.
 std::optional<int64_t> check_fp8_quant(const at::Tensor& x, const at::Tensor& log_scale, at::ScalarType dtype,
                                        std::optional<int64_t> axis);
+void check_fp8_quant(at::TensorList x, at::TensorList log_scale, at::ScalarType dtype, std::optional<int64_t> axis,
+                     at::ArrayRef<double> grad_scale);
 std::optional<int64_t> check_power_of_two_quant(const at::Tensor& x, int64_t bits, std::optional<int64_t> axis);
+void check_power_of_two_quant(at::TensorList x, int64_t bits, std::optional<int64_t> axis);
 
 template <typename T>
 formula::FloatQuant<T> fp8(at::ScalarType dtype) {

@@ -8,24 +8,40 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include "csrc/ops/checks.h"
 #include "csrc/ops/dispatch.h"
+#include "csrc/ops/learned_grid.h"
 #include "csrc/ops/rows.h"
 
 namespace cctorch {
 
 at::Tensor binary_quant(const at::Tensor& x, std::optional<int64_t> axis) {
-  static const auto op = find_operator<decltype(binary_quant)>("cctorch::binary_quant");
+  static const auto op = find_operator<BinaryQuantOp>("cctorch::binary_quant");
   return op.call(x, axis);
 }
 
 at::Tensor ternary_quant(const at::Tensor& x, std::optional<int64_t> axis) {
-  static const auto op = find_operator<decltype(ternary_quant)>("cctorch::ternary_quant");
+  static const auto op = find_operator<TernaryQuantOp>("cctorch::ternary_quant");
   return op.call(x, axis);
 }
 
 at::Tensor binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view method, std::optional<int64_t> axis) {
-  static const auto op = find_operator<decltype(binary_code_quant)>("cctorch::binary_code_quant");
+  static const auto op = find_operator<BinaryCodeQuantOp>("cctorch::binary_code_quant");
+  return op.call(x, bits, method, axis);
+}
+
+std::vector<at::Tensor> binary_quant(at::TensorList x, std::optional<int64_t> axis) {
+  static const auto op = find_operator<BinaryQuantListOp>("cctorch::binary_quant", "list");
+  return op.call(x, axis);
+}
+
+std::vector<at::Tensor> ternary_quant(at::TensorList x, std::optional<int64_t> axis) {
+  static const auto op = find_operator<TernaryQuantListOp>("cctorch::ternary_quant", "list");
+  return op.call(x, axis);
+}
+
+std::vector<at::Tensor> binary_code_quant(at::TensorList x, int64_t bits, std::string_view method,
+                                          std::optional<int64_t> axis) {
+  static const auto op = find_operator<BinaryCodeQuantListOp>("cctorch::binary_code_quant", "list");
   return op.call(x, bits, method, axis);
 }
 
@@ -46,6 +62,12 @@ at::Tensor codebook_update(const at::Tensor& x, const at::Tensor& codebook) {
 
 std::tuple<at::Tensor> binary_quant_backward(const at::Tensor& grad, const at::Tensor& x, std::optional<int64_t>) {
   return {at::where(x.abs() <= 1, grad, at::zeros_like(grad))};
+}
+
+Lists<1> binary_quant_list_backward(at::TensorList grad, at::TensorList x, std::optional<int64_t> axis) {
+  std::vector<at::Tensor> gradients;
+  for (size_t i = 0; i < x.size(); ++i) gradients.push_back(std::get<0>(binary_quant_backward(grad[i], x[i], axis)));
+  return {gradients};
 }
 
 at::Tensor sums_of_members(const at::Tensor& values, const at::Tensor& members, const c10::SymInt& count,
@@ -72,13 +94,31 @@ std::optional<int64_t> check_value_grid(const char* op, const at::Tensor& x, std
   return axis;
 }
 
-std::optional<int64_t> check_binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view method,
-                                               std::optional<int64_t> axis) {
+void check_value_grid(const char* op, at::TensorList x, std::optional<int64_t> axis) {
+  check_like_tensors(x, op, "x");
+  check_axes(x, axis, op);
+}
+
+namespace {
+
+void check_code(int64_t bits, std::string_view method) {
   constexpr auto op = "binary_code_quant";
   TORCH_CHECK(1 <= bits && bits <= 8, op, ": bits must be in [1, 8], got ", bits);
   TORCH_CHECK(method == "greedy" || method == "alternating", op, ": method must be greedy or alternating, got ",
               method);
-  return check_value_grid(op, x, axis);
+}
+
+}  // namespace
+
+std::optional<int64_t> check_binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view method,
+                                               std::optional<int64_t> axis) {
+  check_code(bits, method);
+  return check_value_grid("binary_code_quant", x, axis);
+}
+
+void check_binary_code_quant(at::TensorList x, int64_t bits, std::string_view method, std::optional<int64_t> axis) {
+  check_code(bits, method);
+  check_value_grid("binary_code_quant", x, axis);
 }
 
 void check_codebook(const char* op, const at::Tensor& x, const at::Tensor& codebook) {
@@ -95,6 +135,9 @@ TORCH_LIBRARY_FRAGMENT(cctorch, m) {
   m.def("binary_quant(Tensor x, int? axis=None) -> Tensor", tags);
   m.def("ternary_quant(Tensor x, int? axis=None) -> Tensor", tags);
   m.def("binary_code_quant(Tensor x, int bits, str method=\"alternating\", int? axis=None) -> Tensor", tags);
+  m.def("binary_quant.list(Tensor[] x, int? axis=None) -> Tensor[]", tags);
+  m.def("ternary_quant.list(Tensor[] x, int? axis=None) -> Tensor[]", tags);
+  m.def("binary_code_quant.list(Tensor[] x, int bits, str method=\"alternating\", int? axis=None) -> Tensor[]", tags);
   m.def("codebook_quant(Tensor x, Tensor codebook) -> Tensor", tags);
   m.def("codebook_indices(Tensor x, Tensor codebook) -> Tensor", tags);
   m.def("codebook_update(Tensor x, Tensor codebook) -> Tensor", tags);

@@ -5,9 +5,21 @@
 
 #include <tuple>
 
+#include "csrc/ops/dispatch.h"
+
 namespace cctorch {
 
+using BinaryQuantOp = at::Tensor(const at::Tensor&, std::optional<int64_t>);
+using BinaryQuantListOp = std::vector<at::Tensor>(at::TensorList, std::optional<int64_t>);
+using TernaryQuantOp = BinaryQuantOp;
+using TernaryQuantListOp = BinaryQuantListOp;
+using BinaryCodeQuantOp = at::Tensor(const at::Tensor&, int64_t, std::string_view, std::optional<int64_t>);
+using BinaryCodeQuantListOp = std::vector<at::Tensor>(at::TensorList, int64_t, std::string_view,
+                                                      std::optional<int64_t>);
+
 std::tuple<at::Tensor> binary_quant_backward(const at::Tensor& grad, const at::Tensor& x, std::optional<int64_t> axis);
+
+Lists<1> binary_quant_list_backward(at::TensorList grad, at::TensorList x, std::optional<int64_t> axis);
 
 // The sum of the values of each member, 0 to count - 1. A GPU's additions to one place wait for each other, and the
 // places of a codebook are few: each has so many copies, which take turns and are added up at last.
@@ -21,6 +33,8 @@ std::tuple<at::Tensor, at::Tensor> codebook_quant_backward(const at::Tensor& gra
 std::optional<int64_t> check_value_grid(const char* op, const at::Tensor& x, std::optional<int64_t> axis);
 std::optional<int64_t> check_binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view method,
                                                std::optional<int64_t> axis);
+void check_value_grid(const char* op, at::TensorList x, std::optional<int64_t> axis);
+void check_binary_code_quant(at::TensorList x, int64_t bits, std::string_view method, std::optional<int64_t> axis);
 void check_codebook(const char* op, const at::Tensor& x, const at::Tensor& codebook);
 
 }  // namespace cctorch

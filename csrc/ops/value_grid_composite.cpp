@@ -30,6 +30,23 @@ at::Tensor binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view
   return like(x, method == "greedy" ? greedy_code(rows, bits) : fitted_code(rows, bits), axis);
 }
 
+std::vector<at::Tensor> binary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
+  check_value_grid("binary_quant", x, axis);
+  return map_slices(x, axis, [](const auto& each, auto along) { return binary_quant(each, along); });
+}
+
+std::vector<at::Tensor> ternary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
+  check_value_grid("ternary_quant", x, axis);
+  return map_slices(x, axis, [](const auto& each, auto along) { return ternary_quant(each, along); });
+}
+
+std::vector<at::Tensor> binary_code_quant_list(at::TensorList x, int64_t bits, std::string_view method,
+                                               std::optional<int64_t> axis) {
+  check_binary_code_quant(x, bits, method, axis);
+  return map_slices(x, axis,
+                    [&](const auto& each, auto along) { return binary_code_quant(each, bits, method, along); });
+}
+
 // What lies halfway between two values rounds down to the type of x: whether x is above stays exactly the same. The sum
 // of the halves rounds in float64 too, to `near`; `missed` is what that left out (Knuth's TwoSum).
 at::Tensor bounds_between(const at::Tensor& ascending) {
@@ -72,6 +89,9 @@ TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
   m.impl("binary_quant", &binary_quant);
   m.impl("ternary_quant", &ternary_quant);
   m.impl("binary_code_quant", &binary_code_quant);
+  m.impl("binary_quant.list", &binary_quant_list);
+  m.impl("ternary_quant.list", &ternary_quant_list);
+  m.impl("binary_code_quant.list", &binary_code_quant_list);
   m.impl("codebook_quant", &codebook_quant);
   m.impl("codebook_indices", &codebook_indices);
   m.impl("codebook_update", &codebook_update);

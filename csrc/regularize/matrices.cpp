@@ -3,7 +3,8 @@
 #include <ATen/ATen.h>
 
 #include <map>
-#include <utility>
+
+#include "csrc/ops/rows.h"
 
 namespace cctorch::regularize {
 
@@ -26,22 +27,15 @@ Unfolding as_matrix(MatrixView view) {
 
 void replace_rows(std::vector<Weight>& weights, bool per_channel,
                   const std::function<at::Tensor(const at::Tensor& rows, at::ScalarType type)>& project) {
-  const Unfolding unfolding = as_rows(per_channel);
-  std::map<std::pair<at::ScalarType, int64_t>, std::vector<size_t>> groups;
-  std::vector<at::Tensor> matrices;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const at::Tensor& rows = matrices.emplace_back(unfolding.to_matrix(weights[i].value));
-    groups[{rows.scalar_type(), rows.size(1)}].push_back(i);
-  }
-  for (const auto& [kind, members] : groups) {
-    std::vector<at::Tensor> parts;
-    std::vector<int64_t> counts;
-    for (const size_t i : members) counts.push_back(parts.emplace_back(matrices[i]).size(0));
-    const auto projected = project(at::cat(parts).to(at::kDouble), kind.first).to(kind.first).split_with_sizes(counts);
-    for (size_t j = 0; j < members.size(); ++j) {
-      Weight& weight = weights[members[j]];
-      weight.value = unfolding.to_weight(projected[j], weight.value.sizes());
-    }
+  std::map<at::ScalarType, std::vector<size_t>> of_type;
+  for (size_t i = 0; i < weights.size(); ++i) of_type[weights[i].value.scalar_type()].push_back(i);
+  for (const auto& [type, members] : of_type) {
+    std::vector<at::Tensor> values;
+    for (const size_t i : members) values.push_back(weights[i].value);
+    const auto replaced =
+        map_rows(values, per_channel ? std::optional<int64_t>(0) : std::nullopt,
+                 [&, kind = type](const at::Tensor& rows) { return project(rows.to(at::kDouble), kind).to(kind); });
+    for (size_t j = 0; j < members.size(); ++j) weights[members[j]].value = replaced[j];
   }
 }
 

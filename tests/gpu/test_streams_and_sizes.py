@@ -45,6 +45,9 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
         lambda x, s: ops.fake_quant_groups(x, s, -8, 7, 64), x, scale(x, 16 * len(x)).view(-1, 16)
     ),
     "fake_quant_weights": lambda x: ops.fake_quant_weights([x, x[0], x[1:]], 4),
+    "fake_quant of a list": lambda x: backward(
+        lambda x, s: torch.cat([y.flatten() for y in ops.fake_quant([x, x[0], x[1:]], [s, s, s], -8, 7)]), x, scale(x)
+    ),
     "pact": lambda x: backward(lambda x, s: ops.pact(x, s, 4), x, scale(x)),
     "fp8_quant": lambda x: backward(lambda x, s: ops.fp8_quant(x, s), x, scale(x)),
     "soft_threshold": lambda x: backward(lambda x, t: ops.soft_threshold(x, t, 1), x, scale(x, 16).exp()),

@@ -58,6 +58,10 @@ def element_wise(formula: str) -> tuple[str, ...]:
     return tuple(f"{kernel}.*{formula}" for kernel in ("ElementWise", "BackwardRows", "BackwardColumns"))
 
 
+def of_lists(formula: str) -> tuple[str, ...]:
+    return tuple(f"Together.*{pattern}" for pattern in element_wise(formula))
+
+
 # The parts of a mangled kernel name by which an op's kernels are known.
 KERNELS = {
     "fake_quant": element_wise("9FakeQuantI.*3Raw"),
@@ -68,7 +72,11 @@ KERNELS = {
     "channel_gate": element_wise("ChannelGate"),
     "fake_quant_weights": ("QuantizeRows",),
     "soft_threshold": element_wise("SoftThreshold"),
-    "all of these": ("SumPartials",),
+    "fake_quant of a list": of_lists("9FakeQuantI.*3Raw"),
+    "fake_quant_offset of a list": of_lists("FakeQuantOffset.*3Raw"),
+    "fp8_quant of a list": of_lists("FloatQuant.*3Raw"),
+    "soft_threshold of a list": of_lists("SoftThreshold"),
+    "all of these": ("SumPartials", "Together.*SumPartials"),
     "magnitude_masks": ("Prepare", "CountDigits", "4KeepIjbE"),
     "magnitude_prune": ("4KeepIjjE",),
     "nm_masks": ("MarkGroups",),

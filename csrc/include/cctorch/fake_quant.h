@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 namespace cctorch {
 
@@ -25,6 +26,14 @@ at::Tensor fake_quant(const at::Tensor& x, const at::Tensor& log_scale, int64_t 
 // The offset's gradient is that of y outside of the range and 0 inside, times `grad_scale`.
 at::Tensor fake_quant_offset(const at::Tensor& x, const at::Tensor& log_scale, const at::Tensor& offset, int64_t qmin,
                              int64_t qmax, std::optional<int64_t> axis = std::nullopt, double grad_scale = 1.0);
+
+// Each x of a list with the log_scale at its place, a model's weights at once: `grad_scale` has a factor for each of
+// them, or is empty for 1. All x are of one type and on one device.
+std::vector<at::Tensor> fake_quant(at::TensorList x, at::TensorList log_scale, int64_t qmin, int64_t qmax,
+                                   std::optional<int64_t> axis = std::nullopt, at::ArrayRef<double> grad_scale = {});
+std::vector<at::Tensor> fake_quant_offset(at::TensorList x, at::TensorList log_scale, at::TensorList offset,
+                                          int64_t qmin, int64_t qmax, std::optional<int64_t> axis = std::nullopt,
+                                          at::ArrayRef<double> grad_scale = {});
 
 // One scale, and one offset where there is one, for every `group_size` consecutive elements in row-major order of each
 // index of dimension 0: log_scale is x.size(0) x groups.

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 // Quantization to few values that are computed from the weights themselves: of the whole tensor, or with `axis` of each
 // index of that dimension.
@@ -23,6 +24,12 @@ at::Tensor ternary_quant(const at::Tensor& x, std::optional<int64_t> axis = std:
 // nearest codes and least squares (Xu et al. 2018). Straight-through.
 at::Tensor binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view method = "alternating",
                              std::optional<int64_t> axis = std::nullopt);
+
+// Each x of a list of one type and on one device. On CUDA rows of one width are searched together, of whichever x.
+std::vector<at::Tensor> binary_quant(at::TensorList x, std::optional<int64_t> axis = std::nullopt);
+std::vector<at::Tensor> ternary_quant(at::TensorList x, std::optional<int64_t> axis = std::nullopt);
+std::vector<at::Tensor> binary_code_quant(at::TensorList x, int64_t bits, std::string_view method = "alternating",
+                                          std::optional<int64_t> axis = std::nullopt);
 
 // The nearest of the codebook's values, the lower of two as near; codebook is one-dimensional in any order, float32 for
 // half-precision x and of x's type otherwise. Backward: straight-through to x, to each value the sum over its members.

@@ -8,9 +8,12 @@
 namespace cctorch::autograd {
 
 TORCH_LIBRARY_IMPL(cctorch, Autograd, m) {
-  m.impl("binary_quant", &Recorded<&binary_quant, &binary_quant_backward>::call);
-  m.impl("ternary_quant", &StraightThrough<&ternary_quant>::call);
-  m.impl("binary_code_quant", &StraightThrough<&binary_code_quant>::call);
+  m.impl("binary_quant", &Recorded<overload<BinaryQuantOp>(&binary_quant), &binary_quant_backward>::call);
+  m.impl("binary_quant.list", &Recorded<overload<BinaryQuantListOp>(&binary_quant), &binary_quant_list_backward>::call);
+  m.impl("ternary_quant", &StraightThrough<overload<TernaryQuantOp>(&ternary_quant)>::call);
+  m.impl("ternary_quant.list", &StraightThrough<overload<TernaryQuantListOp>(&ternary_quant)>::call);
+  m.impl("binary_code_quant", &StraightThrough<overload<BinaryCodeQuantOp>(&binary_code_quant)>::call);
+  m.impl("binary_code_quant.list", &StraightThrough<overload<BinaryCodeQuantListOp>(&binary_code_quant)>::call);
   m.impl("codebook_quant", &Recorded<&codebook_quant, &codebook_quant_backward>::call);
   m.impl("codebook_indices", &Constant<&codebook_indices>::call);
   m.impl("codebook_update", &Constant<&codebook_update>::call);

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "csrc/ops/channelwise.h"
@@ -48,7 +49,7 @@ struct Pieces {
   int64_t channel(int64_t piece) const { return piece / per_row % layout.channels; }
   int64_t begin(int64_t piece) const { return piece / per_row * layout.inner + piece % per_row * kBlock; }
   int64_t size(int64_t piece) const { return std::min(kBlock, layout.inner - piece % per_row * kBlock); }
-  int64_t grain() const { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, std::min(kBlock, layout.inner))); }
+  int64_t length() const { return std::min(kBlock, layout.inner); }
 };
 
 // For layouts with short rows: the parameters written out for several rows, so that one call has a few hundred
@@ -73,92 +74,173 @@ struct Period {
 
 inline bool has_long_rows(const Layout& l) { return l.channels == 1 || l.inner >= kShortestRow; }
 
-template <typename Formula, typename P = typename Formula::parameter_type>
-void forward(const Formula& formula, const Layout& l, const at::Tensor& y, const at::Tensor& x, const P* parameters) {
-  const auto run = loops<Formula>(x.scalar_type());
-  const int64_t item = x.element_size();
-  const simd::Stores stores = simd::stores_for(x.numel() * item);
-  auto* to = static_cast<char*>(y.mutable_data_ptr());
-  const auto* from = static_cast<const char*>(x.const_data_ptr());
-  if (has_long_rows(l)) {
-    const Pieces pieces{l};
-    at::parallel_for(0, pieces.count(), pieces.grain(), [&](int64_t begin, int64_t end) {
-      const simd::Fence fence(stores);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t offset = pieces.begin(i) * item;
-        run.forward(formula, to + offset, from + offset, pieces.size(i), parameters[pieces.channel(i)], stores);
-      }
-    });
-    return;
+// One of a list of tensors, not empty. All of them share its dense layout; `parameters` has one for each channel.
+template <typename P>
+struct Operand {
+  Layout layout;
+  at::Tensor to;  // y, or the gradient of x
+  at::Tensor x;
+  std::vector<P> parameters;
+  at::Tensor grad;  // of y, for the backward
+};
+
+// y = formula(x) of one tensor, in units that any thread may take.
+template <typename Formula>
+class Forward {
+  using T = typename Formula::value_type;
+  using P = typename Formula::parameter_type;
+
+ public:
+  Forward(const Formula& formula, simd::Stores stores, const Operand<P>& operand)
+      : formula_(formula),
+        stores_(stores),
+        operand_(operand),
+        run_(loops<Formula>(operand.x.scalar_type())),
+        pieces_{operand.layout} {
+    if (!has_long_rows(operand.layout)) period_.emplace(operand.layout, operand.parameters.data());
   }
-  const Period<typename Formula::value_type, P> period(l, parameters);
-  at::parallel_for(0, period.count(), std::max<int64_t>(1, kGrain / period.size), [&](int64_t begin, int64_t end) {
-    const simd::Fence fence(stores);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t offset = i * period.size * item;
-      run.forward_each(formula, to + offset, from + offset, period.length(i), period.parameters(), stores);
-    }
-  });
-}
 
-template <typename Formula, typename P = typename Formula::parameter_type, typename T = typename Formula::value_type>
-std::vector<formula::Wide<P>> backward_short_rows(const Formula& formula, const Layout& l, char* out, const char* grad,
-                                                  const char* x, int64_t item, const simd::Loops<Formula>& run,
-                                                  const P* parameters) {
-  const Period<T, P> period(l, parameters);
-  const simd::Stores stores = simd::stores_for(period.numel() * item);
-  // Sums are kept in the formula's type over this many periods, then added up in double.
-  constexpr int64_t kShortSum = 64;
-  const int64_t per_block = std::max(ceil_div(kBlock, period.size), ceil_div(period.count(), 64));
-  const int64_t blocks = ceil_div(period.count(), per_block);
-  std::vector<formula::Wide<P>> sums(blocks * period.size);
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    const simd::Fence fence(stores);
-    std::vector<T> short_sums(period.numbers.size());
-    const formula::Columns<T, P> sums_of_elements{short_sums.data(), period.size};
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t last = std::min(period.count(), (block + 1) * per_block);
-      auto* block_sums = sums.data() + block * period.size;
-      for (int64_t first = block * per_block; first < last; first += kShortSum) {
-        std::fill(short_sums.begin(), short_sums.end(), T(0));
-        for (int64_t i = first; i < std::min(last, first + kShortSum); ++i) {
-          const int64_t offset = i * period.size * item;
-          run.backward_each(formula, out + offset, grad + offset, x + offset, period.length(i), period.parameters(),
-                            sums_of_elements, stores);
-        }
-        for (int64_t j = 0; j < period.size; ++j) block_sums[j] += formula::wide(sums_of_elements[j]);
+  int64_t units() const { return period_ ? period_->count() : pieces_.count(); }
+  int64_t unit_size() const { return period_ ? period_->size : pieces_.length(); }
+
+  void operator()(int64_t unit) const {
+    const int64_t begin = (period_ ? unit * period_->size : pieces_.begin(unit)) * operand_.x.element_size();
+    auto* to = static_cast<char*>(operand_.to.mutable_data_ptr()) + begin;
+    const auto* from = static_cast<const char*>(operand_.x.const_data_ptr()) + begin;
+    if (period_) {
+      run_.forward_each(formula_, to, from, period_->length(unit), period_->parameters(), stores_);
+    } else {
+      run_.forward(formula_, to, from, pieces_.size(unit), operand_.parameters[pieces_.channel(unit)], stores_);
+    }
+  }
+
+ private:
+  const Formula& formula_;
+  simd::Stores stores_;
+  const Operand<P>& operand_;
+  simd::Loops<Formula> run_;
+  Pieces pieces_;
+  std::optional<Period<T, P>> period_;
+};
+
+// The gradient of x of one tensor, and those of its parameters, in the same way: pieces leave a sum each, and where
+// rows are short, blocks of periods leave one for each of a period's elements.
+template <typename Formula>
+class Backward {
+  using T = typename Formula::value_type;
+  using P = typename Formula::parameter_type;
+
+ public:
+  Backward(const Formula& formula, simd::Stores stores, const Operand<P>& operand)
+      : formula_(formula),
+        stores_(stores),
+        operand_(operand),
+        run_(loops<Formula>(operand.x.scalar_type())),
+        pieces_{operand.layout} {
+    if (!has_long_rows(operand.layout)) {
+      period_.emplace(operand.layout, operand.parameters.data());
+      per_block_ = std::max(ceil_div(kBlock, period_->size), ceil_div(period_->count(), 64));
+    }
+    sums_.resize(units() * (period_ ? period_->size : 1));
+  }
+
+  int64_t units() const { return period_ ? ceil_div(period_->count(), per_block_) : pieces_.count(); }
+  int64_t unit_size() const { return period_ ? per_block_ * period_->size : pieces_.length(); }
+
+  void operator()(int64_t unit) {
+    if (period_) {
+      block(unit);
+    } else {
+      const int64_t begin = pieces_.begin(unit) * operand_.x.element_size();
+      sums_[unit] = run_.backward(formula_, to() + begin, grad() + begin, x() + begin, pieces_.size(unit),
+                                  operand_.parameters[pieces_.channel(unit)], stores_);
+    }
+  }
+
+  // For each channel, once all units are done.
+  std::vector<formula::Wide<P>> totals() const {
+    const Layout& l = operand_.layout;
+    std::vector<formula::Wide<P>> totals(l.channels);
+    for (size_t i = 0; i < sums_.size(); ++i) {
+      const auto at = static_cast<int64_t>(i);
+      totals[period_ ? at % period_->size / l.inner % l.channels : pieces_.channel(at)] += sums_[i];
+    }
+    return totals;
+  }
+
+ private:
+  char* to() const { return static_cast<char*>(operand_.to.mutable_data_ptr()); }
+  const char* grad() const { return static_cast<const char*>(operand_.grad.const_data_ptr()); }
+  const char* x() const { return static_cast<const char*>(operand_.x.const_data_ptr()); }
+
+  void block(int64_t unit) {
+    // Sums are kept in the formula's type over this many periods, then added up in double.
+    constexpr int64_t kShortSum = 64;
+    std::vector<T> short_sums(period_->numbers.size());
+    const formula::Columns<T, P> sums_of_elements{short_sums.data(), period_->size};
+    const int64_t last = std::min(period_->count(), (unit + 1) * per_block_);
+    auto* block_sums = sums_.data() + unit * period_->size;
+    for (int64_t first = unit * per_block_; first < last; first += kShortSum) {
+      std::fill(short_sums.begin(), short_sums.end(), T(0));
+      for (int64_t i = first; i < std::min(last, first + kShortSum); ++i) {
+        const int64_t begin = i * period_->size * operand_.x.element_size();
+        run_.backward_each(formula_, to() + begin, grad() + begin, x() + begin, period_->length(i),
+                           period_->parameters(), sums_of_elements, stores_);
       }
+      for (int64_t j = 0; j < period_->size; ++j) block_sums[j] += formula::wide(sums_of_elements[j]);
+    }
+  }
+
+  const Formula& formula_;
+  simd::Stores stores_;
+  const Operand<P>& operand_;
+  simd::Loops<Formula> run_;
+  Pieces pieces_;
+  std::optional<Period<T, P>> period_;
+  int64_t per_block_ = 0;
+  std::vector<formula::Wide<P>> sums_;
+};
+
+// Work, Forward or Backward, on every operand of a list, after it is done: one parallel region for all of them, in
+// parts of about as many elements.
+template <template <typename> typename Work, typename Formula, typename P = typename Formula::parameter_type>
+std::vector<Work<Formula>> done(const Formula& formula, const std::vector<Operand<P>>& operands) {
+  struct Part {
+    Work<Formula>* work;
+    int64_t begin, end;
+  };
+  int64_t bytes = 0;
+  for (const auto& operand : operands) bytes += operand.x.numel() * operand.x.element_size();
+  const simd::Stores stores = simd::stores_for(bytes);
+  std::vector<Work<Formula>> works;
+  works.reserve(operands.size());
+  std::vector<Part> parts;
+  for (const auto& operand : operands) {
+    auto& work = works.emplace_back(formula, stores, operand);
+    const int64_t step = std::max<int64_t>(1, kGrain / work.unit_size());
+    for (int64_t begin = 0; begin < work.units(); begin += step) {
+      parts.push_back({&work, begin, std::min(begin + step, work.units())});
+    }
+  }
+  at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t first, int64_t last) {
+    const simd::Fence fence(stores);
+    for (int64_t i = first; i < last; ++i) {
+      for (int64_t unit = parts[i].begin; unit < parts[i].end; ++unit) (*parts[i].work)(unit);
     }
   });
-  std::vector<formula::Wide<P>> totals(l.channels);
-  for (int64_t i = 0; i < blocks * period.size; ++i) totals[i % period.size / l.inner % l.channels] += sums[i];
-  return totals;
+  return works;
 }
 
-// Writes grad_x; returns the gradient of each channel's parameter. All tensors share one dense layout.
 template <typename Formula, typename P = typename Formula::parameter_type>
-std::vector<formula::Wide<P>> backward(const Formula& formula, const Layout& l, const at::Tensor& grad_x,
-                                       const at::Tensor& grad, const at::Tensor& x, const P* parameters) {
-  const auto run = loops<Formula>(x.scalar_type());
-  const int64_t item = x.element_size();
-  auto* out = static_cast<char*>(grad_x.mutable_data_ptr());
-  const auto* gs = static_cast<const char*>(grad.const_data_ptr());
-  const auto* xs = static_cast<const char*>(x.const_data_ptr());
-  if (!has_long_rows(l)) return backward_short_rows(formula, l, out, gs, xs, item, run, parameters);
+void forward(const Formula& formula, const std::vector<Operand<P>>& operands) {
+  done<Forward>(formula, operands);
+}
 
-  const Pieces pieces{l};
-  const simd::Stores stores = simd::stores_for(x.numel() * item);
-  std::vector<formula::Wide<P>> sums(pieces.count());
-  at::parallel_for(0, pieces.count(), pieces.grain(), [&](int64_t begin, int64_t end) {
-    const simd::Fence fence(stores);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t offset = pieces.begin(i) * item;
-      sums[i] = run.backward(formula, out + offset, gs + offset, xs + offset, pieces.size(i),
-                             parameters[pieces.channel(i)], stores);
-    }
-  });
-  std::vector<formula::Wide<P>> totals(l.channels);
-  for (int64_t i = 0; i < pieces.count(); ++i) totals[pieces.channel(i)] += sums[i];
+// Writes the gradients of x; returns those of each operand's parameters.
+template <typename Formula, typename P = typename Formula::parameter_type>
+std::vector<std::vector<formula::Wide<P>>> backward(const Formula& formula, const std::vector<Operand<P>>& operands) {
+  std::vector<std::vector<formula::Wide<P>>> totals;
+  for (const auto& work : done<Backward>(formula, operands)) totals.push_back(work.totals());
   return totals;
 }
 

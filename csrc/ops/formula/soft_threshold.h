@@ -12,6 +12,8 @@ struct SoftThreshold {
   using value_type = T;
   using parameter_type = T;
 
+  CCTORCH_HOST_DEVICE T parameter(T threshold) const { return threshold; }
+
   CCTORCH_HOST_DEVICE T forward(T x, T threshold) const {
     const T left = std::abs(x) - threshold;
     const T y = x < 0 ? -left : left;

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "csrc/ops/checks.h"
+#include "csrc/ops/meta/lists.h"
 
 namespace cctorch::meta {
 namespace {
@@ -55,6 +56,34 @@ std::tuple<at::Tensor, at::Tensor> pact_backward(const at::Tensor& grad, const a
   return {at::empty_like(x), like_parameter(log_alpha)};
 }
 
+std::vector<at::Tensor> fake_quant_list(at::TensorList x, at::TensorList log_scale, int64_t qmin, int64_t qmax,
+                                        std::optional<int64_t> axis, at::ArrayRef<double> grad_scale) {
+  check_fake_quant(x, log_scale, qmin, qmax, axis, grad_scale);
+  return empty_list_like(x);
+}
+
+Lists<2> fake_quant_list_backward(at::TensorList grad, at::TensorList x, at::TensorList log_scale, int64_t qmin,
+                                  int64_t qmax, std::optional<int64_t> axis, at::ArrayRef<double> grad_scale) {
+  check_fake_quant(x, log_scale, qmin, qmax, axis, grad_scale);
+  check_backward(grad, x, "fake_quant_backward");
+  return {empty_list_like(x), empty_parameters_like(log_scale)};
+}
+
+std::vector<at::Tensor> fake_quant_offset_list(at::TensorList x, at::TensorList log_scale, at::TensorList offset,
+                                               int64_t qmin, int64_t qmax, std::optional<int64_t> axis,
+                                               at::ArrayRef<double> grad_scale) {
+  check_fake_quant_offset(x, log_scale, offset, qmin, qmax, axis, grad_scale);
+  return empty_list_like(x);
+}
+
+Lists<3> fake_quant_offset_list_backward(at::TensorList grad, at::TensorList x, at::TensorList log_scale,
+                                         at::TensorList offset, int64_t qmin, int64_t qmax, std::optional<int64_t> axis,
+                                         at::ArrayRef<double> grad_scale) {
+  check_fake_quant_offset(x, log_scale, offset, qmin, qmax, axis, grad_scale);
+  check_backward(grad, x, "fake_quant_offset_backward");
+  return {empty_list_like(x), empty_parameters_like(log_scale), empty_parameters_like(offset)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cctorch, Meta, m) {
@@ -64,6 +93,15 @@ TORCH_LIBRARY_IMPL(cctorch, Meta, m) {
   m.impl("fake_quant_offset_backward", &fake_quant_offset_backward);
   m.impl("pact", &pact);
   m.impl("pact_backward", &pact_backward);
+  m.impl("fake_quant.list", &fake_quant_list);
+  m.impl("fake_quant_backward.list", &fake_quant_list_backward);
+  m.impl("fake_quant_offset.list", &fake_quant_offset_list);
+  m.impl("fake_quant_offset_backward.list", &fake_quant_offset_list_backward);
+}
+
+TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
+  m.impl("fake_quant.list", &WithoutTensors<&fake_quant_list>::call);
+  m.impl("fake_quant_offset.list", &WithoutTensors<&fake_quant_offset_list>::call);
 }
 
 }  // namespace cctorch::meta

@@ -4,6 +4,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "csrc/ops/meta/lists.h"
+
 namespace cctorch::meta {
 namespace {
 
@@ -37,12 +39,31 @@ at::Tensor codebook_update(const at::Tensor& x, const at::Tensor& codebook) {
   return at::empty_like(codebook);
 }
 
+std::vector<at::Tensor> binary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
+  check_value_grid("binary_quant", x, axis);
+  return empty_list_like(x);
+}
+
+std::vector<at::Tensor> ternary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
+  check_value_grid("ternary_quant", x, axis);
+  return empty_list_like(x);
+}
+
+std::vector<at::Tensor> binary_code_quant_list(at::TensorList x, int64_t bits, std::string_view method,
+                                               std::optional<int64_t> axis) {
+  check_binary_code_quant(x, bits, method, axis);
+  return empty_list_like(x);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cctorch, Meta, m) {
   m.impl("binary_quant", &binary_quant);
   m.impl("ternary_quant", &ternary_quant);
   m.impl("binary_code_quant", &binary_code_quant);
+  m.impl("binary_quant.list", &binary_quant_list);
+  m.impl("ternary_quant.list", &ternary_quant_list);
+  m.impl("binary_code_quant.list", &binary_code_quant_list);
   m.impl("codebook_quant", &codebook_quant);
   m.impl("codebook_indices", &codebook_indices);
   m.impl("codebook_update", &codebook_update);

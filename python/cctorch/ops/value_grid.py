@@ -1,13 +1,25 @@
 """Quantization to few values that are computed from the weights themselves.
 
 They are those of the whole tensor, or with ``axis`` of each index of that dimension. Sums and searches run in float64.
+Of a sequence of tensors, what is equally long is searched together on CUDA, whichever of the tensors it is of.
 """
+
+from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 
 
-def binary_quant(x: Tensor, axis: int | None = None) -> Tensor:
+@overload
+def binary_quant(x: Tensor, axis: int | None = None) -> Tensor: ...
+
+
+@overload
+def binary_quant(x: Sequence[Tensor], axis: int | None = None) -> list[Tensor]: ...
+
+
+def binary_quant(x: Tensor | Sequence[Tensor], axis: int | None = None) -> Tensor | list[Tensor]:
     r"""The best scaled signs (XNOR-Net, Rastegari et al. 2016, eq. 6).
 
     .. math:: y = a \, \text{sign}(x), \quad a = \text{mean} |x|
@@ -15,11 +27,12 @@ def binary_quant(x: Tensor, axis: int | None = None) -> Tensor:
     Zero counts as positive. Backward: straight-through where :math:`|x| \le 1`, 0 elsewhere.
 
     Args:
-        x: any shape; float32, float64, float16 or bfloat16.
+        x: any shape; float32, float64, float16 or bfloat16. Or a sequence of such tensors, of one type and on one
+            device.
         axis: the dimension with one :math:`a` per index, or None for a single one.
 
     Returns:
-        Tensor of the shape, type and dense layout of ``x``.
+        Tensor of the shape, type and dense layout of ``x``, or a list of them.
 
     Raises:
         RuntimeError: for a wrong type or axis.
@@ -29,11 +42,22 @@ def binary_quant(x: Tensor, axis: int | None = None) -> Tensor:
         tensor([[ 2., -2.],
                 [ 2.,  2.]])
     """
-    y: Tensor = torch.ops.cctorch.binary_quant(x, axis)
-    return y
+    if isinstance(x, Tensor):
+        y: Tensor = torch.ops.cctorch.binary_quant.default(x, axis)
+        return y
+    ys: list[Tensor] = torch.ops.cctorch.binary_quant.list(x, axis)
+    return ys
 
 
-def ternary_quant(x: Tensor, axis: int | None = None) -> Tensor:
+@overload
+def ternary_quant(x: Tensor, axis: int | None = None) -> Tensor: ...
+
+
+@overload
+def ternary_quant(x: Sequence[Tensor], axis: int | None = None) -> list[Tensor]: ...
+
+
+def ternary_quant(x: Tensor | Sequence[Tensor], axis: int | None = None) -> Tensor | list[Tensor]:
     r"""The scaled ternary values of the smallest squared error (TWN, Li et al. 2016, eq. 3), found exactly.
 
     .. math:: y \in \{-a, 0, a\}: \quad \min_{a, y} \|x - y\|^2
@@ -42,11 +66,12 @@ def ternary_quant(x: Tensor, axis: int | None = None) -> Tensor:
     :math:`(\text{sum of them})^2 / k`. Backward: straight-through.
 
     Args:
-        x: any shape; float32, float64, float16 or bfloat16.
+        x: any shape; float32, float64, float16 or bfloat16. Or a sequence of such tensors, of one type and on one
+            device.
         axis: the dimension with one :math:`a` per index, or None for a single one.
 
     Returns:
-        Tensor of the shape, type and dense layout of ``x``.
+        Tensor of the shape, type and dense layout of ``x``, or a list of them.
 
     Raises:
         RuntimeError: for a wrong type or axis.
@@ -55,11 +80,26 @@ def ternary_quant(x: Tensor, axis: int | None = None) -> Tensor:
         >>> ternary_quant(torch.tensor([4.0, -2.0, 0.5, -0.25]))
         tensor([ 3., -3.,  0.,  0.])
     """
-    y: Tensor = torch.ops.cctorch.ternary_quant(x, axis)
-    return y
+    if isinstance(x, Tensor):
+        y: Tensor = torch.ops.cctorch.ternary_quant.default(x, axis)
+        return y
+    ys: list[Tensor] = torch.ops.cctorch.ternary_quant.list(x, axis)
+    return ys
 
 
-def binary_code_quant(x: Tensor, bits: int, method: str = "alternating", axis: int | None = None) -> Tensor:
+@overload
+def binary_code_quant(x: Tensor, bits: int, method: str = "alternating", axis: int | None = None) -> Tensor: ...
+
+
+@overload
+def binary_code_quant(
+    x: Sequence[Tensor], bits: int, method: str = "alternating", axis: int | None = None
+) -> list[Tensor]: ...
+
+
+def binary_code_quant(
+    x: Tensor | Sequence[Tensor], bits: int, method: str = "alternating", axis: int | None = None
+) -> Tensor | list[Tensor]:
     r"""A sum of scaled binary codes.
 
     .. math:: y = \sum_{i=1}^{\text{bits}} a_i b_i, \quad b_i \in \{-1, 1\}^n
@@ -69,13 +109,14 @@ def binary_code_quant(x: Tensor, bits: int, method: str = "alternating", axis: i
     squares for all scales (Xu et al. 2018, algorithm 2). Backward: straight-through.
 
     Args:
-        x: any shape; float32, float64, float16 or bfloat16.
+        x: any shape; float32, float64, float16 or bfloat16. Or a sequence of such tensors, of one type and on one
+            device.
         bits: 1 to 8.
         method: ``"alternating"`` or ``"greedy"``.
         axis: the dimension with scales of its own for each index, or None for one set of scales.
 
     Returns:
-        Tensor of the shape, type and dense layout of ``x``.
+        Tensor of the shape, type and dense layout of ``x``, or a list of them.
 
     Raises:
         RuntimeError: for a wrong type, axis, method or number of bits; the message names the argument.
@@ -84,8 +125,11 @@ def binary_code_quant(x: Tensor, bits: int, method: str = "alternating", axis: i
         >>> binary_code_quant(torch.tensor([1.0, 1.2, -3.0, 3.0]), bits=2)
         tensor([ 1.1000,  1.1000, -3.0000,  3.0000])
     """
-    y: Tensor = torch.ops.cctorch.binary_code_quant(x, bits, method, axis)
-    return y
+    if isinstance(x, Tensor):
+        y: Tensor = torch.ops.cctorch.binary_code_quant.default(x, bits, method, axis)
+        return y
+    ys: list[Tensor] = torch.ops.cctorch.binary_code_quant.list(x, bits, method, axis)
+    return ys
 
 
 def codebook_quant(x: Tensor, codebook: Tensor) -> Tensor:

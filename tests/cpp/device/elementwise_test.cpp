@@ -160,7 +160,7 @@ TYPED_TEST(ElementWise, PowersOfTwoEqualTheNearestOfAllValues) {
 
 TYPED_TEST(ElementWise, SoftThresholdEqualsFloat64) {
   using T = Math<TypeParam>;
-  expect_everywhere<cuda::Given, TypeParam>(
+  expect_everywhere<cuda::Raw, TypeParam>(
       formula::SoftThreshold<T>{}, quarter_steps<TypeParam>,
       [](int64_t c) { return static_cast<T>(0.5 * static_cast<double>(c % 7)); },
       [](double x, double threshold) { return std::copysign(std::max(0.0, std::abs(x) - threshold), x); });

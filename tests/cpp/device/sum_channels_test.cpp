@@ -65,21 +65,24 @@ Backward<S, P> run(const Formula& formula, const Layout& l, const std::vector<S>
   const auto numel = static_cast<int64_t>(x.size());
   const auto grad_there = moved(grad, offsets.grad), x_there = moved(x, offsets.x);
   std::vector<S> grad_x(offsets.grad_x + numel, unwritten<S>());
-  std::vector<P> sums(l.channels, unwritten<P>());
-  const auto partition = cuda::sum_channels::partition<S>(l, blocks);
-  const auto& part = partition.partials;
-  std::vector<P> partials(part.outer * part.channels * part.inner, unwritten<P>());
+  Sums<Formula> sums(l.channels);
+  const auto part = cuda::sum_channels::partition<S>(l, blocks);
+  std::vector<P> partials(part.numel(), unwritten<P>());
   const Parameters<Formula> numbers(parameters);
-  const cuda::sum_channels::Arguments<S, Formula, Source<Formula>> arguments{formula,
-                                                                             {numbers.given()},
-                                                                             l,
-                                                                             grad_x.data() + offsets.grad_x,
-                                                                             grad_there.data() + offsets.grad,
-                                                                             x_there.data() + offsets.x,
-                                                                             numel};
-  cuda::sum_channels::backward(Launch{seed}, arguments, partition, partials.data(), kFactor, sums.data());
+  const cuda::sum_channels::Work<S, Formula, Source<Formula>> work{{formula,
+                                                                    {numbers.given()},
+                                                                    l,
+                                                                    grad_x.data() + offsets.grad_x,
+                                                                    grad_there.data() + offsets.grad,
+                                                                    x_there.data() + offsets.x,
+                                                                    numel},
+                                                                   part,
+                                                                   partials.data(),
+                                                                   kFactor,
+                                                                   sums.totals()};
+  cuda::sum_channels::backward(Launch{seed}, work);
   grad_x.erase(grad_x.begin(), grad_x.begin() + offsets.grad_x);
-  return {grad_x, sums};
+  return {grad_x, sums.of_channels()};
 }
 
 // gradient(grad, x, parameter) in float64 returns {of x, contribution to the parameter's}.
@@ -161,8 +164,7 @@ TYPED_TEST(SumChannels, WhereTensorsBeginMakesNoDifference) {
 TEST(SumChannelsPartition, LeavesFewPartials) {
   for (const Layout& l : {Layout{256, 64, 3136}, Layout{256, 2048, 49}, Layout{802816, 64, 1}, Layout{12544, 2048, 1},
                           Layout{1, 512, 64}, Layout{1, 512, 4608}, Layout{1, 1, 1 << 28}, Layout{1, 1 << 16, 128}}) {
-    const auto& partials = cuda::sum_channels::partition<float>(l, 1056).partials;
-    EXPECT_LE(16 * partials.outer * partials.channels * partials.inner, l.outer * l.channels * l.inner);
+    EXPECT_LE(16 * cuda::sum_channels::partition<float>(l, 1056).numel(), l.outer * l.channels * l.inner);
   }
 }
 
@@ -198,7 +200,7 @@ TYPED_TEST(SumChannels, SoftThresholdEqualsFloat64) {
     x[0] = S(0);
     std::vector<T> thresholds = normal<T>(l.channels, 3);
     for (T& threshold : thresholds) threshold = std::abs(threshold);
-    const auto result = run<cuda::Given>(formula::SoftThreshold<T>{}, l, grad, x, thresholds, 12, 2);
+    const auto result = run<cuda::Raw>(formula::SoftThreshold<T>{}, l, grad, x, thresholds, 12, 2);
     expect_gradients(result, l, grad, x, thresholds, [](double g, double x, double threshold) {
       if (std::abs(x) <= threshold) return std::pair(0.0, 0.0);
       return std::pair(g, x > 0 ? -g : g);
