@@ -362,7 +362,8 @@ def test_a_layer_without_anything_to_gain_keeps_its_bits() -> None:
         for parameter in dense.parameters():
             parameter.copy_(torch.randint(-4, 5, parameter.shape))
         dense[2].weight[:, 2] = 0
-    plan = CompressionPlan("test", 0.5, [LayerPlan("2", "linear", 6, 5, kept_in=[0, 1, 3, 4, 5], gather=[0, 1, 3, 4, 5])])
+    kept = [0, 1, 3, 4, 5]
+    plan = CompressionPlan("test", 0.5, [LayerPlan("2", "linear", 6, 5, kept_in=kept, gather=kept)])
     model = cctorch.apply(copy.deepcopy(dense), plan)
     before = copy.deepcopy(model.state_dict())
     found = cctorch.repair(model, dense, plan, [(torch.randint(-4, 5, (64, 4)).double(), torch.zeros(64))], step=1)
