@@ -18,8 +18,9 @@ constexpr std::string_view opening = R"({"__metadata__":{"checksum":")";
 // FNV-1a, of all but itself: what the reader takes for intact.
 std::string with_checksum(std::string file) {
   const size_t at = sizeof(uint64_t) + opening.size();
+  const std::string hashed = file.substr(0, at) + file.substr(at + 16);
   uint64_t hash = 14695981039346656037u;
-  for (const char c : std::string(file).erase(at, 16)) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
+  for (const char c : hashed) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
   return file.replace(at, 16, fmt::format("{:016x}", hash));
 }
 
