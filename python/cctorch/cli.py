@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="train, compress, fine-tune, measure", description=_RUN, formatter_class=layout
     )
     run.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
-    run.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="replaces a value, e.g. finetune.epochs=3")
+    run.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="replaces a value, e.g. finetune.epochs=3"
+    )
     run.add_argument("--fresh", action="store_true", help="delete this run's files and start over")
     report = commands.add_parser("report", help="write a finished run's report.html again")
     report.add_argument("run", metavar="RUN", type=Path, help="the run's folder, such as runs/demo")
