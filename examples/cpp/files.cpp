@@ -37,9 +37,11 @@ bool sync_folder(const fs::path& folder) {
 }  // namespace
 
 std::string read_file(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::string content{std::istreambuf_iterator<char>(file), {}};
-  if (!file) throw std::runtime_error(fmt::format("{}: cannot be read", path.string()));
+  std::ifstream file;
+  if (!fs::is_directory(path)) file.open(path, std::ios::binary);
+  std::string content;
+  if (file.is_open()) content.assign(std::istreambuf_iterator<char>(file), {});
+  if (!file.is_open() || !file) throw std::runtime_error(fmt::format("{}: cannot be read", path.string()));
   return content;
 }
 

@@ -174,8 +174,23 @@ run(sh -c "head -c -1 ${WORK_DIR}/good > ${checkpoint} && printf X >> ${checkpoi
 expect_refusal("changed in its last byte")
 run(${CMAKE_COMMAND} -E copy ${WORK_DIR}/broken/compressed.safetensors ${checkpoint})
 expect_refusal("another file of the run")
+file(REMOVE ${checkpoint})
+file(MAKE_DIRECTORY ${checkpoint})
+expect_failure(1 "${checkpoint}: cannot be read" ${broken})
+file(REMOVE_RECURSE ${checkpoint})
 file(RENAME ${WORK_DIR}/good ${checkpoint})
 run(${broken})
+
+# A full disk, as far as ulimit is one (blocks of 512 bytes): an error that names the file, and no half of one.
+file(REMOVE_RECURSE ${WORK_DIR}/full)
+set(full ${train_resnet} ${short} --out ${WORK_DIR}/full)
+string(REPLACE ";" " " full "${full}")
+expect_failure(1 "synthetic/train-images-idx3-ubyte: 1003536 bytes cannot be written: File too large"
+               sh -c "trap '' XFSZ; ulimit -f 1000; ${full}")
+file(GLOB found ${WORK_DIR}/full/synthetic/*)
+if(found)
+  message(FATAL_ERROR "a full disk left ${found}")
+endif()
 
 set(broken "${short};--out;${WORK_DIR}/broken_two")
 on_two_ranks("${broken}" "${broken}" ${kill_after} gradients ${WORK_DIR}/killed.log)
