@@ -186,7 +186,7 @@ file(REMOVE_RECURSE ${WORK_DIR}/full)
 set(full ${train_resnet} ${short} --out ${WORK_DIR}/full)
 string(REPLACE ";" " " full "${full}")
 expect_failure(1 "synthetic/train-images-idx3-ubyte: 1003536 bytes cannot be written: File too large"
-               sh -c "trap '' XFSZ; ulimit -f 1000; ${full}")
+               sh -c "trap '' XFSZ && ulimit -f 1000 && ${full}")
 file(GLOB found ${WORK_DIR}/full/synthetic/*)
 if(found)
   message(FATAL_ERROR "a full disk left ${found}")
