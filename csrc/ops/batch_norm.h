@@ -16,15 +16,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Ten
 // PyTorch's own, on every backend. Statistics are float32 for half precision, whatever its kernel returns.
 namespace fallback {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, const at::Tensor& weight,
-                                                          const at::Tensor& bias, double eps);
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                                   const at::Tensor& weight, const at::Tensor& mean,
-                                                                   const at::Tensor& inverse_deviation, double eps);
-
-at::Tensor batch_norm_inference(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                                const at::Tensor& mean, const at::Tensor& var, double eps);
+decltype(cctorch::batch_norm) batch_norm;
+decltype(cctorch::batch_norm_backward) batch_norm_backward;
+decltype(cctorch::batch_norm_inference) batch_norm_inference;
 
 }  // namespace fallback
 

@@ -23,15 +23,13 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor& grad, 
 at::Tensor batch_norm_grad_input(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean,
                                  const at::Tensor& constant, const at::Tensor& scale, const at::Tensor& slope);
 
+// The same, of ATen's operators.
 namespace fallback {
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_moments(const at::Tensor& x);
-at::Tensor batch_norm_affine(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& scale,
-                             const at::Tensor& constant);
-std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor& grad, const at::Tensor& x,
-                                                        const at::Tensor& mean);
-at::Tensor batch_norm_grad_input(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean,
-                                 const at::Tensor& constant, const at::Tensor& scale, const at::Tensor& slope);
+decltype(cctorch::batch_norm_moments) batch_norm_moments;
+decltype(cctorch::batch_norm_affine) batch_norm_affine;
+decltype(cctorch::batch_norm_grad_sums) batch_norm_grad_sums;
+decltype(cctorch::batch_norm_grad_input) batch_norm_grad_input;
 
 }  // namespace fallback
 

@@ -150,6 +150,7 @@ void bind_events(py::module_& module) {
       .def_property_readonly("steps_since_event", &RegularizationEvents::steps_since_event)
       .def_property_readonly("events", &RegularizationEvents::events)
       .def("step", &RegularizationEvents::step, py::arg("lr") = py::none(), Release())
+      .def("due", &RegularizationEvents::due, py::arg("lr") = py::none())
       .def("finish", &RegularizationEvents::finish, Release())
       .def(
           "as_if_at_event", [](RegularizationEvents& self) { return Context{self, nullptr}; }, py::keep_alive<0, 1>())

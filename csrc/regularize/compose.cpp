@@ -36,12 +36,12 @@ void Compose::replace(std::vector<Weight>& weights) {
 
 State Compose::state_dict() const {
   State state;
-  for (size_t i = 0; i < parts_.size(); ++i) insert(state, std::to_string(i) + ".", parts_[i]->state_dict());
+  for (size_t i = 0; i < parts_.size(); ++i) insert(state, std::to_string(i), *parts_[i]);
   return state;
 }
 
 void Compose::load_state_dict(const State& state) {
-  for (size_t i = 0; i < parts_.size(); ++i) parts_[i]->load_state_dict(extract(state, std::to_string(i) + "."));
+  for (size_t i = 0; i < parts_.size(); ++i) restore(state, std::to_string(i), *parts_[i]);
 }
 
 }  // namespace cctorch::regularize

@@ -3,10 +3,23 @@
 #include <cctorch/regularize.h>
 #include <torch/optim/optimizer.h>
 
+#include <unordered_set>
+
 #include "csrc/regularize/projection.h"
 #include "csrc/regularize/state.h"
 
 namespace cctorch::regularize {
+
+namespace {
+
+std::unordered_set<const c10::TensorImpl*> tensors_of(torch::optim::Optimizer& optimizer) {
+  std::unordered_set<const c10::TensorImpl*> tensors;
+  for (const auto& group : optimizer.param_groups())
+    for (const at::Tensor& parameter : group.params()) tensors.insert(parameter.unsafeGetTensorImpl());
+  return tensors;
+}
+
+}  // namespace
 
 RegularizationEvents::RegularizationEvents(NamedParameters parameters, std::shared_ptr<Regularizer> regularizer,
                                            std::shared_ptr<FrequencySchedule> schedule, EventOptions options)
@@ -20,16 +33,38 @@ RegularizationEvents::RegularizationEvents(NamedParameters parameters, std::shar
   TORCH_CHECK_VALUE(!regularizer_->select(parameters_).empty(),
                     "RegularizationEvents: the regularizer acts on none of the ", parameters_.size(),
                     " parameters; all but weight decay and noise act on those of two or more dimensions");
+  if (!options_.optimizer) return;
+  const auto tensors = tensors_of(*options_.optimizer);
+  for (const auto& entry : parameters_)
+    if (tensors.contains(entry.second.unsafeGetTensorImpl())) optimized_.push_back(entry);
+}
+
+void RegularizationEvents::expect_in_optimizer() const {
+  if (!options_.optimizer) return;
+  const auto tensors = tensors_of(*options_.optimizer);
+  for (const auto& [name, parameter] : optimized_) {
+    TORCH_CHECK_VALUE(tensors.contains(parameter.unsafeGetTensorImpl()),
+                      "RegularizationEvents: the optimizer no longer "
+                      "has '",
+                      name,
+                      "', which it had when the events were made: the model has been rebuilt. Make new "
+                      "events of its parameters, behind cctorch::apply");
+  }
+}
+
+bool RegularizationEvents::due(std::optional<double> lr) const {
+  if (!lr && options_.optimizer) lr = options_.optimizer->param_groups().front().options().get_lr();
+  return since_event_ + 1 >= schedule_->period(steps_ + 1, lr);
 }
 
 std::optional<Event> RegularizationEvents::step(std::optional<double> lr) {
   TORCH_CHECK_VALUE(!swapped_,
                     "RegularizationEvents: step within as_if_at_event, where the weights are Q(w); leave it "
                     "before training goes on");
-  if (!lr && options_.optimizer) lr = options_.optimizer->param_groups().front().options().get_lr();
-  const int64_t period = schedule_->period(steps_ + 1, lr);
+  const bool with_event = due(lr);
   ++steps_;
-  if (++since_event_ < period) return std::nullopt;
+  ++since_event_;
+  if (!with_event) return std::nullopt;
   return run_event();
 }
 
@@ -48,6 +83,7 @@ NamedParameters RegularizationEvents::active() const {
 }
 
 Event RegularizationEvents::run_event() {
+  expect_in_optimizer();
   const Projection projection = regularizer_->project(active());
   // Read together: a device is waited for once.
   const at::Tensor norms = at::stack({update_norm(projection), projection.weight_norm}).cpu();
@@ -69,7 +105,7 @@ Event RegularizationEvents::run_event() {
 State RegularizationEvents::state_dict() const {
   State state{{"steps", steps_}, {"since_event", since_event_}, {"events", events_}};
   insert(state, "schedule.", schedule_->state_dict());
-  insert(state, "regularizer.", regularizer_->state_dict());
+  insert(state, "regularizer", *regularizer_);
   return state;
 }
 
@@ -81,7 +117,7 @@ void RegularizationEvents::load(const State& state) {
                     "regularize: the state has steps = ", steps, ", since_event = ", since_event,
                     " and events = ", events, ", expected 0 <= since_event <= steps and events >= 0");
   schedule_->load_state_dict(extract(state, "schedule."));
-  regularizer_->load_state_dict(extract(state, "regularizer."));
+  restore(state, "regularizer", *regularizer_);
   steps_ = steps;
   since_event_ = since_event;
   events_ = events;
@@ -99,6 +135,7 @@ void RegularizationEvents::load_state_dict(const State& state) {
 
 AsIfAtEvent::AsIfAtEvent(RegularizationEvents& events) : events_(events) {
   TORCH_CHECK_VALUE(!events.swapped_, "RegularizationEvents: as_if_at_event within another one; leave that first");
+  events.expect_in_optimizer();
   Regularizer& regularizer = *events.regularizer_;
   const State before = regularizer.state_dict();
   const Projection projection = regularizer.project(events.active());

@@ -1,9 +1,11 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
+#include <c10/util/Type.h>
 #include <cctorch/regularize.h>
 
 #include <cmath>
 #include <map>
+#include <typeinfo>
 
 #include "csrc/regularize/norms.h"
 #include "csrc/regularize/projection.h"
@@ -19,6 +21,11 @@ std::vector<at::Tensor> tensors_of(const NamedParameters& parameters) {
 }
 
 }  // namespace
+
+std::string kind(const Regularizer& regularizer) {
+  const std::string name = c10::demangle(typeid(regularizer).name());
+  return name.substr(name.rfind(':') + 1);
+}
 
 Storage Storage::dense(const at::Tensor& parameter) {
   return {.values = parameter.numel(), .bits_per_value = 8 * parameter.element_size()};

@@ -28,4 +28,17 @@ inline State extract(const State& state, const std::string& prefix) {
   return part;
 }
 
+// A regularizer's kind as `key`, and its entries under "key.".
+inline void insert(State& state, const std::string& key, const Regularizer& regularizer) {
+  state.emplace(key, kind(regularizer));
+  insert(state, key + ".", regularizer.state_dict());
+}
+
+inline void restore(const State& state, const std::string& key, Regularizer& regularizer) {
+  const auto saved = read<std::string>(state, key), own = kind(regularizer);
+  TORCH_CHECK_VALUE(saved == own, "regularize: the state is of the regularizer ", saved, ", expected one of ", own,
+                    ": make the same one again to go on, or start without the state");
+  regularizer.load_state_dict(extract(state, key + "."));
+}
+
 }  // namespace cctorch::regularize

@@ -1,23 +1,20 @@
 #include "checkpoint.h"
 
-#include <ATen/core/Dict.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/core/ivalue.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/tensor.h>
 #include <fmt/format.h>
-#include <torch/serialize.h>
 
+#include <charconv>
 #include <memory>
 #include <stdexcept>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "files.h"
+#include "network_state.h"
 
 namespace {
-
-using Dict = c10::Dict<c10::IValue, c10::IValue>;
 
 // Calls visit(name, member) for each.
 template <typename Figures, typename Visit>
@@ -34,57 +31,61 @@ void visit_figures(Figures& of, const Visit& visit) {
   visit("dense.bytes", of.dense.bytes);
 }
 
-void insert(Dict& content, const std::string& prefix, const Tensors& tensors) {
-  for (const auto& [name, tensor] : tensors) content.insert(prefix + name, tensor.detach().cpu());
+void insert(Archive& archive, const std::string& prefix, const Tensors& tensors) {
+  for (const auto& [name, tensor] : tensors) archive.tensors[prefix + name] = tensor;
 }
 
-Tensors tensors_of(const Dict& content, std::string_view prefix) {
+Tensors tensors_of(const Archive& archive, std::string_view prefix) {
   Tensors found;
-  for (const auto& entry : content) {
-    const std::string& name = entry.key().toStringRef();
-    if (name.starts_with(prefix)) found[name.substr(prefix.size())] = entry.value().toTensor();
+  for (const auto& [name, tensor] : archive.tensors) {
+    if (name.starts_with(prefix)) found[name.substr(prefix.size())] = tensor;
   }
   return found;
 }
 
-std::string to_bytes(const State& state, const std::map<std::string, std::string>& settings) {
-  Dict content(c10::StringType::get(), c10::AnyType::get());
-  for (const auto& [name, value] : settings) content.insert("setting." + name, value);
-  content.insert("losses", at::tensor(state.losses, at::kDouble));
+Archive to_archive(const State& state, const std::map<std::string, std::string>& settings) {
+  Archive archive;
+  for (const auto& [name, value] : settings) archive.texts["setting." + name] = value;
+  archive.tensors["losses"] = at::tensor(state.losses, at::kDouble);
   if (state.compressed) {
-    content.insert("plan", state.compressed->plan.to_json());
-    visit_figures(*state.compressed, [&](const char* name, const auto& value) { content.insert(name, value); });
+    archive.texts["plan"] = state.compressed->plan.to_json();
+    visit_figures(*state.compressed,
+                  [&](const char* name, const auto& value) { archive.texts[name] = fmt::format("{}", value); });
   }
-  insert(content, "model.", state.model);
-  insert(content, "momentum.", state.momentum);
-  const std::vector<char> bytes = torch::pickle_save(content);
-  return {bytes.begin(), bytes.end()};
+  insert(archive, "model.", state.model);
+  insert(archive, "momentum.", state.momentum);
+  return archive;
 }
 
-Dict parsed(const std::string& bytes) { return torch::pickle_load({bytes.begin(), bytes.end()}).toGenericDict(); }
+template <typename Number>
+void parse(const std::string& text, Number& number) {
+  const char* const end = text.data() + text.size();
+  const auto [behind, error] = std::from_chars(text.data(), end, number);
+  if (error != std::errc() || behind != end) throw std::runtime_error(fmt::format("'{}' is no number", text));
+}
 
-State state_of(const Dict& content) {
+State state_of(const Archive& archive) {
   State state;
-  const at::Tensor losses = content.at("losses").toTensor();
+  const at::Tensor& losses = archive.tensors.at("losses");
+  if (losses.scalar_type() != at::kDouble) throw std::runtime_error("the losses are not float64");
   state.losses.assign(losses.const_data_ptr<double>(), losses.const_data_ptr<double>() + losses.numel());
-  if (content.contains("plan")) {
+  if (archive.texts.contains("plan")) {
     Compressed& compressed = state.compressed.emplace();
-    compressed.plan = cctorch::CompressionPlan::from_json(content.at("plan").toStringRef());
-    visit_figures(compressed, [&](const char* name, auto& value) {
-      value = content.at(name).to<std::remove_reference_t<decltype(value)>>();
-    });
+    compressed.plan = cctorch::CompressionPlan::from_json(archive.texts.at("plan"));
+    visit_figures(compressed, [&](const char* name, auto& value) { parse(archive.texts.at(name), value); });
   }
-  state.model = tensors_of(content, "model.");
-  state.momentum = tensors_of(content, "momentum.");
+  state.model = tensors_of(archive, "model.");
+  state.momentum = tensors_of(archive, "momentum.");
+  if (state.model.empty()) throw std::runtime_error("there is no network");
   return state;
 }
 
-void expect_settings(const Dict& content, const std::map<std::string, std::string>& settings,
+void expect_settings(const Archive& archive, const std::map<std::string, std::string>& settings,
                      const std::filesystem::path& file) {
   std::string differences;
   for (const auto& [name, value] : settings) {
-    const std::string key = "setting." + name;
-    const std::string before = content.contains(key) ? content.at(key).toStringRef() : "";
+    const auto found = archive.texts.find("setting." + name);
+    const std::string before = found == archive.texts.end() ? "" : found->second;
     if (before != value)
       differences += fmt::format("{}{} '{}' -> '{}'", differences.empty() ? "" : ", ", name, before, value);
   }
@@ -95,26 +96,10 @@ void expect_settings(const Dict& content, const std::map<std::string, std::strin
                   file.string(), differences));
 }
 
-void fill(const std::string& name, at::Tensor tensor, const Tensors& from) {
-  const auto found = from.find(name);
-  if (found == from.end() || found->second.sizes() != tensor.sizes()) {
-    throw std::runtime_error(
-        fmt::format("checkpoint: '{}' is not that of this network: delete the file to start over", name));
-  }
-  tensor.copy_(found->second);
-}
-
-Tensors named_state(const ResNet& network) {
-  Tensors tensors;
-  for (const auto& parameter : network->named_parameters()) tensors[parameter.key()] = parameter.value();
-  for (const auto& buffer : network->named_buffers()) tensors[buffer.key()] = buffer.value();
-  return tensors;
-}
-
 }  // namespace
 
 void State::take(const ResNet& network, torch::optim::SGD& optimizer) {
-  model = named_state(network);
+  model = ::state_of(*network);
   momentum.clear();
   for (const auto& parameter : network->named_parameters()) {
     const auto found = optimizer.state().find(parameter.value().unsafeGetTensorImpl());
@@ -123,10 +108,9 @@ void State::take(const ResNet& network, torch::optim::SGD& optimizer) {
   }
 }
 
-void State::restore(ResNet& network, torch::optim::SGD& optimizer) const {
+void State::restore(ResNet& network, torch::optim::SGD& optimizer) const try {
   if (model.empty()) return;
-  const at::NoGradGuard no_grad;
-  for (const auto& [name, tensor] : named_state(network)) fill(name, tensor, model);
+  load_state(*network, model);
   for (const auto& parameter : network->named_parameters()) {
     if (!momentum.contains(parameter.key())) continue;
     auto restored = std::make_unique<torch::optim::SGDParamState>();
@@ -134,6 +118,9 @@ void State::restore(ResNet& network, torch::optim::SGD& optimizer) const {
     fill(parameter.key(), restored->momentum_buffer(), momentum);
     optimizer.state()[parameter.value().unsafeGetTensorImpl()] = std::move(restored);
   }
+} catch (const std::runtime_error& error) {
+  throw std::runtime_error(
+      fmt::format("the checkpoint is of another network: {}: delete it to start over", error.what()));
 }
 
 Checkpoint::Checkpoint(std::filesystem::path file, std::map<std::string, std::string> settings, const Ranks& ranks)
@@ -144,24 +131,24 @@ std::optional<State> Checkpoint::load() const {
   const std::string bytes = ranks_.on_main([&]() -> std::string {
     if (!std::filesystem::exists(file_)) return "";
     std::string content = read_file(file_);
-    std::optional<Dict> found;
+    Archive archive;
     try {
-      found = parsed(content);
-      state = state_of(*found);
+      archive = from_safetensors(content);
+      state = state_of(archive);
     } catch (const std::exception& error) {
       throw std::invalid_argument(
           fmt::format("{}: is damaged, or no checkpoint of train_resnet: delete it to start over", file_.string()));
     }
-    expect_settings(*found, settings_, file_);
+    expect_settings(archive, settings_, file_);
     return content;
   });
-  if (!bytes.empty() && !state) state = state_of(parsed(bytes));
+  if (!bytes.empty() && !state) state = state_of(from_safetensors(bytes));
   return state;
 }
 
 void Checkpoint::save(const State& state) const {
   ranks_.on_main([&] {
-    write_file(file_, to_bytes(state, settings_));
+    write_file(file_, to_safetensors(to_archive(state, settings_)));
     return "";
   });
 }

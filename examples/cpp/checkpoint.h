@@ -1,6 +1,5 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <cctorch/plan.h>
 #include <torch/optim/sgd.h>
 
@@ -13,10 +12,8 @@
 
 #include "measurements.h"
 #include "resnet.h"
+#include "safetensors.h"
 #include "training.h"
-
-// By the names of the parameters and buffers.
-using Tensors = std::map<std::string, at::Tensor>;
 
 // What is known once the network is compressed.
 struct Compressed {
@@ -35,14 +32,13 @@ struct State {
 
   void take(const ResNet& network, torch::optim::SGD& optimizer);
 
-  // Into a network of the same shape, and an optimizer of its parameters.
+  // Into a network of the same shape, and an optimizer of its parameters. Throws std::runtime_error for another one.
   void restore(ResNet& network, torch::optim::SGD& optimizer) const;
 };
 
 // The file that holds the newest state. All ranks make the same calls; rank 0 reads and writes.
 //
-// It is a dictionary of tensors, numbers and text, as torch::pickle_save writes it. Nothing in it is executed when
-// torch::pickle_load reads it: that refuses classes, and calls no functions but those that make tensors.
+// It is a safetensors file. Nothing in it is executed, and one that is damaged, or made to do damage, is refused.
 class Checkpoint {
  public:
   // `settings`: names and values that a run has to be continued with.

@@ -11,6 +11,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "files.h"
+
 namespace {
 
 namespace fs = std::filesystem;
@@ -47,8 +49,8 @@ int64_t big_endian(const std::string& bytes, size_t offset) {
 // The idx format: 0, 0, element type (8: uint8), number of dimensions, each size as 32 bits big-endian, then the
 // elements.
 at::Tensor read_idx(const fs::path& folder, const std::string& name, int64_t dimensions) {
-  fs::path path = folder / (name + ".gz");
-  if (!fs::exists(path)) path = folder / name;
+  fs::path path = folder / name;
+  if (!fs::exists(path)) path = folder / (name + ".gz");
   if (!fs::exists(path)) {
     throw std::runtime_error(fmt::format(
         "{}: no such file, with or without .gz; install Debian's dataset-fashion-mnist (apt install "
@@ -93,19 +95,15 @@ void write_idx(const fs::path& path, const at::Tensor& tensor) {
   }
   const at::Tensor elements = tensor.contiguous();
   bytes.append(static_cast<const char*>(elements.data_ptr()), static_cast<size_t>(elements.numel()));
-  FILE* const pipe = popen(("gzip -c > " + quoted(path)).c_str(), "w");
-  const bool written = pipe != nullptr && std::fwrite(bytes.data(), 1, bytes.size(), pipe) == bytes.size();
-  if (pipe == nullptr || pclose(pipe) != 0 || !written) {
-    throw std::runtime_error(fmt::format("{}: cannot be written", path.string()));
-  }
+  write_file(path, bytes);
 }
 
 void write_synthetic_set(const fs::path& folder, const std::string& set, int64_t count, const at::Tensor& patterns) {
   const at::Tensor labels = at::randint(classes, {count}, at::kLong);
   const at::Tensor noise = at::randn({count, side, side}) * 40;
   const at::Tensor pixels = (patterns.index_select(0, labels) + noise).clamp(0, 255).to(at::kByte);
-  write_idx(folder / (set + "-images-idx3-ubyte.gz"), pixels);
-  write_idx(folder / (set + "-labels-idx1-ubyte.gz"), labels.to(at::kByte));
+  write_idx(folder / (set + "-images-idx3-ubyte"), pixels);
+  write_idx(folder / (set + "-labels-idx1-ubyte"), labels.to(at::kByte));
 }
 
 }  // namespace

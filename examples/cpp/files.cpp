@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -36,9 +37,11 @@ bool sync_folder(const fs::path& folder) {
 }  // namespace
 
 std::string read_file(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::string content{std::istreambuf_iterator<char>(file), {}};
-  if (!file) throw std::runtime_error(fmt::format("{}: cannot be read", path.string()));
+  std::ifstream file;
+  if (!fs::is_directory(path)) file.open(path, std::ios::binary);
+  std::string content;
+  if (file.is_open()) content.assign(std::istreambuf_iterator<char>(file), {});
+  if (!file.is_open() || !file) throw std::runtime_error(fmt::format("{}: cannot be read", path.string()));
   return content;
 }
 
@@ -59,3 +62,17 @@ void write_file(const fs::path& path, std::string_view content) {
   throw std::runtime_error(fmt::format("{}: {} bytes cannot be written: {}; free some space or name another --out",
                                        path.string(), content.size(), std::strerror(error)));
 }
+
+FolderLock::FolderLock(const fs::path& folder)
+    : descriptor_(::open((folder / ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+  const bool locked = descriptor_ >= 0 && ::flock(descriptor_, LOCK_EX | LOCK_NB) == 0;
+  if (locked) return;
+  const int error = errno;
+  if (descriptor_ >= 0) ::close(descriptor_);
+  if (error != EWOULDBLOCK)
+    throw std::runtime_error(fmt::format("{}: cannot be locked: {}", folder.string(), std::strerror(error)));
+  throw std::invalid_argument(
+      fmt::format("{} is being written by another process: wait for its end, or name another --out", folder.string()));
+}
+
+FolderLock::~FolderLock() { ::close(descriptor_); }

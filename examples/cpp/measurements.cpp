@@ -1,15 +1,18 @@
 #include "measurements.h"
 
 #include <fmt/format.h>
-#include <torch/serialize.h>
+
+#include "files.h"
+#include "network_state.h"
 
 Measurements measure(ResNet& model, const Images& images, int64_t macs, const std::filesystem::path& file,
                      const Ranks& ranks) {
   Measurements measured{.top1 = accuracy(model, images, 256, ranks), .macs = macs};
   for (const at::Tensor& parameter : model->parameters()) measured.parameters += parameter.numel();
   ranks.on_main([&] {
-    torch::save(model, file.string());
-    measured.bytes = static_cast<int64_t>(std::filesystem::file_size(file));
+    const std::string bytes = to_safetensors({.tensors = state_of(*model), .texts = {}});
+    write_file(file, bytes);
+    measured.bytes = static_cast<int64_t>(bytes.size());
     measured.latency_1 = latency(model, images, 1);
     measured.latency_128 = latency(model, images, 128);
     return "";

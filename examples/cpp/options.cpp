@@ -78,8 +78,7 @@ void set_device(Options& options, const std::string& name, const std::string& va
 const std::vector<Flag>& flags() {
   static const std::vector<Flag> all = {
       {"--data", "DIR", "folder of the four Fashion-MNIST idx files, .gz or unpacked", text(&Options::data)},
-      {"--out", "DIR", "where plan.json, dense.pt, compressed.pt, summary.json and checkpoint.pt go",
-       text(&Options::out)},
+      {"--out", "DIR", "where the network, its plan, the summary and the checkpoint go", text(&Options::out)},
       {"--epochs", "N", "epochs of the dense network", count(&Options::epochs, 1)},
       {"--finetune-epochs", "N", "epochs of the compressed network", count(&Options::finetune_epochs, 0)},
       {"--target", "C", "fraction of the multiply-accumulates to remove", number(&Options::target, 0.01, 0.95)},

@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <torch/cuda.h>
-#include <torch/serialize.h>
 #include <torch/utils.h>
 
 #include <cstdint>
@@ -20,6 +19,7 @@
 #include "fashion_mnist.h"
 #include "files.h"
 #include "measurements.h"
+#include "network_state.h"
 #include "options.h"
 #include "resnet.h"
 #include "training.h"
@@ -123,9 +123,9 @@ double reloaded_accuracy(const Options& options, const at::Device& device, const
   const std::string json = ranks.on_main([&] { return read_file(fs::path(options.out) / "plan.json"); });
   ResNet model = new_model(options, device);
   cctorch::apply(*model, cctorch::CompressionPlan::from_json(json));
+  to_channels_last(model);
   ranks.on_main([&] {
-    torch::load(model, (fs::path(options.out) / "compressed.pt").string(), device);
-    to_channels_last(model);
+    load_state(*model, from_safetensors(read_file(fs::path(options.out) / "compressed.safetensors")).tensors);
     return "";
   });
   cctorch::distributed::broadcast_state(*model, ranks);
@@ -160,7 +160,7 @@ class Run {
         device_(device),
         ranks_(ranks),
         out_(options.out),
-        checkpoint_(out_ / "checkpoint.pt", settings(options), ranks) {}
+        checkpoint_(out_ / "checkpoint.safetensors", settings(options), ranks) {}
 
   void execute() {
     const std::optional<State> saved = checkpoint_.load();
@@ -208,7 +208,7 @@ class Run {
       accuracy(model, {data_.test.pixels.narrow(0, 0, 1), data_.test.labels.narrow(0, 0, 1)}, 1, {});
     });
     Compressed found;
-    found.dense = measure(model, data_.test, cctorch::dense_macs(specs), out_ / "dense.pt", ranks_);
+    found.dense = measure(model, data_.test, cctorch::dense_macs(specs), out_ / "dense.safetensors", ranks_);
     auto [plan, nominal_macs] = search(model, data_.train, specs, options_, ranks_);
     found.plan = std::move(plan);
     found.nominal_macs = nominal_macs;
@@ -224,7 +224,8 @@ class Run {
 
   void finish(ResNet& model) {
     const Compressed& compressed = *state_.compressed;
-    const Measurements after = measure(model, data_.test, compressed.final_macs, out_ / "compressed.pt", ranks_);
+    const Measurements after =
+        measure(model, data_.test, compressed.final_macs, out_ / "compressed.safetensors", ranks_);
     ranks_.on_main([&] {
       write_file(out_ / "plan.json", compressed.plan.to_json());
       write_file(out_ / "summary.json", summary(after));
@@ -238,8 +239,10 @@ class Run {
     print_table(compressed.dense, after);
     fmt::print("top-1 right after compression: {:.2f} %, {:.2f} % with BatchNorm re-estimated\n",
                compressed.uncorrected, compressed.reestimated);
-    fmt::print("written to {}: plan.json, dense.pt, compressed.pt (reloaded: same top-1), summary.json\n",
-               out_.string());
+    fmt::print(
+        "written to {}: plan.json, dense.safetensors, compressed.safetensors (reloaded: same top-1), "
+        "summary.json\n",
+        out_.string());
   }
 
   std::string summary(const Measurements& after) const {
@@ -266,8 +269,10 @@ void run_on_ranks(const Options& options, Ranks& ranks) {
   ranks = Ranks::from_environment(device);
   if (!ranks.is_main() && std::freopen("/dev/null", "w", stdout) == nullptr)
     throw std::runtime_error("/dev/null: cannot be written");
+  std::optional<FolderLock> lock;
   ranks.on_main([&] {
     fs::create_directories(options.out);
+    lock.emplace(options.out);
     return "";
   });
   Run(options, device, ranks).execute();

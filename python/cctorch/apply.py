@@ -11,6 +11,7 @@ from cctorch._C import CompressionPlan, LayerPlan
 from cctorch.described import describe, describe_plan
 from cctorch.graph.model_graph import is_hooked, owners, runs_its_own_forward
 from cctorch.nn import BatchNorm2d, GatherChannels, LowRankConv2d, LowRankLinear
+from cctorch.plan import check_plan
 
 _KINDS: dict[str, type[nn.Conv2d] | type[nn.Linear] | type[nn.BatchNorm2d]] = {
     "conv2d": nn.Conv2d,
@@ -39,8 +40,9 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
     Raises:
         ValueError: the plan does not fit the model, naming the layer, what was found and what was expected; or the
             optimizer is refused. The model and the optimizer are unchanged.
+        TypeError: ``plan`` is no plan.
     """
-    plan.validate()
+    check_plan(plan, "apply")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("apply: LBFGS keeps one history over all parameters; make it anew after apply(model, plan)")
     paths = owners(model)

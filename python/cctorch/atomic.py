@@ -15,7 +15,8 @@ _SUFFIX = ".partial"
 def write(path: str | os.PathLike[str], data: bytes) -> None:
     """Replaces `path` by `data`: temporary file in the same folder, fsync, rename, fsync of the folder.
 
-    Raises OSError with a message of its own when the disk is full; the old file is then intact.
+    Raises OSError with a message of its own when the disk is full; the old file is then intact. What is no file,
+    such as a folder or a device, is refused.
     """
     with replacing(path, f"{len(data):,} bytes") as temporary:
         _write_synced(temporary, data)
@@ -28,6 +29,9 @@ def replacing(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
     Raises OSError as `write` does, where `what` did not fit.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():  # else the rename would put a file in the place of a device
+        kind = errno.EISDIR if target.is_dir() else errno.EINVAL
+        raise OSError(kind, "it is not a file, which alone is replaced; expected the path of a file", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_SUFFIX}")
     try:

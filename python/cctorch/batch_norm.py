@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cctorch import distributed
 from cctorch.modes import modes_restored
 from cctorch.nn import BatchNorm2d
+from cctorch.pairs import pairs
 
 
 @torch.no_grad()
@@ -25,6 +26,7 @@ def reestimate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, ac
 
     Raises:
         ValueError: ``batches`` is empty. The statistics are unchanged then, and when a batch or the model raises.
+        TypeError: ``batches`` gives something else than pairs.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
@@ -43,7 +45,7 @@ def reestimate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, ac
                 norm.train()
             for norm, _ in ours:
                 norm.synchronized = across_ranks
-            for inputs, _ in batches:
+            for inputs, _ in pairs(batches, "reestimate"):
                 model(inputs.to(device))
                 seen += 1
         if seen == 0:

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides",
         metavar="key=value",
         nargs="*",
+        default=[],
         help="replaces a value, e.g. finetune.epochs=3 or, of a list, regularize.q.0.ratio=2",
     )
     run.add_argument("--fresh", action="store_true", help="delete this run's files and start over")

@@ -18,6 +18,7 @@ from cctorch.graph import ModelGraph, trace
 from cctorch.latency import LatencyTable
 from cctorch.latency_budget import Latency
 from cctorch.modes import evaluating_with_gradients
+from cctorch.pairs import pairs
 from cctorch.plan import CompressionPlan, LayerSpec
 
 __all__ = ["Compression", "compress", "mean_gradients", "solve", "solve_latency"]
@@ -107,6 +108,7 @@ def mean_gradients(
 
     Raises:
         ValueError: there is no batch, or a parameter, a buffer or the gradient of a layer is not finite (it is named).
+        TypeError: `batches` gives something else than pairs.
     """
     weights = [_weight(model, name) for name in layers]
     _check_finite(model)
@@ -120,7 +122,7 @@ def mean_gradients(
         for weight in weights:
             weight.requires_grad_(True)
         with evaluating_with_gradients(model):
-            for done, (inputs, labels) in enumerate(batches, start=1):
+            for done, (inputs, labels) in enumerate(pairs(batches, "compress"), start=1):
                 with torch.enable_grad():
                     gradients = torch.autograd.grad(loss(model(inputs), labels), weights, allow_unused=True)
                 used = [(s, g) for s, g in zip(sums, gradients, strict=True) if g is not None]
@@ -318,6 +320,7 @@ def compress(
     Raises:
         ValueError: a bad argument, a pattern that names no layer, weights or gradients that are not finite, or a target
             that cannot be reached.
+        TypeError: `batches` gives something else than pairs, or `example` is no tensor.
 
     Example:
         >>> import cctorch, torch

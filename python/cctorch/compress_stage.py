@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from cctorch import collaborative, data, distributed, layer_choice
-from cctorch.config import Compress
+from cctorch.config import Compress, ConfigError
 from cctorch.graph import trace
 from cctorch.store import Folder
 
@@ -52,10 +52,13 @@ def search(
 
 
 def check_names(model: nn.Module, example: Tensor, settings: Compress) -> None:
-    """Raises ValueError where a pattern of ``exclude`` or ``bounds`` fits no layer: before hours of training."""
+    """Raises ConfigError where a pattern of ``exclude`` or ``bounds`` fits no layer: before hours of training."""
     graph = trace(model, example)
-    layer_choice.bounds_of(graph, settings.bounds)
-    layer_choice.candidates(graph, settings.exclude)
+    try:
+        layer_choice.bounds_of(graph, settings.bounds)
+        layer_choice.candidates(graph, settings.exclude)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def save(found: collaborative.Compression, folder: Folder) -> None:

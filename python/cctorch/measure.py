@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from cctorch import distributed
 from cctorch.modes import evaluating
 from cctorch.nn import GatherChannels
+from cctorch.pairs import pairs
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, across_ranks: bool = False) -> float:
@@ -26,11 +27,12 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, acro
 
     Raises:
         ValueError: ``batches`` holds no example.
+        TypeError: ``batches`` gives something else than pairs.
     """
     total = 0
     with evaluating(model) as device:
         correct = torch.zeros((), dtype=torch.int64, device=device)
-        for inputs, targets in batches:
+        for inputs, targets in pairs(batches, "accuracy"):
             predicted = model(inputs.to(device, non_blocking=True)).argmax(1)
             correct += (predicted == targets.to(device, non_blocking=True)).sum()
             total += targets.numel()

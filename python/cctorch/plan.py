@@ -8,9 +8,19 @@ from cctorch._C import CompressionPlan, LayerPlan, LayerSpec, MaskPlan
 __all__ = ["CompressionPlan", "LayerPlan", "LayerSpec", "MaskPlan", "load_plan", "save_plan"]
 
 
+def check_plan(plan: object, function: str) -> None:
+    """Raises TypeError where `function` was given something else, ValueError where the plan is impossible."""
+    if not isinstance(plan, CompressionPlan):
+        raise TypeError(
+            f"{function}: plan is a {type(plan).__name__}, expected a CompressionPlan: the `plan` of what compress "
+            "returns, or load_plan(path)"
+        )
+    plan.validate()
+
+
 def save_plan(plan: CompressionPlan, path: str | Path) -> None:
     """Writes the plan as JSON. A reader sees the old file or the whole new one."""
-    plan.validate()
+    check_plan(plan, "save_plan")
     atomic.write(Path(path), plan.to_json().encode())
 
 

@@ -8,6 +8,7 @@ from cctorch import ops
 from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
 from cctorch.described import describe, describe_plan
 from cctorch.nn import FakeQuant, GatherChannels, LowRankConv2d, LowRankLinear, LowRankWeight, Mask, SoftThreshold
+from cctorch.plan import check_plan
 
 _Weight = tuple[nn.Module, str]
 _OURS = (Mask, FakeQuant, LowRankWeight, SoftThreshold)
@@ -27,8 +28,9 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     Raises:
         ValueError: the plan names a layer that the model lacks, that has no weight, another kind or more channels, or
             that is already prepared.
+        TypeError: ``plan`` is no plan.
     """
-    plan.validate()
+    check_plan(plan, "prepare")
     targets = {
         layer.name: _weights(model, layer) for layer in plan.layers if layer.mask is not None or layer.bits is not None
     }

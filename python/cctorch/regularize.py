@@ -87,7 +87,8 @@ class Events:
             as they are now: of a model that :func:`cctorch.apply` rebuilds, make the events afterwards.
         regularizer: Q. In a :class:`Compose`, the parts are applied in order.
         schedule: when; an integer is a :class:`ConstantPeriod`.
-        optimizer: whose learning rate (of the first group) :class:`InverseLearningRate` follows.
+        optimizer: whose learning rate (of the first group) :class:`InverseLearningRate` follows. An event is refused
+            where it no longer has one of the parameters that it has now, as after :func:`cctorch.apply`.
         clear_momentum: after an event the optimizer forgets its state of the parameters that Q acts on. By default
             momentum is kept.
         include_frozen: also parameters that do not require a gradient at the time of the event.
@@ -132,6 +133,8 @@ class Events:
         self._check_types()
         self._events = RegularizationEvents(self._parameters, regularizer, self.schedule, include_frozen)
         self._optimizer = optimizer
+        current = _parameters_of(optimizer)
+        self._optimized = [(name, parameter) for name, parameter in self._parameters if id(parameter) in current]
         self._follows_lr = isinstance(self.schedule, InverseLearningRate)
         self._clear_momentum = clear_momentum
         self._include_frozen = include_frozen
@@ -156,18 +159,26 @@ class Events:
             lr: learning rate, for :class:`InverseLearningRate` without an optimizer.
 
         Raises:
-            ValueError: a parameter is NaN or infinite (named); the weights are then as they were.
+            ValueError: a parameter is NaN or infinite, or no longer the optimizer's (named); the weights are then as
+                they were.
         """
-        if lr is None and self._follows_lr and self._optimizer is not None:
-            lr = float(self._optimizer.param_groups[0]["lr"])
+        lr = self._learning_rate(lr)
+        if self._events.due(lr):
+            self._expect_in_optimizer()
         return self._after(self._events.step(lr))
+
+    def due(self, lr: float | None = None) -> bool:
+        """Whether the next :meth:`step` has an event."""
+        return self._events.due(self._learning_rate(lr))
 
     def finish(self) -> Event | None:
         """An event now, unless the last step was one: the model ends in compressed form."""
+        self._expect_in_optimizer()
         return self._after(self._events.finish())
 
     def as_if_at_event(self) -> AsIfAtEvent:
         """A context in which the parameters are Q(w), for evaluation; then they are what they were, to the bit."""
+        self._expect_in_optimizer()
         return self._events.as_if_at_event()
 
     @property
@@ -183,17 +194,32 @@ class Events:
         """How many there were."""
         return self._events.events
 
-    def state_dict(self) -> dict[str, int | float | Tensor]:
+    def state_dict(self) -> dict[str, int | float | str | Tensor]:
         """Steps, and the state of schedule and regularizer. The weights are the model's."""
         return self._events.state_dict()
 
-    def load_state_dict(self, state: dict[str, int | float | Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, int | float | str | Tensor]) -> None:
         """Goes on where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: an entry is missing or of another type (named); nothing has changed then.
+            ValueError: an entry is missing or of another type (named), or another regularizer's; nothing has changed
+                then.
         """
         self._events.load_state_dict(state)
+
+    def _learning_rate(self, lr: float | None) -> float | None:
+        if lr is None and self._follows_lr and self._optimizer is not None:
+            return float(self._optimizer.param_groups[0]["lr"])
+        return lr
+
+    def _expect_in_optimizer(self) -> None:
+        current = _parameters_of(self._optimizer)
+        for name, parameter in self._optimized:
+            if id(parameter) not in current:
+                raise ValueError(
+                    f"the optimizer no longer has {name!r}, which it had when the events were made: the model has been "
+                    "rebuilt. Make new Events of its parameters, after cctorch.apply"
+                )
 
     def _after(self, event: Event | None) -> Event | None:
         if event is not None and self._clear_momentum and self._optimizer is not None:
@@ -201,3 +227,8 @@ class Events:
                 if self.regularizer.acts_on(parameter) and (parameter.requires_grad or self._include_frozen):
                     self._optimizer.state.pop(parameter, None)
         return event
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer | None) -> set[int]:
+    groups = optimizer.param_groups if optimizer is not None else []
+    return {id(parameter) for group in groups for parameter in group["params"]}

@@ -38,8 +38,7 @@ class ShardedEvents:
 
     def step(self) -> Event | None:
         lr = float(self._optimizer.param_groups[0]["lr"])
-        due = self._events.steps_since_event + 1 >= self._events.schedule.period(self._events.steps + 1, lr)
-        if not due:
+        if not self._events.due(lr):
             return self._events.step(lr)
         with self._gathered():
             return self._after(self._events.step(lr))
@@ -60,10 +59,10 @@ class ShardedEvents:
             for shard, values in zip(self._shards, before, strict=True):
                 _local(shard).copy_(values)
 
-    def state_dict(self) -> dict[str, int | float | Tensor]:
+    def state_dict(self) -> dict[str, int | float | str | Tensor]:
         return self._events.state_dict()
 
-    def load_state_dict(self, state: dict[str, int | float | Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, int | float | str | Tensor]) -> None:
         self._events.load_state_dict(state)
 
     def _after(self, event: Event | None) -> Event | None:

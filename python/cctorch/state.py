@@ -82,6 +82,7 @@ class Checkpoints:
         self._folder = folder
         self._group = distributed.background_group()
         self._writer: state_files.Writer | None = None
+        self._last_is_damaged = False
         self._pending: concurrent.futures.Future[Any] | None = None
 
     def newest(self) -> tuple[Saved | None, list[str]]:
@@ -96,6 +97,7 @@ class Checkpoints:
                 return _whole(self._folder / name), warned
             except CheckpointError as error:
                 warned.append(f"{error}; going back to the state before it")
+                self._last_is_damaged |= name == "last"
         if names:
             raise CheckpointError(f"no checkpoint in {self._folder} can be read: start over with --fresh")
         if distributed.on_main((self._folder / "last.pt").exists):
@@ -120,7 +122,8 @@ class Checkpoints:
         What goes wrong there is raised by the next call, on every rank.
         """
         self.wait()
-        self._writer = state_files.Writer(self._folder, copy.deepcopy({"state": asdict(state)}))
+        content = copy.deepcopy({"state": asdict(state)})
+        self._writer = state_files.Writer(self._folder, content, self._last_is_damaged)
         _expect_one_process()
         future = async_save(_filled(tensors), storage_writer=self._writer, process_group=self._group)
         assert isinstance(future, concurrent.futures.Future)
@@ -140,7 +143,7 @@ class Checkpoints:
             if self._writer is not None and distributed.is_main():
                 self._writer.discard()
             raise _cause(failed) from failed
-        self._pending = None
+        self._pending, self._last_is_damaged = None, False
 
     def close(self) -> None:
         """On every rank, at the end: waits, and lets go of what the ranks talk through in the background."""

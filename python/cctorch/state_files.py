@@ -50,12 +50,13 @@ class _Written(NamedTuple):
 class Writer(StorageWriter):
     """Writes the folder `fresh`, with `content` in its state.json, and lets it take the place of `last`.
 
-    The old `last` becomes `previous`. Up to then both are as they were.
+    The old `last` becomes `previous`, or goes where it `is_damaged`: the one before it is then the only one that is
+    whole. Up to then both are as they were.
     """
 
-    def __init__(self, checkpoints: Path, content: dict[str, Any]) -> None:
+    def __init__(self, checkpoints: Path, content: dict[str, Any], is_damaged: bool = False) -> None:
         self._fresh, self._last, self._previous = (checkpoints / name for name in ("next", "last", "previous"))
-        self._content = content
+        self._content, self._is_damaged = content, is_damaged
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -111,7 +112,9 @@ class Writer(StorageWriter):
         text = json.dumps({"format": _FORMAT, "files": files, "tensors": tensors, **self._content})
         checked = f'{{"checksum": "{_checksum(text.encode())}",\n"content": {text}}}\n'
         atomic.write(self._fresh / _STATE, checked.encode())
-        if self._last.exists():
+        if self._is_damaged:
+            shutil.rmtree(self._last)
+        elif self._last.exists():
             if self._previous.exists():
                 shutil.rmtree(self._previous)
             self._last.rename(self._previous)

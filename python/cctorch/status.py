@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from cctorch.log import duration
-from cctorch.store import Folder, Writer
+from cctorch.store import Folder, Writer, damage_named
 
 _STAGES = ("train", "compress", "finetune", "regularize", "measure")
 
@@ -67,10 +67,12 @@ class Status:
 
 
 def status(folder: Path) -> Status:
-    """Raises ValueError where `folder` holds no run."""
+    """Raises ValueError where `folder` holds no run, or a damaged one."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} holds no run (config.yaml missing): give the folder of one, such as runs/demo")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    with damage_named(folder / "config.yaml"):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        name = config["name"]
     events = _events(folder)
     writer = Folder(folder).writer()
     finished = (folder / "summary.json").exists() and writer is None
@@ -83,7 +85,7 @@ def status(folder: Path) -> Status:
     last = past[-1] if past else None
     left = (epochs - epoch) * last["seconds"] if last and last["stage"] == stage and epochs else None
     return Status(
-        name=config["name"],
+        name=name,
         state="finished" if finished else "running" if writer else "failed" if failed is not None else "interrupted",
         process=writer.process if writer else None,
         host=writer.host or None if writer else None,
@@ -103,7 +105,8 @@ def status(folder: Path) -> Status:
 
 def _events(folder: Path) -> list[dict[str, Any]]:
     file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    with damage_named(file):
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _epochs(config: dict[str, Any], stage: str) -> int:

@@ -95,6 +95,18 @@ def build(architecture: Architecture, plan: str | None) -> nn.Module:
     return apply(model, _C.CompressionPlan.from_json(plan))
 
 
+@contextlib.contextmanager
+def damage_named(file: Path) -> Iterator[None]:
+    """Around what reads a file of a run: raises CheckpointError where it does not hold what was written."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"{file} is damaged ({reason}): copy it again, or start the run over with --fresh"
+        ) from error
+
+
 class Folder:
     """runs/<name>/."""
 
@@ -173,7 +185,9 @@ class Folder:
         file = self.path / "config.yaml"
         if not file.exists():
             return
-        old, new = _flat({**_settings(), **yaml.safe_load(file.read_text())}), _flat(config.model_dump())
+        with damage_named(file):
+            old = _flat({**_settings(), **yaml.safe_load(file.read_text())})
+        new = _flat(config.model_dump())
         changed = [
             f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
         ]
@@ -192,7 +206,10 @@ class Folder:
     def summary(self) -> Summary | None:
         """Of a finished run."""
         file = self.path / "summary.json"
-        return Summary.from_json(file.read_text()) if file.exists() else None
+        if not file.exists():
+            return None
+        with damage_named(file):
+            return Summary.from_json(file.read_text())
 
     def write(self, name: str, text: str) -> None:
         atomic.write(self.path / name, text.encode())

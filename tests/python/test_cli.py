@@ -52,6 +52,12 @@ def test_a_wrong_command_exits_with_2(arguments: list[str], capsys: pytest.Captu
     assert "usage: cctorch" in capsys.readouterr().err
 
 
+def test_what_is_missing_is_named_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")
+
+
 def test_runs_reports_and_starts_over(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", str(file), "name=mine", "compress.target=0.3"]) == 0
     page = tmp_path / "runs" / "mine" / "report.html"
@@ -75,6 +81,7 @@ def test_runs_reports_and_starts_over(file: Path, tmp_path: Path, capsys: pytest
     [
         ("compress.tagret=0.5", "compress.tagret = 0.5: unknown key; did you mean target?"),
         ("compress.target=2", "compress.target = 2: expected a value less than 1"),
+        ("compress.exclude=[layer9]", "compress: exclude = 'layer9' names no layer of the model"),
         ("data.validation=5000", "data.validation = 5000: expected less than the 96 training images"),
     ],
 )

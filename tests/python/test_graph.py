@@ -422,3 +422,26 @@ def test_a_head_that_cannot_run_in_training_keeps_all_filters() -> None:
     graph = trace(HeadForTraining(), torch.randn(2, 3, 6, 6))
     assert "layer 'auxiliary.0' does not run in evaluation mode, and in training it cannot be" in graph.warnings[0]
     assert kept_out(pruned(graph, "second", [1, 4]), "first") in (None, list(range(8)))
+
+
+class NotExportable(nn.Module):
+    """What it does depends on the values, so torch.export gives up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.once, self.twice = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.tied, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.other.weight = self.tied.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(self.once(x)))
+        return self.other(self.tied(x if float(x.sum()) < 1e9 else -x))
+
+
+def test_repeated_and_shared_layers_of_a_model_that_cannot_be_exported_are_left_alone() -> None:
+    graph = trace(NotExportable(), EXAMPLE)
+    assert graph.left_alone == {"twice", "tied", "other"}
+    # All that runs is counted.
+    assert {spec.name: spec.positions for spec in graph.specs} == {"once": 256, "twice": 512, "tied": 256, "other": 256}
+    [warning] = graph.warnings
+    assert warning.startswith("NotExportable is not followed: it cannot be exported (")

@@ -1,7 +1,11 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import cctorch
 import pytest
 from cctorch.plan import CompressionPlan, LayerPlan, MaskPlan, load_plan, save_plan
+from torch import nn
 
 
 def example() -> CompressionPlan:
@@ -56,3 +60,17 @@ def test_impossible_plan_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="occurs twice"):
         save_plan(CompressionPlan(layers=[LayerPlan("a", "linear", 2, 2), LayerPlan("a", "linear", 2, 2)]), path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("function", ["apply", "prepare", "repair", "save_plan"])
+def test_what_is_no_plan_is_named(function: str, tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    calls: dict[str, Callable[[Any], object]] = {
+        "apply": lambda plan: cctorch.apply(model, plan),
+        "prepare": lambda plan: cctorch.prepare(model, plan),
+        "repair": lambda plan: cctorch.repair(model, model, plan, []),
+        "save_plan": lambda plan: cctorch.save_plan(plan, tmp_path / "plan.json"),
+    }
+    with pytest.raises(TypeError, match=f"{function}: plan is a str, expected a CompressionPlan: the `plan` of what"):
+        calls[function]("plan.json")
+    assert not list(tmp_path.iterdir())

@@ -322,12 +322,53 @@ def test_only_the_weights_of_the_compressed_model_change() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for m in (dense, model) for module in m.modules())
 
 
-def test_grouped_and_shared_layers_are_left_alone() -> None:
+def test_grouped_layers_are_left_alone() -> None:
     dense, model, plan, shape = compressed("squeeze_excite")
     weight = model.depthwise.weight.clone()
     found = cctorch.repair(model, dense, plan, batches(shape))
     assert "depthwise" not in [layer.name for layer in found.layers]
     assert torch.equal(weight, model.depthwise.weight)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight: what fits the one moves the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.free = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(F.relu(self.free(F.relu(self.stem(x)))))))
+
+
+def test_layers_that_share_a_weight_are_left_alone() -> None:
+    torch.manual_seed(0)
+    dense = Tied().double().eval()
+    plan = CompressionPlan("test", 0.5, [LayerPlan("free", "conv2d", 8, 8, rank=2)])
+    model = cctorch.apply(copy.deepcopy(dense), plan).eval()
+    found = cctorch.repair(model, dense, plan, batches((3, 6, 6)), step=1)
+    assert [layer.name for layer in found.layers] == ["free"]
+    assert model.second.weight is model.first.weight
+    assert all(torch.equal(a, b) for a, b in zip(model.first.parameters(), dense.first.parameters(), strict=True))
+
+
+def test_a_layer_without_anything_to_gain_keeps_its_bits() -> None:
+    """Small whole numbers are exact in float64; the input that is dropped was never used."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.copy_(torch.randint(-4, 5, parameter.shape))
+        dense[2].weight[:, 2] = 0
+    kept = [0, 1, 3, 4, 5]
+    plan = CompressionPlan("test", 0.5, [LayerPlan("2", "linear", 6, 5, kept_in=kept, gather=kept)])
+    model = cctorch.apply(copy.deepcopy(dense), plan)
+    before = copy.deepcopy(model.state_dict())
+    found = cctorch.repair(model, dense, plan, [(torch.randint(-4, 5, (64, 4)).double(), torch.zeros(64))], step=1)
+    assert [(layer.name, layer.before, layer.after) for layer in found.layers] == [("2", 0.0, 0.0), ("4", 0.0, 0.0)]
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -416,7 +416,7 @@ def test_names_that_fit_no_layer_are_refused_before_training(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: dict[str, Any]
 ) -> None:
     _fail_at(monkeypatch, driver, "train_epoch", 1, AssertionError("it trained"))
-    with pytest.raises(ValueError, match=r"layer9\.\*"):
+    with pytest.raises(ConfigError, match=r"layer9\.\*"):
         run(config(dataset, tmp_path, compress={"target": 0.3, **names}), console=_quiet())
 
 

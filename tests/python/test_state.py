@@ -82,6 +82,30 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     _assert_loads(checkpoints, 2)
 
 
+def test_the_only_whole_state_stays_until_there_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for epoch in (1, 2):
+        checkpoints.save(_state(epoch), _whole())
+    checkpoints.wait()
+    (tmp_path / "last" / "rank0.safetensors").unlink()
+    checkpoints = Checkpoints(tmp_path)
+    _assert_loads(checkpoints, 1, warnings=1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "write", full)
+        checkpoints.save(_state(3), _whole())
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.wait()
+    checkpoints.save(_state(3), _whole())
+    checkpoints.wait()
+    _assert_loads(Checkpoints(tmp_path), 3)
+    shutil.rmtree(tmp_path / "last")
+    _assert_loads(Checkpoints(tmp_path), 1)
+
+
 def test_training_goes_on_while_a_state_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_write = threading.Event()
     write = atomic.write

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cctorch import cli
 from cctorch import run as driver
+from cctorch.models import CheckpointError
 from cctorch.report import page
 from cctorch.run import run
 from cctorch.status import status
@@ -79,3 +80,29 @@ def test_of_a_process_that_was_killed_in_its_lock(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_has_no_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", str(tmp_path)]) == 1
     assert "holds no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.yaml", "name: [1"), ("config.yaml", "[]"), ("metrics.jsonl", '{"event": "epo')]
+)
+def test_a_damaged_file_is_named(name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("name: tiny\n")
+    (tmp_path / name).write_text(content)
+    assert cli.main(["status", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"cctorch: {tmp_path / name} is damaged (")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ['{"before": ', "{}", "[1]"])
+def test_a_damaged_end_of_a_run_is_named_when_the_run_is_given_again(content: str, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"summary\.json is damaged \(.*or start the run over with --fresh"):
+        Folder(tmp_path).summary()
+
+
+@pytest.mark.parametrize("content", ["name: [1", "[]"])
+def test_a_damaged_configuration_is_named_when_the_run_is_given_again(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.yaml is damaged"):
+        Folder(tmp_path).check(config(tmp_path, tmp_path))

@@ -25,7 +25,7 @@ class Optimizer;
 namespace cctorch::regularize {
 
 // What is stored in a checkpoint beside the weights. Plain values only, so that any format can hold it.
-using State = std::map<std::string, std::variant<int64_t, double, at::Tensor>>;
+using State = std::map<std::string, std::variant<int64_t, double, std::string, at::Tensor>>;
 
 using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
 
@@ -92,6 +92,9 @@ class Regularizer {
  protected:
   virtual void check_shapes(const NamedParameters& /*selected*/) const {}
 };
+
+// Its class, such as "MagnitudePruning".
+std::string kind(const Regularizer& regularizer);
 
 // w (1 - strength), strength in [0, 1]
 class WeightDecay final : public Regularizer {
@@ -351,7 +354,9 @@ struct Event {
 };
 
 struct EventOptions {
-  torch::optim::Optimizer* optimizer = nullptr;  // for the learning rate (of its first group) and clear_momentum
+  // For the learning rate (of its first group) and clear_momentum; and an event is refused where the optimizer no
+  // longer has one of the parameters that it had when the events were made, as after cctorch::apply.
+  torch::optim::Optimizer* optimizer = nullptr;
   bool clear_momentum = false;  // after an event: the optimizer forgets its state of the parameters Q acts on
   bool include_frozen = false;  // parameters without requires_grad at the time of the event
 };
@@ -383,8 +388,11 @@ class RegularizationEvents {
                        std::shared_ptr<FrequencySchedule> schedule, EventOptions options = {});
 
   // Counts a step. Where an event is due: w <- Q(w). Throws c10::ValueError naming the first parameter that is NaN or
-  // infinite; the weights are then as they were.
+  // infinite, or that the optimizer no longer has; the weights are then as they were.
   std::optional<Event> step(std::optional<double> lr = std::nullopt);
+
+  // Whether the next step has an event.
+  bool due(std::optional<double> lr = std::nullopt) const;
 
   // An event now, unless the last step was one: the model ends in compressed form.
   std::optional<Event> finish();
@@ -397,17 +405,19 @@ class RegularizationEvents {
   int64_t events() const { return events_; }
 
   State state_dict() const;
-  // Throws c10::ValueError naming the entry that is missing or of another type; nothing has changed then.
+  // Throws c10::ValueError naming the entry that is missing or of another type, or both regularizers where another one
+  // saved it; nothing has changed then.
   void load_state_dict(const State& state);
 
  private:
   friend class AsIfAtEvent;
   NamedParameters active() const;
+  void expect_in_optimizer() const;
   bool at_event() const { return events_ > 0 && since_event_ == 0; }
   Event run_event();
   void load(const State& state);
 
-  NamedParameters parameters_;
+  NamedParameters parameters_, optimized_;  // those that the optimizer had
   std::shared_ptr<Regularizer> regularizer_;
   std::shared_ptr<FrequencySchedule> schedule_;
   EventOptions options_;

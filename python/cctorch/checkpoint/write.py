@@ -85,6 +85,8 @@ def save(
         )
     if not isinstance(plan, CompressionPlan | str | None):
         raise ValueError(f"plan is a {type(plan).__name__}, expected a CompressionPlan or its JSON")
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"tensors is a {type(tensors).__name__}, expected names and tensors: model.state_dict()")
     for name, tensor in tensors.items():
         pack.check(name, tensor)
     text = plan.to_json() if isinstance(plan, CompressionPlan) else plan

@@ -15,6 +15,8 @@ from cctorch._C import CompressionPlan
 from cctorch.described import describe, describe_plan
 from cctorch.modes import evaluating
 from cctorch.nn.gather import unwrapped
+from cctorch.pairs import pairs
+from cctorch.plan import check_plan
 from cctorch.repair.affine import Affine, as_image, as_map
 from cctorch.repair.places import Layer, Place, find, is_repairable, watching
 
@@ -83,9 +85,11 @@ def repair(
     Raises:
         ValueError: `batches` is empty (on any rank), `model` is not what `plan` makes of `dense`, or a layer's inputs
             or wanted outputs are NaN or infinite (the layer is named). The model is unchanged.
+        TypeError: `batches` gives something else than pairs, or `plan` is no plan.
     """
+    check_plan(plan, "repair")
     start = time.perf_counter()
-    parts = [inputs for inputs, _ in batches]
+    parts = [inputs for inputs, _ in pairs(batches, "repair")]
     images = [sum(map(len, parts))]
     if across_ranks:
         images = distributed.gather(torch.tensor(images)).flatten().tolist()

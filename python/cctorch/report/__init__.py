@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cctorch import atomic
+from cctorch.store import damage_named
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,5 @@ def read(folder: Path) -> Record:
 
 
 def _json(file: Path, text: str) -> Any:
-    try:
+    with damage_named(file):
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged ({error}): copy it again, or start the run over with --fresh") from error

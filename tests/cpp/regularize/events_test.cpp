@@ -6,7 +6,11 @@
 #include <torch/nn/modules/rnn.h>
 #include <torch/optim/sgd.h>
 
+#include <functional>
 #include <limits>
+#include <string>
+
+#include "tests/cpp/refusal.h"
 
 namespace cctorch::regularize {
 namespace {
@@ -39,6 +43,34 @@ TEST(RegularizationEvents, TwoLinesInATrainingLoop) {
   EXPECT_EQ(last->bits, 8 * 32 + 32);
   EXPECT_EQ(last->dense_bits, 32 * 32);
   EXPECT_FALSE(events.finish());
+}
+
+// What cctorch::apply does to an optimizer.
+TEST(RegularizationEvents, AParameterThatTheOptimizerNoLongerHasIsRefused) {
+  torch::nn::Linear model(8, 4);
+  torch::optim::SGD optimizer(model->parameters(), torch::optim::SGDOptions(0.1));
+  RegularizationEvents events({{"never", at::randn({2, 2}).requires_grad_()}, {"weight", model->weight}}, pruning(),
+                              every(1), {.optimizer = &optimizer});
+  EXPECT_TRUE(events.step());
+  const at::Tensor before = model->weight.detach().normal_().clone();
+  optimizer.param_groups()[0].params()[0] = at::randn({3, 8});
+  const std::string expected = "the optimizer no longer has 'weight', which it had when the events were made";
+  for (const std::function<void()>& act : {std::function<void()>([&] { events.step(); }),
+                                           {[&] { events.finish(); }},
+                                           {[&] { events.as_if_at_event(); }}}) {
+    EXPECT_NE(refusal(act).find(expected), std::string::npos);
+  }
+  EXPECT_TRUE(at::equal(model->weight, before));
+}
+
+TEST(RegularizationEvents, TheStateOfAnotherRegularizerIsRefused) {
+  torch::nn::Linear model(8, 4);
+  RegularizationEvents pruned(model->named_parameters().pairs(), pruning(), every(1));
+  RegularizationEvents noisy(model->named_parameters().pairs(), std::make_shared<UniformNoise>(0.1), every(1));
+  EXPECT_NE(refusal([&] {
+              noisy.load_state_dict(pruned.state_dict());
+            }).find("is of the regularizer MagnitudePruning, expected one of UniformNoise"),
+            std::string::npos);
 }
 
 // Free between events: no operator reaches the dispatcher.

@@ -205,6 +205,7 @@ def test_a_prepared_model_comes_back(tmp_path: Path) -> None:
         ({"workers": 0}, "workers = 0"),
         ({"bandwidth": 0.0}, "bandwidth = 0.0"),
         ({"plan": {"layers": []}}, "plan is a dict, expected a CompressionPlan or its JSON"),
+        ({"tensors": torch.nn.Linear(2, 2)}, r"tensors is a Linear, expected names and tensors: model.state_dict\(\)"),
         ({"rules": [Rule("x", "zfp", 0.1)], "tensors": {"x": torch.arange(5)}}, "gives zfp to 'x' of torch.int64"),
         ({"tensors": {"": torch.ones(2)}}, "'' can't name a dataset"),
         ({"tensors": {"x": torch.ones(2, dtype=torch.complex64)}}, r"'x'\] is torch.complex64"),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cctorch import CompressionPlan, LayerPlan, apply
 from cctorch import regularize as r
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -248,6 +249,53 @@ def test_refuses_a_state_that_is_not_its_own() -> None:
     with pytest.raises(ValueError, match="'period'"):
         events.load_state_dict({key: value for key, value in state.items() if key != "schedule.period"})
     assert events.state_dict() == state
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "message"),
+    [
+        (r.Tucker2(ratio=2), r.SVD(ratio=2), "is of the regularizer Tucker2, expected one of SVD"),
+        (
+            r.Compose([r.MagnitudePruning(0.5), r.SVD(ratio=2)]),
+            r.Compose([r.MagnitudePruning(0.5), r.CodebookQuantization(2)]),
+            "is of the regularizer SVD, expected one of CodebookQuantization",
+        ),
+    ],
+)
+def test_refuses_the_state_of_another_regularizer(saved: r.Regularizer, own: r.Regularizer, message: str) -> None:
+    torch.manual_seed(0)
+    parameters = list(nn.Conv2d(8, 8, 3).named_parameters())
+    events = r.Events(parameters, saved, 1)
+    events.step()
+    other = r.Events(parameters, own, 1)
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(events.state_dict())
+    assert other.state_dict() == before
+
+
+@pytest.mark.parametrize("act", ["step", "finish", "as_if_at_event"])
+def test_an_event_on_parameters_that_apply_has_replaced_is_refused(act: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    events = r.Events(model.named_parameters(), r.MagnitudePruning(0.5), 2, optimizer)
+    kept = LayerPlan("2", "conv2d", 8, 8, kept_in=(0, 1, 2, 3))
+    apply(model, CompressionPlan("by hand", layers=[kept]), optimizer)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert events.step() is None
+    with pytest.raises(ValueError, match=r"no longer has '2.weight', .* Make new Events of its parameters, after"):
+        getattr(events, act)()
+    torch.testing.assert_close(dict(model.named_parameters()), before, rtol=0, atol=0)
+
+
+def test_events_on_parameters_that_the_optimizer_never_had() -> None:
+    model, trained = nn.Linear(8, 8), nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    events = r.Events(model.named_parameters(), r.MagnitudePruning(0.5), 2, optimizer)
+    assert not events.due()
+    assert events.step() is None
+    assert events.due()
+    assert events.step() is not None
 
 
 def test_an_lstm_trains_under_binary_codes() -> None:
