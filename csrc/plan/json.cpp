@@ -1,8 +1,8 @@
 #include <c10/util/Exception.h>
 #include <cctorch/plan.h>
 
-#include <array>
 #include <fmt/format.h>
+#include <array>
 
 #include <nlohmann/json.hpp>
 #include <utility>
