@@ -31,11 +31,11 @@ void visit_figures(Figures& of, const Visit& visit) {
   visit("dense.bytes", of.dense.bytes);
 }
 
-void insert(Archive& archive, const std::string& prefix, const Tensors& tensors) {
+void insert(cctorch::Safetensors& archive, const std::string& prefix, const Tensors& tensors) {
   for (const auto& [name, tensor] : tensors) archive.tensors[prefix + name] = tensor;
 }
 
-Tensors tensors_of(const Archive& archive, std::string_view prefix) {
+Tensors tensors_of(const cctorch::Safetensors& archive, std::string_view prefix) {
   Tensors found;
   for (const auto& [name, tensor] : archive.tensors) {
     if (name.starts_with(prefix)) found[name.substr(prefix.size())] = tensor;
@@ -43,14 +43,14 @@ Tensors tensors_of(const Archive& archive, std::string_view prefix) {
   return found;
 }
 
-Archive to_archive(const State& state, const std::map<std::string, std::string>& settings) {
-  Archive archive;
-  for (const auto& [name, value] : settings) archive.texts["setting." + name] = value;
+cctorch::Safetensors to_archive(const State& state, const std::map<std::string, std::string>& settings) {
+  cctorch::Safetensors archive;
+  for (const auto& [name, value] : settings) archive.metadata["setting." + name] = value;
   archive.tensors["losses"] = at::tensor(state.losses, at::kDouble);
   if (state.compressed) {
-    archive.texts["plan"] = state.compressed->plan.to_json();
+    archive.metadata["plan"] = state.compressed->plan.to_json();
     visit_figures(*state.compressed,
-                  [&](const char* name, const auto& value) { archive.texts[name] = fmt::format("{}", value); });
+                  [&](const char* name, const auto& value) { archive.metadata[name] = fmt::format("{}", value); });
   }
   insert(archive, "model.", state.model);
   insert(archive, "momentum.", state.momentum);
@@ -64,15 +64,16 @@ void parse(const std::string& text, Number& number) {
   if (error != std::errc() || behind != end) throw std::runtime_error(fmt::format("'{}' is no number", text));
 }
 
-State state_of(const Archive& archive) {
+State state_of(const cctorch::Safetensors& archive) {
+  if (!archive.metadata.contains(std::string(cctorch::safetensors_checksum))) throw std::runtime_error("no checksum");
   State state;
   const at::Tensor& losses = archive.tensors.at("losses");
   if (losses.scalar_type() != at::kDouble) throw std::runtime_error("the losses are not float64");
   state.losses.assign(losses.const_data_ptr<double>(), losses.const_data_ptr<double>() + losses.numel());
-  if (archive.texts.contains("plan")) {
+  if (archive.metadata.contains("plan")) {
     Compressed& compressed = state.compressed.emplace();
-    compressed.plan = cctorch::CompressionPlan::from_json(archive.texts.at("plan"));
-    visit_figures(compressed, [&](const char* name, auto& value) { parse(archive.texts.at(name), value); });
+    compressed.plan = cctorch::CompressionPlan::from_json(archive.metadata.at("plan"));
+    visit_figures(compressed, [&](const char* name, auto& value) { parse(archive.metadata.at(name), value); });
   }
   state.model = tensors_of(archive, "model.");
   state.momentum = tensors_of(archive, "momentum.");
@@ -80,12 +81,12 @@ State state_of(const Archive& archive) {
   return state;
 }
 
-void expect_settings(const Archive& archive, const std::map<std::string, std::string>& settings,
+void expect_settings(const cctorch::Safetensors& archive, const std::map<std::string, std::string>& settings,
                      const std::filesystem::path& file) {
   std::string differences;
   for (const auto& [name, value] : settings) {
-    const auto found = archive.texts.find("setting." + name);
-    const std::string before = found == archive.texts.end() ? "" : found->second;
+    const auto found = archive.metadata.find("setting." + name);
+    const std::string before = found == archive.metadata.end() ? "" : found->second;
     if (before != value)
       differences += fmt::format("{}{} '{}' -> '{}'", differences.empty() ? "" : ", ", name, before, value);
   }
@@ -131,9 +132,9 @@ std::optional<State> Checkpoint::load() const {
   const std::string bytes = ranks_.on_main([&]() -> std::string {
     if (!std::filesystem::exists(file_)) return "";
     std::string content = read_file(file_);
-    Archive archive;
+    cctorch::Safetensors archive;
     try {
-      archive = from_safetensors(content);
+      archive = cctorch::from_safetensors(content);
       state = state_of(archive);
     } catch (const std::exception& error) {
       throw std::invalid_argument(
@@ -142,13 +143,13 @@ std::optional<State> Checkpoint::load() const {
     expect_settings(archive, settings_, file_);
     return content;
   });
-  if (!bytes.empty() && !state) state = state_of(from_safetensors(bytes));
+  if (!bytes.empty() && !state) state = state_of(cctorch::from_safetensors(bytes));
   return state;
 }
 
 void Checkpoint::save(const State& state) const {
   ranks_.on_main([&] {
-    write_file(file_, to_safetensors(to_archive(state, settings_)));
+    write_file(file_, cctorch::to_safetensors(to_archive(state, settings_)));
     return "";
   });
 }

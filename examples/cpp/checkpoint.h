@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "measurements.h"
+#include "network_state.h"
 #include "resnet.h"
-#include "safetensors.h"
 #include "training.h"
 
 // What is known once the network is compressed.

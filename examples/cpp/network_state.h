@@ -1,10 +1,11 @@
 #pragma once
 
+#include <cctorch/safetensors.h>
 #include <torch/nn/module.h>
 
 #include <string>
 
-#include "safetensors.h"
+using Tensors = cctorch::Safetensors::Tensors;  // by the names of the parameters and buffers
 
 // The values of the parameters and buffers, not copies of them.
 Tensors state_of(const torch::nn::Module& module);

@@ -125,7 +125,7 @@ double reloaded_accuracy(const Options& options, const at::Device& device, const
   cctorch::apply(*model, cctorch::CompressionPlan::from_json(json));
   to_channels_last(model);
   ranks.on_main([&] {
-    load_state(*model, from_safetensors(read_file(fs::path(options.out) / "compressed.safetensors")).tensors);
+    load_state(*model, cctorch::from_safetensors(read_file(fs::path(options.out) / "compressed.safetensors")).tensors);
     return "";
   });
   cctorch::distributed::broadcast_state(*model, ranks);

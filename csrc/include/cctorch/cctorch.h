@@ -18,5 +18,6 @@
 #include <cctorch/quant_range.h>
 #include <cctorch/regularize.h>
 #include <cctorch/repair.h>
+#include <cctorch/safetensors.h>
 #include <cctorch/soft_threshold.h>
 #include <cctorch/value_grid.h>
