@@ -84,43 +84,54 @@ struct Operand {
   at::Tensor grad;  // of y, for the backward
 };
 
-// y = formula(x) of one tensor, in units that any thread may take.
+// One tensor in units that any thread may take: pieces of its long rows, or periods of its short ones.
+template <typename Formula>
+struct Cut {
+  using P = typename Formula::parameter_type;
+
+  const Formula& formula;
+  simd::Stores stores;
+  const Operand<P>& operand;
+  simd::Loops<Formula> run;
+  Pieces pieces;
+  std::optional<Period<typename Formula::value_type, P>> period;
+
+  Cut(const Formula& formula, simd::Stores stores, const Operand<P>& operand)
+      : formula(formula),
+        stores(stores),
+        operand(operand),
+        run(loops<Formula>(operand.x.scalar_type())),
+        pieces{operand.layout} {
+    if (!has_long_rows(operand.layout)) period.emplace(operand.layout, operand.parameters.data());
+  }
+};
+
+// y = formula(x) of one tensor.
 template <typename Formula>
 class Forward {
-  using T = typename Formula::value_type;
   using P = typename Formula::parameter_type;
 
  public:
-  Forward(const Formula& formula, simd::Stores stores, const Operand<P>& operand)
-      : formula_(formula),
-        stores_(stores),
-        operand_(operand),
-        run_(loops<Formula>(operand.x.scalar_type())),
-        pieces_{operand.layout} {
-    if (!has_long_rows(operand.layout)) period_.emplace(operand.layout, operand.parameters.data());
-  }
+  Forward(const Formula& formula, simd::Stores stores, const Operand<P>& operand) : cut_(formula, stores, operand) {}
 
-  int64_t units() const { return period_ ? period_->count() : pieces_.count(); }
-  int64_t unit_size() const { return period_ ? period_->size : pieces_.length(); }
+  int64_t units() const { return cut_.period ? cut_.period->count() : cut_.pieces.count(); }
+  int64_t unit_size() const { return cut_.period ? cut_.period->size : cut_.pieces.length(); }
 
   void operator()(int64_t unit) const {
-    const int64_t begin = (period_ ? unit * period_->size : pieces_.begin(unit)) * operand_.x.element_size();
-    auto* to = static_cast<char*>(operand_.to.mutable_data_ptr()) + begin;
-    const auto* from = static_cast<const char*>(operand_.x.const_data_ptr()) + begin;
-    if (period_) {
-      run_.forward_each(formula_, to, from, period_->length(unit), period_->parameters(), stores_);
+    const int64_t begin =
+        (cut_.period ? unit * cut_.period->size : cut_.pieces.begin(unit)) * cut_.operand.x.element_size();
+    auto* to = static_cast<char*>(cut_.operand.to.mutable_data_ptr()) + begin;
+    const auto* from = static_cast<const char*>(cut_.operand.x.const_data_ptr()) + begin;
+    if (cut_.period) {
+      cut_.run.forward_each(cut_.formula, to, from, cut_.period->length(unit), cut_.period->parameters(), cut_.stores);
     } else {
-      run_.forward(formula_, to, from, pieces_.size(unit), operand_.parameters[pieces_.channel(unit)], stores_);
+      cut_.run.forward(cut_.formula, to, from, cut_.pieces.size(unit),
+                       cut_.operand.parameters[cut_.pieces.channel(unit)], cut_.stores);
     }
   }
 
  private:
-  const Formula& formula_;
-  simd::Stores stores_;
-  const Operand<P>& operand_;
-  simd::Loops<Formula> run_;
-  Pieces pieces_;
-  std::optional<Period<T, P>> period_;
+  Cut<Formula> cut_;
 };
 
 // The gradient of x of one tensor, and those of its parameters, in the same way: pieces leave a sum each, and where
@@ -131,78 +142,67 @@ class Backward {
   using P = typename Formula::parameter_type;
 
  public:
-  Backward(const Formula& formula, simd::Stores stores, const Operand<P>& operand)
-      : formula_(formula),
-        stores_(stores),
-        operand_(operand),
-        run_(loops<Formula>(operand.x.scalar_type())),
-        pieces_{operand.layout} {
-    if (!has_long_rows(operand.layout)) {
-      period_.emplace(operand.layout, operand.parameters.data());
-      per_block_ = std::max(ceil_div(kBlock, period_->size), ceil_div(period_->count(), 64));
+  Backward(const Formula& formula, simd::Stores stores, const Operand<P>& operand) : cut_(formula, stores, operand) {
+    if (cut_.period) {
+      per_block_ = std::max(ceil_div(kBlock, cut_.period->size), ceil_div(cut_.period->count(), 64));
     }
-    sums_.resize(units() * (period_ ? period_->size : 1));
+    sums_.resize(units() * (cut_.period ? cut_.period->size : 1));
   }
 
-  int64_t units() const { return period_ ? ceil_div(period_->count(), per_block_) : pieces_.count(); }
-  int64_t unit_size() const { return period_ ? per_block_ * period_->size : pieces_.length(); }
+  int64_t units() const { return cut_.period ? ceil_div(cut_.period->count(), per_block_) : cut_.pieces.count(); }
+  int64_t unit_size() const { return cut_.period ? per_block_ * cut_.period->size : cut_.pieces.length(); }
 
   void operator()(int64_t unit) {
-    if (period_) {
+    if (cut_.period) {
       block(unit);
     } else {
-      const int64_t begin = pieces_.begin(unit) * operand_.x.element_size();
-      sums_[unit] = run_.backward(formula_, to() + begin, grad() + begin, x() + begin, pieces_.size(unit),
-                                  operand_.parameters[pieces_.channel(unit)], stores_);
+      const int64_t begin = cut_.pieces.begin(unit) * cut_.operand.x.element_size();
+      sums_[unit] = cut_.run.backward(cut_.formula, to() + begin, grad() + begin, x() + begin, cut_.pieces.size(unit),
+                                      cut_.operand.parameters[cut_.pieces.channel(unit)], cut_.stores);
     }
   }
 
   // For each channel, once all units are done.
   std::vector<formula::Wide<P>> totals() const {
-    const Layout& l = operand_.layout;
+    const Layout& l = cut_.operand.layout;
     std::vector<formula::Wide<P>> totals(l.channels);
     for (size_t i = 0; i < sums_.size(); ++i) {
       const auto at = static_cast<int64_t>(i);
-      totals[period_ ? at % period_->size / l.inner % l.channels : pieces_.channel(at)] += sums_[i];
+      totals[cut_.period ? at % cut_.period->size / l.inner % l.channels : cut_.pieces.channel(at)] += sums_[i];
     }
     return totals;
   }
 
  private:
-  char* to() const { return static_cast<char*>(operand_.to.mutable_data_ptr()); }
-  const char* grad() const { return static_cast<const char*>(operand_.grad.const_data_ptr()); }
-  const char* x() const { return static_cast<const char*>(operand_.x.const_data_ptr()); }
+  char* to() const { return static_cast<char*>(cut_.operand.to.mutable_data_ptr()); }
+  const char* grad() const { return static_cast<const char*>(cut_.operand.grad.const_data_ptr()); }
+  const char* x() const { return static_cast<const char*>(cut_.operand.x.const_data_ptr()); }
 
   void block(int64_t unit) {
     // Sums are kept in the formula's type over this many periods, then added up in double.
     constexpr int64_t kShortSum = 64;
-    std::vector<T> short_sums(period_->numbers.size());
-    const formula::Columns<T, P> sums_of_elements{short_sums.data(), period_->size};
-    const int64_t last = std::min(period_->count(), (unit + 1) * per_block_);
-    auto* block_sums = sums_.data() + unit * period_->size;
+    std::vector<T> short_sums(cut_.period->numbers.size());
+    const formula::Columns<T, P> sums_of_elements{short_sums.data(), cut_.period->size};
+    const int64_t last = std::min(cut_.period->count(), (unit + 1) * per_block_);
+    auto* block_sums = sums_.data() + unit * cut_.period->size;
     for (int64_t first = unit * per_block_; first < last; first += kShortSum) {
       std::fill(short_sums.begin(), short_sums.end(), T(0));
       for (int64_t i = first; i < std::min(last, first + kShortSum); ++i) {
-        const int64_t begin = i * period_->size * operand_.x.element_size();
-        run_.backward_each(formula_, to() + begin, grad() + begin, x() + begin, period_->length(i),
-                           period_->parameters(), sums_of_elements, stores_);
+        const int64_t begin = i * cut_.period->size * cut_.operand.x.element_size();
+        cut_.run.backward_each(cut_.formula, to() + begin, grad() + begin, x() + begin, cut_.period->length(i),
+                               cut_.period->parameters(), sums_of_elements, cut_.stores);
       }
-      for (int64_t j = 0; j < period_->size; ++j) block_sums[j] += formula::wide(sums_of_elements[j]);
+      for (int64_t j = 0; j < cut_.period->size; ++j) block_sums[j] += formula::wide(sums_of_elements[j]);
     }
   }
 
-  const Formula& formula_;
-  simd::Stores stores_;
-  const Operand<P>& operand_;
-  simd::Loops<Formula> run_;
-  Pieces pieces_;
-  std::optional<Period<T, P>> period_;
+  Cut<Formula> cut_;
   int64_t per_block_ = 0;
   std::vector<formula::Wide<P>> sums_;
 };
 
-// Work, Forward or Backward, on every operand of a list, after it is done: one parallel region for all of them, in
-// parts of about as many elements.
+// Forward or Backward of every operand, once all of them are finished: one parallel region, in parts of about as many
+// elements.
 template <template <typename> typename Work, typename Formula, typename P = typename Formula::parameter_type>
 std::vector<Work<Formula>> done(const Formula& formula, const std::vector<Operand<P>>& operands) {
   struct Part {
