@@ -1,4 +1,4 @@
-"""Layouts and types that every operator is tried on."""
+"""Layouts and types that every operator is tried on, and what references are made of."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,3 +36,18 @@ def with_threads(count: int, function: Callable[[], Any]) -> Any:
         return function()
     finally:
         torch.set_num_threads(before)
+
+
+def along(x: Tensor, parameter: Tensor, axis: int | None) -> Tensor:
+    """One of the parameter for every index of the axis, to go with x."""
+    return parameter.view([-1 if axis is not None and d == axis % x.dim() else 1 for d in range(x.dim())])
+
+
+def scaled_gradient(parameter: Tensor, factor: float) -> Tensor:
+    """The same with `factor` times the gradient."""
+    return parameter * factor + (parameter - parameter * factor).detach()
+
+
+def straight_through(exact: Tensor, value: Tensor) -> Tensor:
+    """The value, with the gradient of what is exact."""
+    return exact + (value - exact).detach()

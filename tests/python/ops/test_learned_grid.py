@@ -6,21 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import HALF_TYPES, LAYOUTS, TYPES, scale_type, with_threads
+from cases import (
+    HALF_TYPES,
+    LAYOUTS,
+    TYPES,
+    along,
+    scale_type,
+    scaled_gradient,
+    straight_through,
+    with_threads,
+)
 from cctorch import ops
 from torch import Tensor
-
-
-def along(x: Tensor, parameter: Tensor, axis: int | None) -> Tensor:
-    return parameter.view([-1 if axis is not None and d == axis % x.dim() else 1 for d in range(x.dim())])
-
-
-def scaled_gradient(parameter: Tensor, factor: float) -> Tensor:
-    return parameter * factor + (parameter - parameter * factor).detach()
-
-
-def straight_through(exact: Tensor, value: Tensor) -> Tensor:
-    return exact + (value - exact).detach()
 
 
 def offset_reference(x: Tensor, log_scale: Tensor, offset: Tensor, axis: int | None, factor: float) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, TYPES, scale_type, with_threads
+from cases import LAYOUTS, TYPES, along, scale_type, scaled_gradient, straight_through, with_threads
 from cctorch import ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,31 +18,21 @@ Shapes = Sequence[tuple[int, ...]]
 SHAPES: Shapes = [(4, 3), (2, 5, 3, 3), (1, 1, 1, 1), (3, 0), (0, 2), (2, 700), (6, 2, 7, 5), (40, 3, 300), (4, 3)]
 
 
-def along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
-    return parameter.view([-1 if axis is not None and d == axis % x.dim() else 1 for d in range(x.dim())])
-
-
-def scaled(parameter: Tensor, factor: float) -> Tensor:
-    """The same with `factor` times the gradient."""
-    return parameter * factor + (parameter - parameter * factor).detach()
-
-
-def straight_through(exact: Tensor, value: Tensor) -> Tensor:
-    return exact + (value - exact).detach()
-
-
 def rounded(v: Tensor) -> Tensor:
     clamped = v.clamp(-4, 3)
     return straight_through(clamped, clamped.round())
 
 
 def lsq(x: Tensor, log_scale: Tensor, axis: int | None, factor: float) -> Tensor:
-    scale = along(scaled(log_scale, factor), x, axis).exp()
+    scale = along(x, scaled_gradient(log_scale, factor), axis).exp()
     return scale * rounded(x / scale)
 
 
 def lsq_offset(x: Tensor, log_scale: Tensor, offset: Tensor, axis: int | None, factor: float) -> Tensor:
-    scale, zero = along(scaled(log_scale, factor), x, axis).exp(), along(scaled(offset, factor), x, axis)
+    scale, zero = (
+        along(x, scaled_gradient(log_scale, factor), axis).exp(),
+        along(x, scaled_gradient(offset, factor), axis),
+    )
     return scale * rounded((x - zero) / scale) + zero
 
 
@@ -55,13 +45,13 @@ def nearest_float(v: Tensor) -> Tensor:
 
 
 def eight_bit_floats(x: Tensor, log_scale: Tensor, axis: int | None, factor: float) -> Tensor:
-    scale = along(scaled(log_scale, factor), x, axis).exp()
+    scale = along(x, scaled_gradient(log_scale, factor), axis).exp()
     clamped = (x / scale).clamp(-448, 448)
     return scale * straight_through(clamped, nearest_float(clamped.detach()))
 
 
 def soft(x: Tensor, threshold: Tensor, axis: int | None, factor: float) -> Tensor:
-    return x.sign() * (x.abs() - along(threshold, x, axis)).relu()
+    return x.sign() * (x.abs() - along(x, threshold, axis)).relu()
 
 
 @dataclass(frozen=True)
