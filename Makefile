@@ -77,7 +77,7 @@ gpu: build  ## on a machine with a GPU: its tests and benchmarks; results under 
 	$(BIN)/python benchmarks/ops.py --device cuda --gigabytes 2 --json $(CARD)/ops.json
 	$(BIN)/python benchmarks/regularize.py --device cuda --model resnet56 --json $(CARD)/regularize_resnet56.json
 	$(BIN)/python benchmarks/throughput.py --device cuda --model resnet56 --ranks 1 --steps 40 --cuda-graphs --out $(CARD)
-	$(BIN)/python benchmarks/search.py --output $(CARD)/search resnet50
+	$(BIN)/python benchmarks/search.py --device cuda --output $(CARD)/search resnet50
 
 sanitize: $(VENV)/.ready  ## the C++ tests under address and undefined-behaviour sanitizers
 	$(BIN)/cmake -S . -B $(BUILD)-sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCCTORCH_SANITIZE=address,undefined \

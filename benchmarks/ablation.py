@@ -46,7 +46,7 @@ ROWS = (*SEARCHES, "uniform rates", *PEERS)
 class Ablation:
     def __init__(self, arguments: argparse.Namespace) -> None:
         config = load_config(arguments.config)
-        self.model, images = load(config)
+        self.model, images = load(config, torch.device("cpu"))
         self.model.eval()
         self.training = data.Batches(images.train, 250, images.mean, images.std, True)
         self.test = data.Batches(images.test, 500, images.mean, images.std, True)

@@ -2,7 +2,7 @@
 
     pip install torch-pruning==1.6.1
     python benchmarks/latency_budget.py configs/resnet56_cifar10.yaml [--target 0.4] [--batch 1 128] [--json FILE]
-    python benchmarks/latency_budget.py --random resnet50 [--batch 1 32]
+    python benchmarks/latency_budget.py --random resnet50 [--batch 1 32] [--device cuda]
 
 For each batch the dense model, both plans and torch-pruning's models of the ratios that bring them closest to the time
 asked for take turns in one process, and the ratio is the median over their turns. Top-1 on the test images right after
@@ -33,12 +33,12 @@ from torch_pruning_peer import IMPORTANCES, TorchPruning
 Row = dict[str, Any]
 
 
-def load(config: Config) -> tuple[nn.Module, data.Data]:
-    images = data.load(config.data, config.seed, torch.device("cpu"))
+def load(config: Config, device: torch.device) -> tuple[nn.Module, data.Dataset]:
+    images = data.load(config.data, config.seed, device)
     model = build(Architecture(config.model.name, images.classes, images.shape, images.mean, images.std), None)
     assert config.model.weights, "the configuration must name weights: nothing is trained here"
     models.load_weights(model, expand(config.model.weights))
-    return model.to(memory_format=torch.channels_last), images  # type: ignore[call-overload]
+    return model.to(device, memory_format=torch.channels_last), images  # type: ignore[call-overload]
 
 
 def gradients_of(model: nn.Module, graph: ModelGraph, images: data.Batches, file: Path | None) -> dict[str, Tensor]:
@@ -73,12 +73,12 @@ class Budgets:
         self.test: data.Batches | None = None
         largest = max(arguments.batch)
         if arguments.random:
-            self.model, self.seed = random_model(arguments.random), 0
-            self.examples = torch.randn(largest, 3, arguments.side, arguments.side)
-            training: Any = [(torch.randn(4, 3, arguments.side, arguments.side), torch.arange(4))]
+            self.model, self.seed = random_model(arguments.random).to(arguments.device), 0
+            self.examples = torch.randn(largest, 3, arguments.side, arguments.side, device=arguments.device)
+            training: Any = [(self.examples[:4], torch.arange(4, device=arguments.device)[:largest])]
         else:
             config = load_config(arguments.config)
-            self.model, images = load(config)
+            self.model, images = load(config, arguments.device)
             self.seed = config.seed
             self.batches = data.Batches(images.train, 250, images.mean, images.std, True)
             self.test = data.Batches(images.test, 500, images.mean, images.std, True)
@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000, help="training images for the mean gradient")
     parser.add_argument("--gradients", type=Path, help="read them from this file, or write them to it")
     parser.add_argument("--rounds", type=int, default=5, help="of 20 turns each")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if bool(arguments.config) == bool(arguments.random):
@@ -201,6 +202,7 @@ def main() -> None:
         print(table(rows), flush=True)
         if arguments.json:
             machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "target": arguments.target}
+            machine["device"] = torch.cuda.get_device_name() if arguments.device.type == "cuda" else "cpu"
             arguments.json.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
 
 

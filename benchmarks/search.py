@@ -2,6 +2,7 @@
 
     python benchmarks/search.py --output docs/results/search                       # the networks below
     python benchmarks/search.py --output /tmp/search resnet50 --exact              # one of them, the exact mode too
+    python benchmarks/search.py --output /tmp/search resnet50 --device cuda        # wide layers on the GPU
 
 CIFAR networks have their published weights and the mean gradient over IMAGES training images, if CCTORCH_WEIGHTS and
 CCTORCH_DATA say where both are; torchvision's have random weights and the gradient of four random images: the time does
@@ -36,7 +37,8 @@ NETWORKS = (*CIFAR, "resnet18", "resnet50", "mobilenet_v2", "densenet121", "vgg1
 
 
 def cifar(name: str, images: int) -> tuple[nn.Module, Tensor, data.Batches]:
-    model, loaded = load(load_config(Path(__file__).parents[1] / "configs" / f"{name}_cifar10.yaml"))
+    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}_cifar10.yaml")
+    model, loaded = load(config, torch.device("cpu"))
     batches = data.Batches(loaded.train, 250, loaded.mean, loaded.std, True).head(images, 0)
     return model.eval(), next(iter(batches))[0][:1], batches
 
@@ -73,9 +75,11 @@ def differences(fixed: _C.CompressionPlan, exact: _C.CompressionPlan, searched: 
     }
 
 
-def examine(name: str, target: float, images: int, exact: bool) -> dict[str, Any]:
+def examine(name: str, target: float, images: int, exact: bool, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
-    model, example, batches = cifar(name, images) if name in CIFAR else torchvision_model(name)
+    model, example, found_batches = cifar(name, images) if name in CIFAR else torchvision_model(name)
+    model, example = model.to(device), example.to(device)
+    batches = [(x.to(device), y.to(device)) for x, y in found_batches]
     graph = trace(model, example)
     searched = [spec.name for spec in _C.participants(graph.specs) if spec.name not in graph.left_alone]
     gradients = collaborative.mean_gradients(model, batches, searched)
@@ -84,6 +88,8 @@ def examine(name: str, target: float, images: int, exact: bool) -> dict[str, Any
         options = _C.SolverOptions(target=target, basis=basis)
         return collaborative.solve(model, trace(model, example), gradients, options)
 
+    if device.type == "cuda":
+        solve("fixed")  # the libraries' start is not the search's time
     found = solve("fixed")
     row: dict[str, Any] = {
         "model": name,
@@ -94,6 +100,7 @@ def examine(name: str, target: float, images: int, exact: bool) -> dict[str, Any
         "heuristic_seconds": found.heuristic_seconds,
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
     if exact:
@@ -127,13 +134,14 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.5)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--exact", action="store_true", help="also search in exact mode, and compare")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:
         _C.keep_freed_memory()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in arguments.networks:
-        row = examine(name, arguments.target, arguments.images, arguments.exact)
+        row = examine(name, arguments.target, arguments.images, arguments.exact, arguments.device)
         (arguments.output / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
         print(table([row]).splitlines()[-1], flush=True)
     rows = [json.loads(path.read_text()) for path in sorted(arguments.output.glob("*.json"))]

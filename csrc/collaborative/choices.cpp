@@ -110,7 +110,7 @@ std::vector<LayerChoices> layer_choices(const std::vector<Layer>& layers, const 
   TORCH_CHECK_VALUE(!layers.empty(), "compress: the model has no layer that can be compressed");
   for (const Layer& layer : layers) check_layer(layer);
   std::vector<LayerChoices> choices(layers.size());
-  for_each_layer(layers, "multi-step heuristic", options, progress,
+  for_each_layer(layers, streams_of(layers, options), "multi-step heuristic", options, progress,
                  [&](size_t l) { choices[l] = removal_choices(layers[l], options); });
   return choices;
 }

@@ -1,6 +1,10 @@
 #include "csrc/collaborative/for_each_layer.h"
 
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <mutex>
@@ -11,14 +15,35 @@
 
 namespace cctorch::collaborative {
 
-void for_each_layer(const std::vector<Layer>& layers, std::string_view stage, const Options& options,
-                    const Progress& progress, const std::function<void(size_t layer)>& function) {
-  std::vector<double> costs;
-  for (const Layer& layer : layers) {
-    const LayerSpec& spec = layer.spec;
-    const int64_t inputs = spec.in_channels * spec.kernel_size();
-    costs.push_back(ranking_macs(inputs, spec.out_channels, std::min(inputs, spec.out_channels)));
+namespace {
+
+// PyTorch loads its linear algebra for a GPU at the first use, and fails where two threads are first.
+void load_linear_algebra(const at::Device& device) {
+  at::linalg_eigh(at::ones({1, 1}, at::device(device).dtype(at::kDouble)));
+}
+
+}  // namespace
+
+Streams streams_of(const std::vector<Layer>& layers, const Options& options) {
+  Streams streams;
+  for (const auto& [spec, weight, gradient, table, max_rate] : layers) {
+    std::optional<c10::Stream>& stream = streams.emplace_back();
+    if (!weight.is_cuda() || !(ranking_share(ranking_macs(spec), options) > 0)) continue;
+    const c10::impl::VirtualGuardImpl device(weight.device().type());
+    for (const at::Tensor* read : {&weight, &gradient}) {
+      if (read->is_cuda()) device.getStream(read->device()).synchronize();
+    }
+    load_linear_algebra(weight.device());
+    stream = device.getStreamFromGlobalPool(weight.device());
   }
+  return streams;
+}
+
+void for_each_layer(const std::vector<Layer>& layers, const Streams& streams, std::string_view stage,
+                    const Options& options, const Progress& progress,
+                    const std::function<void(size_t layer)>& function) {
+  std::vector<double> costs;
+  for (const Layer& layer : layers) costs.push_back(ranking_macs(layer.spec));
   std::vector<size_t> order(layers.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return costs[a] > costs[b]; });
@@ -28,22 +53,29 @@ void for_each_layer(const std::vector<Layer>& layers, std::string_view stage, co
   const auto total = static_cast<int64_t>(layers.size());
   if (progress) progress(stage, 0, total);
   const auto work = [&](size_t layer) {
-    function(layer);
+    {
+      const c10::OptionalStreamGuard aside(streams[layer]);
+      const at::NoTF32Guard in_float32;
+      function(layer);
+    }
     const std::scoped_lock lock(report);
     if (progress) progress(stage, ++done, total);
   };
 
-  double rest = std::accumulate(costs.begin(), costs.end(), 0.0);
-  auto next = order.begin();
+  const auto on_processor = std::stable_partition(order.begin(), order.end(), [&](size_t l) { return !!streams[l]; });
+  double rest = 0;
+  std::for_each(on_processor, order.end(), [&](size_t l) { rest += costs[l]; });
+  auto next = on_processor;
   for (; next != order.end(); ++next) {
     const double cost = costs[*next];
     if (!(ranking_share(cost, options) > 0 && cost * at::get_num_threads() > rest)) break;
     largest_first({cost}, [&](size_t) { work(*next); });
     rest -= cost;
   }
+  order.erase(on_processor, next);
   std::vector<double> shared;
-  std::for_each(next, order.end(), [&](size_t layer) { shared.push_back(costs[layer]); });
-  largest_first(shared, [&](size_t i) { work(next[static_cast<std::ptrdiff_t>(i)]); });
+  for (const size_t layer : order) shared.push_back(costs[layer]);
+  largest_first(shared, [&](size_t i) { work(order[i]); });
 }
 
 }  // namespace cctorch::collaborative

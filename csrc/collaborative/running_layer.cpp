@@ -15,9 +15,9 @@ constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr double least_share = 0.01, largest_share = 0.125;
 constexpr int64_t largest_in_double = 2048;
 // N x C x k... to Ck x N, never the caller's memory.
-at::Tensor unfold(const at::Tensor& weight, at::ScalarType precision) {
+at::Tensor unfold(const at::Tensor& weight, const at::TensorOptions& options) {
   const at::Tensor matrix = weight.detach().reshape({weight.size(0), -1}).t();
-  return at::empty(matrix.sizes(), precision).copy_(matrix);
+  return at::empty(matrix.sizes(), options).copy_(matrix);
 }
 
 double scale_of(const at::Tensor& tensor) {
@@ -25,18 +25,16 @@ double scale_of(const at::Tensor& tensor) {
   return largest > 0 ? largest : 1.0;
 }
 
-at::Tensor scaled(const at::Tensor& weight, double scale, at::ScalarType precision) {
-  return unfold(weight, at::kDouble).div_(scale).to(precision);
+at::Tensor scaled(const at::Tensor& weight, double scale, const at::TensorOptions& options) {
+  return unfold(weight, options.dtype(at::kDouble)).div_(scale).to(options);
 }
 
 double total(const at::Tensor& values) { return values.sum().item<double>(); }
 
 std::vector<double> to_vector(const at::Tensor& values) {
-  const at::Tensor dense = values.contiguous();
+  const at::Tensor dense = values.cpu().contiguous();
   return {dense.const_data_ptr<double>(), dense.const_data_ptr<double>() + dense.numel()};
 }
-
-at::Tensor index_of(const std::vector<int64_t>& positions) { return at::tensor(positions, at::kLong); }
 
 // What is left of 0 ... count - 1.
 std::vector<int64_t> others(const std::vector<int64_t>& sorted, int64_t count) {
@@ -61,6 +59,11 @@ double ranking_share(double macs, const Options& options) {
   return share < least_share ? 0.0 : std::min(share, largest_share);
 }
 
+double ranking_macs(const LayerSpec& spec) {
+  const int64_t inputs = spec.in_channels * spec.kernel_size();
+  return ranking_macs(inputs, spec.out_channels, std::min(inputs, spec.out_channels));
+}
+
 RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const Options& options)
     : outputs_(weight.size(0)),
       channels_(weight.size(1)),
@@ -69,11 +72,12 @@ RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient,
       values_left_(full_rank_),
       kept_(channels_),
       options_(options),
-      precision_(options.basis == Basis::exact ? at::kDouble : at::kFloat),
+      matrices_(at::device(share() > 0 ? weight.device() : at::Device(at::kCPU))
+                    .dtype(options.basis == Basis::exact ? at::kDouble : at::kFloat)),
       weight_scale_(scale_of(weight)),
       gradient_scale_(scale_of(gradient)),
-      original_(scaled(weight, weight_scale_, precision_)),
-      weighting_(scaled(gradient, gradient_scale_, precision_).square_()),
+      original_(scaled(weight, weight_scale_, matrices_)),
+      weighting_(scaled(gradient, gradient_scale_, matrices_).square_()),
       running_(original_) {
   std::iota(kept_.begin(), kept_.end(), 0);
   channel_dense_ = per_channel(weighting_ * original_ * original_);
@@ -82,7 +86,7 @@ RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient,
 RunningLayer::RunningLayer(const at::Tensor& weight, const at::Tensor& gradient, const at::Tensor& running,
                            int64_t rank, const Options& options)
     : RunningLayer(weight, gradient, options) {
-  running_ = scaled(running, weight_scale_, precision_);
+  running_ = scaled(running, weight_scale_, matrices_);
   const std::vector<double> magnitude = to_vector(per_channel(running_.abs()));
   std::vector<int64_t> empty;
   for (int64_t c = 0; c < channels_; ++c) {
@@ -112,6 +116,10 @@ double RunningLayer::share() const {
   return ranking_share(ranking_macs(channels_left() * kernel_size_, outputs_, rank()), options_);
 }
 
+at::Tensor RunningLayer::index_of(const std::vector<int64_t>& positions) const {
+  return at::tensor(positions, at::kLong).to(matrices_.device());
+}
+
 at::Tensor RunningLayer::per_channel(const at::Tensor& matrix) const {
   return matrix.sum(1).to(at::kDouble).view({-1, kernel_size_}).sum(1);
 }
@@ -133,7 +141,7 @@ double RunningLayer::largest_loss() const { return loss_scale() * (removed_loss_
 // X's factors with an orthonormal side, not yet singular triplets.
 void RunningLayer::factor() {
   if (outputs_ <= channels_left() * kernel_size_) {
-    left_ = at::eye(outputs_, precision_);
+    left_ = at::eye(outputs_, matrices_);
     right_ = running_;
   } else {
     const auto [orthonormal, triangle] = at::linalg_qr(running_.t(), "reduced");
@@ -152,11 +160,11 @@ void RunningLayer::decompose() {
   if (!left_.defined()) factor();
   // float32 sees no value below 3e-4 of the largest. Where float64 takes long, those may be any directions: they lose
   // nothing.
-  const at::Tensor right = right_.to(right_.size(1) > largest_in_double ? precision_ : at::kDouble);
+  const at::Tensor right = right_.size(1) > largest_in_double ? right_ : right_.to(at::kDouble);
   const at::Tensor gram = at::mm(right.t(), right);
   const at::Tensor vectors = std::get<1>(at::linalg_eigh(gram));
   // Ascending eigenvalues: the last rank() columns, reversed, belong to the largest singular values.
-  const at::Tensor turn = vectors.narrow(1, vectors.size(1) - rank(), rank()).flip(1).to(precision_);
+  const at::Tensor turn = vectors.narrow(1, vectors.size(1) - rank(), rank()).flip(1).to(matrices_);
   left_ = at::mm(left_, turn);
   right_ = at::mm(right_, turn);
   decomposition_current_ = true;
@@ -172,7 +180,7 @@ struct RunningLayer::UnitSums {
   at::Tensor value_cross, value_square, value_next;                      // s P, s R, s^2 Q: r each
 };
 
-// In blocks of channels that stay in the cache between the passes over them.
+// On the CPU in blocks of channels that stay in the cache between the passes over them.
 RunningLayer::UnitSums RunningLayer::unit_sums(bool of_values) {
   const bool wide = share() > 0, intact = running_.is_same(original_);
   const bool of_next = of_values || !wide;  // T alone is not worth the singular vectors of a wide layer
@@ -181,9 +189,11 @@ RunningLayer::UnitSums RunningLayer::unit_sums(bool of_values) {
   const bool next_known = next_terms_.defined();
   if (of_next && wide && !next_known) next_terms_ = at::empty_like(right_);
   const int64_t rows_at_once = std::max<int64_t>(256, (int64_t{1} << 16) / outputs_);
-  const int64_t at_once = std::max<int64_t>(1, rows_at_once / kernel_size_);
+  const int64_t at_once =
+      matrices_.device().is_cpu() ? std::max<int64_t>(1, rows_at_once / kernel_size_) : channels_left();
   UnitSums sums{};
-  sums.value_next = sums.value_cross = sums.value_square = at::zeros({of_next ? right_.size(1) : 0}, at::kDouble);
+  sums.value_next = sums.value_cross = sums.value_square =
+      at::zeros({of_next ? right_.size(1) : 0}, matrices_.dtype(at::kDouble));
   std::vector<at::Tensor> loss, cross, square, next;
   for (int64_t begin = 0; begin < channels_left(); begin += at_once) {
     const int64_t end = std::min(begin + at_once, channels_left());

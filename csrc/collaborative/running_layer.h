@@ -16,9 +16,13 @@ double ranking_macs(int64_t inputs, int64_t outputs, int64_t rank);
 // wide.
 double ranking_share(double macs, const Options& options);
 
+// Of the dense layer.
+double ranking_macs(const LayerSpec& spec);
+
 // A layer on its way from dense to compressed: the running weight X, what has been removed from it, and the scores of
-// what remains. Matrices are on the CPU, transposed, and without the channels removed so far: C'k x N. With
-// Basis::exact they are float64; with Basis::fixed float32, and eigenproblems and sums over channels are float64.
+// what remains. Matrices are transposed, and without the channels removed so far: C'k x N. With Basis::exact they are
+// float64; with Basis::fixed float32, and eigenproblems and sums over channels are float64. Those of a wide layer are
+// where its weight is, others on the CPU: theirs are too small for a GPU.
 //
 // X = right left^T over its singular triplets: left has orthonormal columns, right carries the singular values. All
 // formulas need only such products, so nothing is ever divided by a singular value. Removals update the factors: values
@@ -75,6 +79,7 @@ class RunningLayer {
   void decompose();  // unless the present singular vectors serve
   double loss_scale() const { return weight_scale_ * weight_scale_ * gradient_scale_ * gradient_scale_; }
   UnitSums unit_sums(bool of_values);
+  at::Tensor index_of(const std::vector<int64_t>& positions) const;
   at::Tensor per_channel(const at::Tensor& matrix) const;                    // C'k x N or C'k x r, summed to C'
   std::vector<double> to_all(const at::Tensor& kept, double removed) const;  // C' values among C
   at::Tensor next_terms_exact();                                             // T of (E4) for every channel candidate
@@ -84,7 +89,7 @@ class RunningLayer {
   std::vector<int64_t> kept_;  // ascending; the p-th has rows p k to (p + 1) k
   std::vector<int64_t> removed_channels_;
   Options options_;
-  at::ScalarType precision_;
+  at::TensorOptions matrices_;                   // precision and device
   double weight_scale_, gradient_scale_;         // largest magnitudes, divided by: float32 holds the squares
   at::Tensor original_, weighting_, running_;    // W, G, X: C'k x N
   at::Tensor channel_dense_;                     // w of the closed forms, sum of G∘W^2 for each channel: C'

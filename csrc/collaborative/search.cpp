@@ -61,9 +61,10 @@ struct Search::State {
                       to_string(options.budget), ", but the layers alone have ", total);
     curves.resize(layers.size());
     paths.resize(layers.size());
-    std::vector<std::optional<RunningLayer>> dense(layers.size());  // the wide ones, as decomposed for the curve
     auto start = Clock::now();
-    for_each_layer(layers, "rate optimization", options, progress, [&](size_t l) {
+    std::vector<std::optional<RunningLayer>> dense(layers.size());  // the wide ones, as decomposed for the curve
+    const Streams streams = streams_of(layers, options);
+    for_each_layer(layers, streams, "rate optimization", options, progress, [&](size_t l) {
       RunningLayer layer(layers[l].weight, layers[l].gradient, options);
       curves[l] = rate_curve(layers[l].spec.name, layer, options);
       if (layer.share() > 0) dense[l] = std::move(layer);
@@ -72,7 +73,7 @@ struct Search::State {
     const std::vector<RateCurve> highest = allocated(options.target, lambda);
     curve_seconds = seconds_since(start);
     start = Clock::now();
-    for_each_layer(layers, "multi-step heuristic", options, progress, [&](size_t l) {
+    for_each_layer(layers, streams, "multi-step heuristic", options, progress, [&](size_t l) {
       if (!dense[l]) dense[l].emplace(layers[l].weight, layers[l].gradient, options);
       paths[l] = removal_path(*std::exchange(dense[l], std::nullopt), highest[l].allocated, options);
     });

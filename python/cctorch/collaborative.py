@@ -305,7 +305,7 @@ def compress(
             lost once the filters that nobody reads any more are gone too; ``nominal`` is what the layers' removed
             inputs and singular values save, as in the paper, and the network may lose more.
         multiple: kept channels and ranks are multiples of it, where not all are kept; by default 8 on CUDA, as its
-            tensor cores want them (not measured yet), and 1 elsewhere. The rates then come from the counts that are
+            tensor cores want them, and 1 elsewhere. The rates then come from the counts that are
             possible, not from fitted curves. A budget of latency has its own, from the times.
         latency_batch: examples in the forward pass whose latency counts.
         latency_table: times of layers made before, in place of `latency_batch`.

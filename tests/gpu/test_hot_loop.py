@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cctorch import train
-from cctorch.config import Training
+from cctorch.config import Distillation, Training
 from cctorch.data import Batches, ImageSet
 from cctorch.regularize import Events, MagnitudePruning
 from cctorch.step import CudaRecorder, GraphedStep, Step
@@ -42,9 +42,10 @@ def _settings(**changes: Any) -> Training:
     return Training(epochs=1, batch_size=BATCH, lr=0.01, clip_grad_norm=1.0, **changes)
 
 
-def _step(model: nn.Module, settings: Training) -> Step:
+def _step(model: nn.Module, settings: Training, teacher: nn.Module | None = None) -> Step:
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
-    return Step(model, optimizer, settings, make_criterion(settings))
+    distilled = (Distillation(weight=0.9), teacher.eval()) if teacher else None
+    return Step(model, optimizer, settings, make_criterion(settings, distilled))
 
 
 def _epoch(
@@ -122,15 +123,16 @@ def test_the_profiler_sees_no_wait_in_a_step(kind: str) -> None:
     assert waits[1] == waits[2] > 0
 
 
+@pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_graphs_train_as_single_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_train_as_single_kernels(kind: str, distilled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """To float32's rounding, which 12 steps make larger: a sum's order may differ between the two."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     settings, losses = _settings(), []
     for recorded in (False, True):
         model = resnet8(kind).cuda()
-        step = _step(model, settings)
+        step = _step(model, settings, resnet8("plain").cuda() if distilled else None)
         events = Events(model.named_parameters(), MagnitudePruning(0.1), PERIOD, step.optimizer)
         trained = GraphedStep(step, CudaRecorder()) if recorded else step
         losses.append(_epoch(model, trained, settings, 12, events.step))

@@ -25,7 +25,7 @@ std::set<size_t> alone(const std::vector<int64_t>& sizes, const Options& options
   std::set<size_t> outside;
   std::vector<int64_t> reported;
   const Progress progress = [&](std::string_view, int64_t done, int64_t) { reported.push_back(done); };
-  for_each_layer(layers_of(sizes), "stage", options, progress, [&](size_t layer) {
+  for_each_layer(layers_of(sizes), Streams(sizes.size()), "stage", options, progress, [&](size_t layer) {
     const std::scoped_lock lock(mutex);
     all.insert(layer);
     if (!at::in_parallel_region()) outside.insert(layer);
@@ -57,7 +57,7 @@ TEST_F(ForEachLayer, PassesOnWhatAFunctionThrows) {
     const auto work = [&](size_t layer) {
       if (layer == bad) throw std::runtime_error("stop");
     };
-    EXPECT_THROW(for_each_layer(layers_of({4096, 64, 64}), "stage", Options{}, {}, work), std::runtime_error);
+    EXPECT_THROW(for_each_layer(layers_of({4096, 64, 64}), Streams(3), "stage", Options{}, {}, work), std::runtime_error);
   }
 }
 
