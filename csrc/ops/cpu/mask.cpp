@@ -45,9 +45,13 @@ bool has_nan(const at::Tensor& weight) {
       [](bool a, bool b) { return a || b; });
 }
 
+[[noreturn]] void refuse_nan(const char* op, const std::string& name) {
+  TORCH_CHECK(false, op, ": ", name, " has NaN, so its magnitudes cannot be ordered");
+}
+
 void check_no_nan(const at::Tensor& dense, const char* op, const std::string& name) {
   const bool found = with_bits(dense.scalar_type(), [&](auto bits) { return has_nan<decltype(bits)>(dense); });
-  TORCH_CHECK(!found, op, ": ", name, " has NaN, so its magnitudes cannot be ordered");
+  if (found) refuse_nan(op, name);
 }
 
 // Writes what becomes of each weight, kept or not: a boolean of its mask.
@@ -186,6 +190,7 @@ struct Groups {
   bool* mask;
   int64_t count;
   int64_t inner;
+  size_t of;  // the list's weight number
 };
 
 // Groups do not see the order of memory: any dense layout is taken as it is.
@@ -202,20 +207,27 @@ std::vector<at::Tensor> nm_masks(at::TensorList weights, int64_t n, int64_t m, i
       masks.push_back(empty_mask(weights[i]));
       if (weights[i].numel() == 0) continue;
       const at::Tensor dense = dense_as(masks[i], weights[i]);
-      check_no_nan(dense, "nm_masks", nth_weight(i));
       kept_alive.push_back(dense);
       const auto layout = channelwise::layout(dense, axis < 0 ? axis + dense.dim() : axis);
       // A part begins at a multiple of `inner` groups, so that its offsets are those of a weight of its own.
       const int64_t step = ceil_div(most, layout.inner) * layout.inner;
       for (int64_t begin = 0; begin < dense.numel() / m; begin += step) {
         parts.push_back({data<Bits>(dense) + begin * m, masks[i].mutable_data_ptr<bool>() + begin * m,
-                         std::min(step, dense.numel() / m - begin), layout.inner});
+                         std::min(step, dense.numel() / m - begin), layout.inner, i});
       }
     }
     const auto mark = select::loops<Bits>().groups;
+    std::vector<Bits> largest(parts.size());
     at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) mark(parts[i].mask, parts[i].weight, parts[i].count, n, m, parts[i].inner);
+      for (int64_t i = begin; i < end; ++i) {
+        largest[i] = mark(parts[i].mask, parts[i].weight, parts[i].count, n, m, parts[i].inner);
+      }
     });
+    for (size_t i = 0; i < parts.size(); ++i) {
+      if (largest[i] > static_cast<Bits>(infinity_bits(weights[0].scalar_type()))) {
+        refuse_nan("nm_masks", nth_weight(parts[i].of));
+      }
+    }
   });
   return masks;
 }

@@ -1,5 +1,6 @@
 #include "csrc/ops/cpu/simd/mask.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #ifdef __AVX512F__
@@ -131,11 +132,13 @@ template <typename Bits>
 struct Planes {
   static constexpr int64_t kMost = 16;
   static constexpr int64_t kGroups = 64 / sizeof(Bits) * 4;
-  Signed<Bits> keys[kMost][kGroups];
-  bool kept[kMost][kGroups];
+  static constexpr int64_t kShort = 16;  // what is copied for a run of fewer: copies of a fixed size are quick
+  Signed<Bits> keys[kMost][kGroups + kShort];
+  bool kept[kMost][kGroups + kShort];
 
-  // As formula::mark_group, of all of them.
-  void mark(int64_t n, int64_t m) {
+  // As formula::mark_group, of all of them. Returns the largest key.
+  Signed<Bits> mark(int64_t n, int64_t m) {
+    Signed<Bits> largest[kGroups] = {};
     for (int64_t i = 0; i < m; ++i) {
       Signed<Bits> before[kGroups] = {};
       for (int64_t j = 0; j < m; ++j) {
@@ -145,40 +148,123 @@ struct Planes {
         for (int64_t g = 0; g < kGroups; ++g) before[g] += keys[j][g] > keys[i][g] - tie ? 1 : 0;
       }
 #pragma omp simd
-      for (int64_t g = 0; g < kGroups; ++g) kept[i][g] = before[g] < static_cast<Signed<Bits>>(n);
+      for (int64_t g = 0; g < kGroups; ++g) {
+        kept[i][g] = before[g] < static_cast<Signed<Bits>>(n);
+        largest[g] = keys[i][g] > largest[g] ? keys[i][g] : largest[g];
+      }
     }
+    Signed<Bits> result = 0;
+#pragma omp simd reduction(max : result)
+    for (int64_t g = 0; g < kGroups; ++g) result = largest[g] > result ? largest[g] : result;
+    return result;
   }
 };
 
-template <typename Bits>
-void groups(bool* mask, const Bits* weight, int64_t count, int64_t n, int64_t m, int64_t inner) {
-  if (m > Planes<Bits>::kMost) {
-    for (int64_t group = 0; group < count; ++group) {
-      const int64_t offset = group / inner * m * inner + group % inner;
-      formula::mark_group(weight + offset, mask + offset, n, m, inner,
-                          [](Bits bits) { return formula::magnitude(bits); });
-    }
-    return;
-  }
+// Groups of M neighbours.
+template <int64_t M, typename Bits>
+Signed<Bits> neighbours(bool* mask, const Bits* weight, int64_t count, int64_t n) {
   Planes<Bits> planes = {};
+  Signed<Bits> largest = 0;
+  const auto some = [&](int64_t begin, int64_t size) {
+    const Bits* from = weight + begin * M;
+    bool* to = mask + begin * M;
+    for (int64_t g = 0; g < size; ++g) {
+      for (int64_t i = 0; i < M; ++i) planes.keys[i][g] = key(from[g * M + i]);
+    }
+    largest = std::max(largest, planes.mark(n, M));
+    for (int64_t g = 0; g < size; ++g) {
+      for (int64_t i = 0; i < M; ++i) to[g * M + i] = planes.kept[i][g];
+    }
+  };
+  int64_t begin = 0;
+  for (; begin + Planes<Bits>::kGroups <= count; begin += Planes<Bits>::kGroups) some(begin, Planes<Bits>::kGroups);
+  if (begin == count) return largest;
+  planes = {};
+  some(begin, count - begin);
+  return largest;
+}
+
+// Groups of m elements that are `inner` apart: beside each other they lie in runs. What a short run copies too much is
+// overwritten by the next, in the planes as in the mask; so short runs are not divided.
+template <typename Bits>
+Signed<Bits> strided(bool* mask, const Bits* weight, int64_t count, int64_t n, int64_t m, int64_t inner) {
+  struct Run {
+    int64_t from, to, size;
+  };
+  Planes<Bits> planes = {};
+  Run runs[Planes<Bits>::kGroups];
+  constexpr int64_t kShort = Planes<Bits>::kShort;
+  const auto each = [&](const Run& run, int64_t offset, const auto& copy) {
+    if (inner <= kShort && offset + kShort <= count * m) {
+#pragma omp simd
+      for (int64_t g = 0; g < kShort; ++g) copy(g);
+    } else {
+#pragma omp simd
+      for (int64_t g = 0; g < run.size; ++g) copy(g);
+    }
+  };
+  Signed<Bits> largest = 0;
   int64_t outer = 0;
   int64_t within = 0;
-  for (int64_t begin = 0; begin < count; begin += Planes<Bits>::kGroups) {
-    const int64_t size = count - begin < Planes<Bits>::kGroups ? count - begin : Planes<Bits>::kGroups;
-    int64_t offsets[Planes<Bits>::kGroups];
-    for (int64_t g = 0; g < size; ++g) {
-      offsets[g] = outer + within;
-      if (++within < inner) continue;
+  const int64_t whole = inner <= kShort ? inner : 1;
+  const int64_t at_once = Planes<Bits>::kGroups / whole * whole;
+  for (int64_t begin = 0; begin < count; begin += at_once) {
+    const int64_t size = std::min(count - begin, at_once);
+    if (size < Planes<Bits>::kGroups) planes = {};
+    int64_t number = 0;
+    for (int64_t to = 0; to < size; ++number) {
+      const Run run{outer + within, to, std::min(inner - within, size - to)};
+      runs[number] = run;
+      for (int64_t i = 0; i < m; ++i) {
+        const Bits* from = weight + run.from + i * inner;
+        Signed<Bits>* keys = planes.keys[i] + run.to;
+        each(run, run.from + i * inner, [&](int64_t g) { keys[g] = key(from[g]); });
+      }
+      to += run.size;
+      within += run.size;
+      if (within < inner) continue;
       within = 0;
       outer += m * inner;
     }
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t g = 0; g < size; ++g) planes.keys[i][g] = key(weight[offsets[g] + i * inner]);
+    largest = std::max(largest, planes.mark(n, m));
+    for (int64_t r = 0; r < number; ++r) {
+      for (int64_t i = 0; i < m; ++i) {
+        bool* to = mask + runs[r].from + i * inner;
+        const bool* kept = planes.kept[i] + runs[r].to;
+        each(runs[r], runs[r].from + i * inner, [&](int64_t g) { to[g] = kept[g]; });
+      }
     }
-    planes.mark(n, m);
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t g = 0; g < size; ++g) mask[offsets[g] + i * inner] = planes.kept[i][g];
-    }
+  }
+  return largest;
+}
+
+template <typename Bits>
+Bits one_by_one(bool* mask, const Bits* weight, int64_t count, int64_t n, int64_t m, int64_t inner) {
+  Bits largest = 0;
+  for (int64_t group = 0; group < count; ++group) {
+    const int64_t offset = group / inner * m * inner + group % inner;
+    formula::mark_group(weight + offset, mask + offset, n, m, inner, [&](Bits bits) {
+      const Bits magnitude = formula::magnitude(bits);
+      largest = std::max(largest, magnitude);
+      return magnitude;
+    });
+  }
+  return largest;
+}
+
+template <typename Bits>
+Bits groups(bool* mask, const Bits* weight, int64_t count, int64_t n, int64_t m, int64_t inner) {
+  if (m > Planes<Bits>::kMost) return one_by_one(mask, weight, count, n, m, inner);
+  if (inner > 1) return static_cast<Bits>(strided(mask, weight, count, n, m, inner));
+  switch (m) {
+    case 2:
+      return static_cast<Bits>(neighbours<2>(mask, weight, count, n));
+    case 4:
+      return static_cast<Bits>(neighbours<4>(mask, weight, count, n));
+    case 8:
+      return static_cast<Bits>(neighbours<8>(mask, weight, count, n));
+    default:
+      return static_cast<Bits>(strided(mask, weight, count, n, m, inner));
   }
 }
 

@@ -30,8 +30,9 @@ struct MaskLoops {
   void (*apply)(Bits* y, const Bits* weight, const bool* mask, int64_t n);
   // How many are not zero.
   int64_t (*nonzero)(const Bits* weight, int64_t n);
-  // Marks n of every m weights, `inner` apart in memory, in `count` groups; count is a multiple of inner.
-  void (*groups)(bool* mask, const Bits* weight, int64_t count, int64_t n, int64_t m, int64_t inner);
+  // Marks n of every m weights, `inner` apart in memory, in `count` groups, a multiple of inner; returns the largest
+  // magnitude. Where there is a NaN, that is one, and the marks mean nothing.
+  Bits (*groups)(bool* mask, const Bits* weight, int64_t count, int64_t n, int64_t m, int64_t inner);
 };
 
 #define CCTORCH_DECLARE_LOOPS(isa)                  \
