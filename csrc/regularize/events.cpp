@@ -33,6 +33,7 @@ RegularizationEvents::RegularizationEvents(NamedParameters parameters, std::shar
   TORCH_CHECK_VALUE(!regularizer_->select(parameters_).empty(),
                     "RegularizationEvents: the regularizer acts on none of the ", parameters_.size(),
                     " parameters; all but weight decay and noise act on those of two or more dimensions");
+  active();
   if (!options_.optimizer) return;
   const auto tensors = tensors_of(*options_.optimizer);
   for (const auto& entry : parameters_)
@@ -79,6 +80,10 @@ NamedParameters RegularizationEvents::active() const {
   for (const auto& entry : parameters_) {
     if (options_.include_frozen || entry.second.requires_grad()) active.push_back(entry);
   }
+  TORCH_CHECK_VALUE(!regularizer_->select(active).empty(),
+                    "RegularizationEvents: all parameters that the regularizer acts on are frozen, first of all '",
+                    regularizer_->select(parameters_).front().first,
+                    "': let one of them require a gradient, or pass include_frozen = true");
   return active;
 }
 

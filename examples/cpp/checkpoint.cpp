@@ -81,6 +81,15 @@ State state_of(const cctorch::Safetensors& archive) {
   return state;
 }
 
+// The name, and the format, that earlier versions gave a checkpoint.
+void expect_none_of_before(const std::filesystem::path& file) {
+  if (!std::filesystem::exists(file)) return;
+  throw std::invalid_argument(
+      fmt::format("{}: is a checkpoint of an earlier version of train_resnet: go on with that version, name another "
+                  "--out for a new run, or delete that file to start over",
+                  file.string()));
+}
+
 void expect_settings(const cctorch::Safetensors& archive, const std::map<std::string, std::string>& settings,
                      const std::filesystem::path& file) {
   std::string differences;
@@ -130,7 +139,10 @@ Checkpoint::Checkpoint(std::filesystem::path file, std::map<std::string, std::st
 std::optional<State> Checkpoint::load() const {
   std::optional<State> state;
   const std::string bytes = ranks_.on_main([&]() -> std::string {
-    if (!std::filesystem::exists(file_)) return "";
+    if (!std::filesystem::exists(file_)) {
+      expect_none_of_before(file_.parent_path() / "checkpoint.pt");
+      return "";
+    }
     std::string content = read_file(file_);
     cctorch::Safetensors archive;
     try {

@@ -44,8 +44,8 @@ class Checkpoint {
   // `settings`: names and values that a run has to be continued with.
   Checkpoint(std::filesystem::path file, std::map<std::string, std::string> settings, const Ranks& ranks);
 
-  // Absent where there is none yet. Throws on every rank, on rank 0 std::invalid_argument, where other settings made
-  // it, or it is damaged.
+  // Absent where there is none yet. Throws on every rank, on rank 0 std::invalid_argument, where other settings or an
+  // earlier version made it, or it is damaged.
   std::optional<State> load() const;
 
   void save(const State& state) const;

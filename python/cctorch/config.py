@@ -324,6 +324,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
     for depth, name in enumerate(path):
         if isinstance(node, list):
             here = ".".join(path[:depth])
+            if not node:
+                raise ConfigError(f"{key} = {value}: {here} is an empty list: give all of it, {here}=[...]")
             if not (name.isdecimal() and int(name) < len(node)):
                 raise ConfigError(f"{key} = {value}: {here} is a list of {len(node)}: expected 0 to {len(node) - 1}")
             place: Any = int(name)

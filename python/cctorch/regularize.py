@@ -91,10 +91,11 @@ class Events:
             where it no longer has one of the parameters that it has now, as after :func:`cctorch.apply`.
         clear_momentum: after an event the optimizer forgets its state of the parameters that Q acts on. By default
             momentum is kept.
-        include_frozen: also parameters that do not require a gradient at the time of the event.
+        include_frozen: also parameters that do not require a gradient at the time of the event. By default these are
+            left alone; where there are no others, now or at an event, that is an error.
 
     Raises:
-        ValueError: Q acts on none of the parameters, or one does not fit (named).
+        ValueError: Q acts on none of the parameters, all that it acts on are frozen, or one does not fit (named).
 
     Example:
         >>> import cctorch, torch
@@ -159,8 +160,8 @@ class Events:
             lr: learning rate, for :class:`InverseLearningRate` without an optimizer.
 
         Raises:
-            ValueError: a parameter is NaN or infinite, or no longer the optimizer's (named); the weights are then as
-                they were.
+            ValueError: a parameter is NaN or infinite, or no longer the optimizer's (named), or all are frozen; the
+                weights are then as they were.
         """
         lr = self._learning_rate(lr)
         if self._events.due(lr):

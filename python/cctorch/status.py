@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import TypeAdapter
 
 from cctorch.log import duration
-from cctorch.store import Folder, Writer, damage_named
+from cctorch.records import Event, Step, damage_named, read_events
+from cctorch.store import Folder, Writer
 
 _STAGES = ("train", "compress", "finetune", "regularize", "measure")
 
@@ -70,17 +72,17 @@ def status(folder: Path) -> Status:
     """Raises ValueError where `folder` holds no run, or a damaged one."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} holds no run (config.yaml missing): give the folder of one, such as runs/demo")
+    events = read_events(folder)
     with damage_named(folder / "config.yaml"):
         config = yaml.safe_load((folder / "config.yaml").read_text())
-        name = config["name"]
-    events = _events(folder)
+        name = str(config["name"])
+        stage, epoch = _reached(config, events)
+        epochs = _epochs(config, stage)
     writer = Folder(folder).writer()
     finished = (folder / "summary.json").exists() and writer is None
     failure = folder / "failure.txt"
     failed = failure.read_text().strip() if failure.exists() and writer is None else None
-    stage, epoch = _reached(config, events)
     step = _last_step(folder / "steps.jsonl", stage, epoch + 1)
-    epochs = _epochs(config, stage)
     past = [event for event in events if event["event"] == "epoch"]
     last = past[-1] if past else None
     left = (epochs - epoch) * last["seconds"] if last and last["stage"] == stage and epochs else None
@@ -103,18 +105,12 @@ def status(folder: Path) -> Status:
     )
 
 
-def _events(folder: Path) -> list[dict[str, Any]]:
-    file = folder / "metrics.jsonl"
-    with damage_named(file):
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def _epochs(config: dict[str, Any], stage: str) -> int:
     settings = config.get(stage)
-    return settings.get("epochs", 0) if isinstance(settings, dict) else 0
+    return int(settings.get("epochs", 0)) if isinstance(settings, dict) else 0
 
 
-def _reached(config: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str, int]:
+def _reached(config: dict[str, Any], events: list[Event]) -> tuple[str, int]:
     """The stage that the last event leaves the run in, and the epochs of it that are done."""
     ends = {"dense": "train", "finetuned": "finetune", "regularized": "regularize"}
     planned = [stage for stage in _STAGES if stage == "measure" or config.get(stage)]
@@ -130,12 +126,14 @@ def _reached(config: dict[str, Any], events: list[dict[str, Any]]) -> tuple[str,
     return stage, epoch
 
 
-def _last_step(file: Path, stage: str, epoch: int) -> dict[str, Any] | None:
+def _last_step(file: Path, stage: str, epoch: int) -> Step | None:
     """Of this epoch, if its last step was written whole."""
     try:
-        step: dict[str, Any] = json.loads(_last_line(file))
+        line = json.loads(_last_line(file))
     except ValueError:
         return None
+    with damage_named(file):
+        step = TypeAdapter(Step).validate_python(line)
     return step if (step["stage"], step["epoch"]) == (stage, epoch) else None
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cctorch import atomic, distributed, models, state_files
 from cctorch.config import Checkpoint, Config, ConfigError
 from cctorch.models import CheckpointError
+from cctorch.records import damage_named
 from cctorch.summary import Summary
 
 _FORMAT = 2
@@ -77,9 +78,10 @@ def load_model(path: Path) -> tuple[nn.Module, Architecture]:
     tensors, metadata = (_load_hdf5 if path.suffix == ".h5" else _load_safetensors)(path)
     if "architecture" not in metadata:
         raise CheckpointError(f"{path} holds tensors, but not the architecture of a run's model")
-    described = json.loads(metadata["architecture"])
-    architecture = Architecture(**{key: _tuples(value) for key, value in described.items()})
-    model = build(architecture, metadata.get("plan"))
+    with damage_named(path):
+        described = json.loads(metadata["architecture"])
+        architecture = Architecture(**{key: _tuples(value) for key, value in described.items()})
+        model = build(architecture, metadata.get("plan"))
     models.load_state(model, tensors, str(path))
     return model.eval(), architecture
 
@@ -93,18 +95,6 @@ def build(architecture: Architecture, plan: str | None) -> nn.Module:
     from cctorch.apply import apply
 
     return apply(model, _C.CompressionPlan.from_json(plan))
-
-
-@contextlib.contextmanager
-def damage_named(file: Path) -> Iterator[None]:
-    """Around what reads a file of a run: raises CheckpointError where it does not hold what was written."""
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(
-            f"{file} is damaged ({reason}): copy it again, or start the run over with --fresh"
-        ) from error
 
 
 class Folder:

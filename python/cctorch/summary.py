@@ -7,10 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.table import Table
+from typing_extensions import TypedDict
 
 from cctorch import _C, collaborative
+from cctorch.latency_budget import Latency
 from cctorch.log import Log
+from cctorch.regularize_stage import Regularized
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,23 @@ class Figures:
     latency: dict[str, float]
 
 
+class Layer(TypedDict):
+    """Sizes and multiply-accumulates of a layer before and after, and the seconds that it takes."""
+
+    name: str
+    kind: str
+    in_channels: int
+    out_channels: int
+    kept_in: int
+    kept_out: int
+    rank: int | None
+    full_rank: int
+    macs_before: int
+    macs_after: int
+    seconds_before: float
+    seconds_after: float
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a run found; summary.json."""
@@ -34,7 +55,7 @@ class Summary:
     before: Figures
     after: Figures
     nominal_macs: int
-    layers: list[dict[str, Any]]
+    layers: list[Layer]
     # Of Collaborative Compression, where there was one.
     top1_compressed: float | None = None
     top1_reestimated: float | None = None
@@ -56,8 +77,41 @@ class Summary:
 
     @staticmethod
     def from_json(text: str) -> Summary:
-        tree = json.loads(text)
-        return Summary(**{**tree, "before": Figures(**tree["before"]), "after": Figures(**tree["after"])})
+        """Raises ValueError for what is none."""
+        summary = TypeAdapter(Summary).validate_python(json.loads(text))
+        TypeAdapter(Latency | None).validate_python(summary.latency_budget)
+        TypeAdapter(Regularized | None).validate_python(summary.regularized)
+        return summary
+
+
+class Curve(TypedDict):
+    """Of curves.json: a layer's measured loss at each rate, its fit a exp(b rate), and the rate allocated to it."""
+
+    name: str
+    rate: list[float]
+    loss: list[float]
+    a: float
+    b: float
+    allocated: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One target of a sweep. Top-1 in percent, on `images`, None where the run's settings leave that step out; `macs`
+    per image.
+
+    `latency`: seconds by batch size, of this model and of the dense one, taken in turns on `device`.
+    """
+
+    target: float
+    macs: int
+    parameters: int
+    latency: dict[str, tuple[float, float]]
+    top1_compressed: float
+    top1_reestimated: float | None
+    top1_repaired: float | None
+    images: str
+    device: str
 
 
 def show(summary: Summary, log: Log) -> None:

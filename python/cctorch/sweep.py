@@ -12,7 +12,7 @@ import json
 import statistics
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -27,24 +27,7 @@ from cctorch.device import describe, set_up
 from cctorch.log import Log
 from cctorch.repair import repair
 from cctorch.store import Folder, load_model
-
-
-@dataclass(frozen=True)
-class Point:
-    """One target. Top-1 in percent, on `images`, None where the run's settings leave that step out; `macs` per image.
-
-    `latency`: seconds by batch size, of this model and of the dense one, taken in turns on `device`.
-    """
-
-    target: float
-    macs: int
-    parameters: int
-    latency: dict[str, tuple[float, float]]
-    top1_compressed: float
-    top1_reestimated: float | None
-    top1_repaired: float | None
-    images: str
-    device: str
+from cctorch.summary import Point
 
 
 def sweep(folder: Path, targets: Sequence[float], *, console: Console | None = None) -> list[Point]:
@@ -69,18 +52,11 @@ def sweep(folder: Path, targets: Sequence[float], *, console: Console | None = N
         try:
             _Sweep(config, config.compress, store, log).extend(sorted(set(targets)))
         finally:
-            points = _points(folder)
+            points = report.read(folder).sweep
             if points:
                 log.table(_table(points))
                 report.write(folder)
     return points
-
-
-def _points(folder: Path) -> list[Point]:
-    return [
-        Point(**{**point, "latency": {batch: tuple(times) for batch, times in point["latency"].items()}})
-        for point in report.read(folder).sweep
-    ]
 
 
 class _Sweep:
@@ -98,7 +74,7 @@ class _Sweep:
 
     def extend(self, targets: Sequence[float]) -> None:
         """Adds the points that are missing, in ascending order."""
-        points = {point.target: point for point in _points(self.folder.path)}
+        points = {point.target: point for point in report.read(self.folder.path).sweep}
 
         def add(point: Point) -> None:
             points[point.target] = point

@@ -15,6 +15,7 @@ from cctorch.models import CheckpointError
 from cctorch.run import run
 from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_run import config, write_dataset
 
 
@@ -78,6 +79,16 @@ def test_a_damaged_model_is_refused(tmp_path: Path, keep: int) -> None:
         store.load_model(folder.dense)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         store.load_model(folder.compressed)
+
+
+@pytest.mark.parametrize("described", ["resnet8", "[1]", '{"name": "resnet8"}', '{"name": "x", "classes": "y"}'])
+def test_a_model_whose_description_is_something_else_is_refused(tmp_path: Path, described: str) -> None:
+    architecture = store.Architecture("resnet8", 4, (1, 12, 12), (0.5,), (0.25,))
+    folder = store.Folder(tmp_path)
+    tensors = store.build(architecture, None).state_dict()
+    save_file(tensors, folder.path / "dense.safetensors", {"format": "2", "architecture": described})
+    with pytest.raises(CheckpointError, match=r"dense\.safetensors is damaged \("):
+        store.load_model(folder.path / "dense.safetensors")
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -148,6 +148,12 @@ def test_overrides_are_yaml(file: Path) -> None:
     assert config.data.limit_train is None
 
 
+def test_an_override_does_not_reach_into_an_empty_list(file: Path) -> None:
+    text = "compress.exclude.0 = stem: compress.exclude is an empty list: give all of it, compress.exclude=[...]"
+    with pytest.raises(ConfigError, match=f"^{re.escape(text)}$"):
+        load_config(file, ["compress.exclude=[]", "compress.exclude.0=stem"])
+
+
 def test_overrides_reach_into_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CCTORCH_WEIGHTS", str(tmp_path))
     (tmp_path / "resnet32-d509ac18.th").touch()

@@ -9,7 +9,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from cctorch import report
+from cctorch import cli, report
+from cctorch.summary import Summary
 
 LAYERS = ["layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1"]
 
@@ -32,7 +33,8 @@ def _figures(scale: float) -> dict[str, Any]:
 
 
 def _epoch(stage: str, epoch: int, accuracy: float | None) -> dict[str, Any]:
-    return {"event": "epoch", "stage": stage, "epoch": epoch, "accuracy": accuracy, "loss": 1 / epoch, "lr": 0.1}
+    figures = {"accuracy": accuracy, "loss": 1 / epoch, "lr": 0.1, "seconds": 2.5}
+    return {"event": "epoch", "stage": stage, "time": 1e9, "epoch": epoch, **figures}
 
 
 def _record(folder: Path, *, epochs: int = 2, accuracy: float | None = 80.0, **changes: Any) -> Path:
@@ -51,11 +53,11 @@ def _record(folder: Path, *, epochs: int = 2, accuracy: float | None = 80.0, **c
     ]
     events = [_epoch("train", epoch + 1, accuracy) for epoch in range(epochs)]
     events += [
-        {"event": kind, "stage": "compress", "accuracy": value}
+        {"event": kind, "stage": "compress", "time": 1e9, "accuracy": value}
         for kind, value in (("dense", 91.25), ("compressed", 31.7), ("reestimated", 79.0), ("repaired", 90.5))
     ]
     events += [_epoch("finetune", epoch + 1, accuracy) for epoch in range(epochs)]
-    events.append({"event": "finetuned", "stage": "finetune", "accuracy": 91.0})
+    events.append({"event": "finetuned", "stage": "finetune", "time": 1e9, "accuracy": 91.0})
     summary = {
         "name": "tiny",
         "device": "CPU, 2 threads",
@@ -154,3 +156,45 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
     file.write_text(file.read_text()[:-20])
     with pytest.raises(ValueError, match=rf"{name} is damaged \("):
         report.write(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("summary.json", {}, "name: Field required"),
+        ("summary.json", [1], "Input should be a dictionary or an instance of Summary"),
+        ("summary.json", {"before": {"top1": "high"}}, "before.top1: Input should be a valid number"),
+        ("summary.json", {"layers": [{"name": "conv"}]}, "layers.0.kind: Field required"),
+        ("summary.json", {"regularized": {"events": 3}}, "top1: Field required"),
+        ("summary.json", {"latency_budget": {"batch": 3}}, "dense_seconds: Field required"),
+        ("metrics.jsonl", 3, "0: Input should be a valid dictionary"),
+        ("metrics.jsonl", {"event": "epoch"}, "0.epoch.stage: Field required"),
+        ("metrics.jsonl", {"event": "party"}, "0: Input tag 'party' found"),
+        ("curves.json", {"name": "conv"}, "Input should be a valid list"),
+        ("curves.json", [{"name": "conv"}], "0.rate: Field required"),
+        ("sweep.json", [{"target": 0.3}], "0.macs: Field required"),
+        ("sweep.json", "[]", "Input should be a valid list"),
+    ],
+)
+def test_json_of_something_else_is_named(
+    tmp_path: Path, name: str, content: Any, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _record(tmp_path / "run")
+    if isinstance(content, dict) and content and name == "summary.json":
+        whole = json.loads((folder / name).read_text())
+        nested = {key: {**whole[key], **part} for key, part in content.items() if isinstance(whole.get(key), dict)}
+        content = {**whole, **content, **nested}
+    (folder / name).write_text(json.dumps(content))
+    assert cli.main(["report", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"cctorch: {folder / name} is damaged ({reason}")
+    assert error.count("\n") == 1
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet56_cifar10", "resnet32_tucker2"])
+def test_reads_the_runs_of_the_documentation(name: str) -> None:
+    file = Path(__file__).parents[2] / "docs" / "results" / name / "summary.json"
+    tree = json.loads(file.read_text())
+    read = json.loads(Summary.from_json(file.read_text()).to_json())
+    assert {key: read[key] for key in tree} == tree

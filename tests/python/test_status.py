@@ -83,7 +83,17 @@ def test_a_folder_without_a_run_has_no_status(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("config.yaml", "name: [1"), ("config.yaml", "[]"), ("metrics.jsonl", '{"event": "epo')]
+    ("name", "content"),
+    [
+        ("config.yaml", "name: [1"),
+        ("config.yaml", "[]"),
+        ("config.yaml", "name: tiny\ntrain: {epochs: many}\n"),
+        ("metrics.jsonl", '{"event": "epo'),
+        ("metrics.jsonl", "[1]"),
+        ("metrics.jsonl", '{"event": "epoch", "stage": "train"}'),
+        ("steps.jsonl", "3"),
+        ("steps.jsonl", '{"stage": "train"}'),
+    ],
 )
 def test_a_damaged_file_is_named(name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text("name: tiny\n")

@@ -88,7 +88,7 @@ def test_a_target_out_of_reach_keeps_and_shows_the_points_before_it(
     console = _quiet()
     with pytest.raises(ValueError, match="cannot be reached"):
         sweep(finished.folder, [0.999, 0.35], console=console)
-    assert 0.35 in [point["target"] for point in report.read(finished.folder).sweep]
+    assert 0.35 in [point.target for point in report.read(finished.folder).sweep]
     assert "0.35" in console.file.getvalue()  # type: ignore[attr-defined]
     assert "0.35" in (finished.folder / "report.html").read_text()
 

@@ -358,7 +358,9 @@ struct EventOptions {
   // longer has one of the parameters that it had when the events were made, as after cctorch::apply.
   torch::optim::Optimizer* optimizer = nullptr;
   bool clear_momentum = false;  // after an event: the optimizer forgets its state of the parameters Q acts on
-  bool include_frozen = false;  // parameters without requires_grad at the time of the event
+  // Also parameters without requires_grad at the time of the event. Without it, a Q all of whose parameters are frozen,
+  // then or when the events are made, is an error.
+  bool include_frozen = false;
 };
 
 class RegularizationEvents;
@@ -383,12 +385,13 @@ class AsIfAtEvent {
 // events a step compares two integers and touches no tensor.
 class RegularizationEvents {
  public:
-  // Throws c10::ValueError where Q acts on none of the parameters or does not fit one.
+  // Throws c10::ValueError where Q acts on none of the parameters, all that it acts on are frozen, or one does not fit.
   RegularizationEvents(NamedParameters parameters, std::shared_ptr<Regularizer> regularizer,
                        std::shared_ptr<FrequencySchedule> schedule, EventOptions options = {});
 
   // Counts a step. Where an event is due: w <- Q(w). Throws c10::ValueError naming the first parameter that is NaN or
-  // infinite, or that the optimizer no longer has; the weights are then as they were.
+  // infinite, that the optimizer no longer has, or that is frozen as all the others are; the weights are then as they
+  // were.
   std::optional<Event> step(std::optional<double> lr = std::nullopt);
 
   // Whether the next step has an event.

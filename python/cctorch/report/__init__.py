@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from cctorch import atomic
-from cctorch.store import damage_named
+from cctorch.records import Event, damage_named, read_events
+from cctorch.store import Folder
+from cctorch.summary import Curve, Point
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -16,16 +22,16 @@ class Record:
     """What a finished run left in its folder."""
 
     config: str
-    events: list[dict[str, Any]]
-    curves: list[dict[str, Any]]
+    events: list[Event]
+    curves: list[Curve]
     summary: dict[str, Any]
-    sweep: list[dict[str, Any]]
+    sweep: list[Point]
 
 
 def write(folder: Path) -> Path:
     """Writes report.html into the folder of a finished run, and returns its path.
 
-    Raises ValueError where `folder` holds no finished run.
+    Raises ValueError where `folder` holds no finished run, or a damaged one.
     """
     from cctorch.report.page import render
 
@@ -40,15 +46,20 @@ def read(folder: Path) -> Record:
         raise ValueError(
             f"{folder} holds no finished run ({', '.join(missing)} missing): give the folder of one, such as runs/demo"
         )
+    summary = Folder(folder).summary()
+    assert summary is not None
     return Record(
         (folder / "config.yaml").read_text(),
-        [_json(folder / "metrics.jsonl", line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
-        _json(curves, curves.read_text()) if (curves := folder / "curves.json").exists() else [],
-        _json(folder / "summary.json", (folder / "summary.json").read_text()),
-        _json(sweep, sweep.read_text()) if (sweep := folder / "sweep.json").exists() else [],
+        read_events(folder),
+        _entries(folder / "curves.json", Curve),
+        asdict(summary),
+        _entries(folder / "sweep.json", Point),
     )
 
 
-def _json(file: Path, text: str) -> Any:
+def _entries(file: Path, kind: type[_T]) -> list[_T]:
+    """None where there is no such file."""
+    if not file.exists():
+        return []
     with damage_named(file):
-        return json.loads(text)
+        return TypeAdapter(list[kind]).validate_python(json.loads(file.read_text()))  # type: ignore[valid-type]

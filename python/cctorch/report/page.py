@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from cctorch.report import Record, plots
-from cctorch.summary import predicted_against_measured
+from cctorch.summary import Point, predicted_against_measured
 
 _STYLE = """
 :root { color-scheme: light; --ink: #26303b; --soft: #66717e; --rule: #e3e7ec; --blue: #2563a8; --orange: #d9772b; }
@@ -47,7 +47,7 @@ def render(record: Record) -> str:
         ),
         *([_allocation(record)] if record.curves else []),
         *([_sweep(record.sweep)] if record.sweep else []),
-        *_regularization(summary.get("regularized")),
+        *_regularization(summary["regularized"]),
         _figure(
             "Where the multiply-accumulates and the time went",
             "Per layer, dense and compressed, in the same process. A decomposed layer counts both of its parts.",
@@ -77,10 +77,10 @@ def _allocation(record: Record) -> str:
     )
 
 
-def _sweep(points: list[dict[str, Any]]) -> str:
+def _sweep(points: list[Point]) -> str:
     return _figure(
         "Trade-off",
-        f"Top-1 on the {points[0]['images']} images after compression to several targets, without any fine-tuning.",
+        f"Top-1 on the {points[0].images} images after compression to several targets, without any fine-tuning.",
         plots.sweep(points),
     )
 
@@ -138,10 +138,9 @@ def _tiles(summary: dict[str, Any]) -> str:
 def _subtitle(summary: dict[str, Any]) -> str:
     parts = []
     if summary["top1_compressed"] is not None:
-        budget = summary.get("budget", "macs")
-        counted = "multiply-accumulates" if budget == "macs" else budget
+        counted = "multiply-accumulates" if summary["budget"] == "macs" else summary["budget"]
         parts.append(f"Collaborative Compression to {1 - summary['target']:.0%} of the {counted}")
-    if summary.get("regularized") is not None:
+    if summary["regularized"] is not None:
         parts.append(f"{summary['regularized']['events']} regularization events")
     return ", ".join(parts)
 
@@ -152,10 +151,9 @@ def _note(summary: dict[str, Any]) -> str:
     text = f"Right after compression: {summary['top1_compressed']:.2f} %"
     if summary["top1_reestimated"] is not None:
         text += f", {summary['top1_reestimated']:.2f} % with BatchNorm statistics re-estimated"
-    # Runs of before there was a repair have none.
-    if summary.get("top1_repaired") is not None:
+    if summary["top1_repaired"] is not None:
         text += f", {summary['top1_repaired']:.2f} % repaired in {summary['repair_seconds']:.1f} s"
-    if summary.get("latency_budget") is not None:
+    if summary["latency_budget"] is not None:
         searched = predicted_against_measured(summary["target"], summary["latency_budget"])
         text += f". In the search, {searched}"
     nominal = 1 - summary["nominal_macs"] / summary["before"]["macs"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from typing import Any
 
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from cctorch.records import Epoch, Event
+from cctorch.summary import Curve, Layer, Point
 
 BLUE, ORANGE, GREEN = "#2563a8", "#d9772b", "#3f8f5f"
 GREY, INK, RULE = "#aab2bd", "#26303b", "#e3e7ec"
@@ -29,11 +31,11 @@ _STAGES = (
 )
 
 
-def accuracy(events: list[dict[str, Any]]) -> str:
+def accuracy(events: list[Event]) -> str:
     """Top-1 and loss over the epochs, with what happened in between."""
     figure = Figure(figsize=(8, 5.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
-    epochs: list[dict[str, Any]] = []
+    epochs: list[Epoch] = []
     shift = 0.0
     for event in events:
         if event["event"] == "epoch":
@@ -76,7 +78,7 @@ def accuracy(events: list[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def layers(layers: list[dict[str, Any]], curves: list[dict[str, Any]]) -> str:
+def layers(layers: list[Layer], curves: list[Curve]) -> str:
     """Per layer: the rate allocated to it, and the input channels and the rank that it keeps."""
     allocated = {curve["name"]: curve["allocated"] for curve in curves}
     shown = [layer for layer in layers if layer["name"] in allocated]
@@ -105,7 +107,7 @@ def layers(layers: list[dict[str, Any]], curves: list[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def rate_curves(curves: list[dict[str, Any]]) -> str:
+def rate_curves(curves: list[Curve]) -> str:
     """Per layer: measured loss against rate, its fit a exp(b c), and the allocated rate."""
     columns = min(4, len(curves)) or 1
     rows = math.ceil(len(curves) / columns) or 1
@@ -130,7 +132,7 @@ def rate_curves(curves: list[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def costs(layers: list[dict[str, Any]]) -> str:
+def costs(layers: list[Layer]) -> str:
     """Per layer: multiply-accumulates and time, before and after."""
     shown = [layer for layer in layers if layer["macs_before"] or layer["seconds_before"]]
     places = numpy.arange(len(shown))
@@ -141,7 +143,7 @@ def costs(layers: list[dict[str, Any]]) -> str:
         (right, "seconds", 1e3, "time, ms per batch (blue: after)"),
     ):
         for offset, moment, color in ((-0.19, "before", GREY), (0.19, "after", BLUE)):
-            values = [layer[f"{key}_{moment}"] * scale for layer in shown]
+            values = [layer[f"{key}_{moment}"] * scale for layer in shown]  # type: ignore[literal-required]
             axes.barh(places + offset, values, color=color, height=0.38)
         axes.set_title(title, loc="left", fontsize=10)
         _clean(axes, "x")
@@ -169,17 +171,17 @@ def regularization(trace: list[list[float]]) -> str:
     return _svg(figure)
 
 
-def sweep(points: list[dict[str, Any]]) -> str:
+def sweep(points: list[Point]) -> str:
     """Top-1 against the multiply-accumulates and against the latency that are left."""
-    batch = max(points[0]["latency"], key=int)
+    batch = max(points[0].latency, key=int)
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, label, left_over in (
-        (left, "multiply-accumulates left", [point["macs"] / points[0]["macs"] for point in points]),
+        (left, "multiply-accumulates left", [point.macs / points[0].macs for point in points]),
         (
             right,
             f"latency left, batch {batch}",
-            [point["latency"][batch][0] / point["latency"][batch][1] for point in points],
+            [point.latency[batch][0] / point.latency[batch][1] for point in points],
         ),
     ):
         for kind, name, color in (
@@ -187,7 +189,8 @@ def sweep(points: list[dict[str, Any]]) -> str:
             ("reestimated", "BatchNorm re-estimated", ORANGE),
             ("compressed", "right after compression", GREY),
         ):
-            shown = [(x, y) for x, p in zip(left_over, points, strict=True) if (y := p[f"top1_{kind}"]) is not None]
+            top1 = [getattr(point, f"top1_{kind}") for point in points]
+            shown = [(x, y) for x, y in zip(left_over, top1, strict=True) if y is not None]
             axes.plot([x for x, _ in shown], [y for _, y in shown], ".-", color=color, label=name)
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))

@@ -142,6 +142,13 @@ if(NOT shape MATCHES "^\\[[ \n]*10[ \n]*\\]$" OR NOT bytes EQUAL 40)
   message(FATAL_ERROR "linear.bias of 10 floats has the shape ${shape} and ${bytes} bytes")
 endif()
 
+# Of an earlier version, which wrote a pickle: not passed over.
+file(MAKE_DIRECTORY ${WORK_DIR}/earlier)
+file(TOUCH ${WORK_DIR}/earlier/checkpoint.pt)
+expect_failure(2 "earlier/checkpoint.pt: is a checkpoint of an earlier version" ${train_resnet} ${short}
+               --out ${WORK_DIR}/earlier)
+file(REMOVE ${WORK_DIR}/earlier/checkpoint.pt)
+
 # Another process has the folder: nothing in it changes.
 set(checkpoint ${WORK_DIR}/broken/checkpoint.safetensors)
 file(SHA256 ${checkpoint} whole_checkpoint)

@@ -107,6 +107,22 @@ TEST(RegularizationEvents, TiedParametersActOnceAndFrozenOnesNever) {
   EXPECT_NEAR(event->relative_update(), 0.5, 1e-6);
 }
 
+TEST(RegularizationEvents, AllFrozenIsAnError) {
+  const auto weight = at::randn({8, 8});
+  const std::string expected = "all parameters that the regularizer acts on are frozen, first of all 'weight'";
+  EXPECT_NE(refusal([&] { RegularizationEvents({{"weight", weight}}, pruning(), every(1)); }).find(expected),
+            std::string::npos);
+  EXPECT_TRUE(RegularizationEvents({{"weight", weight}}, pruning(), every(1), {.include_frozen = true}).step());
+  EXPECT_EQ(nonzeros(weight), 16);
+
+  weight.normal_().requires_grad_();
+  RegularizationEvents events({{"weight", weight}}, pruning(), every(1));
+  weight.set_requires_grad(false);
+  const auto before = weight.clone();
+  EXPECT_NE(refusal([&] { events.step(); }).find(expected), std::string::npos);
+  EXPECT_TRUE(weight.equal(before));
+}
+
 TEST(RegularizationEvents, NanNamesTheParameterAndChangesNothing) {
   const auto good = at::randn({8, 8}).requires_grad_();
   const auto bad = at::randn({8, 8}).requires_grad_();

@@ -206,6 +206,30 @@ def test_frozen_parameters_are_left_alone_until_asked_for() -> None:
     assert torch.equal(model[0].weight, before * 0.5)
 
 
+def test_all_of_them_frozen_is_an_error() -> None:
+    message = r"all parameters that the regularizer acts on are frozen, first of all '0.weight': .* include_frozen"
+    model = network().requires_grad_(False)
+    with pytest.raises(ValueError, match=message):
+        r.Events(model.named_parameters(), r.MagnitudePruning(0.5), 1)
+    model[0].bias.requires_grad_(True)  # which this Q leaves alone
+    with pytest.raises(ValueError, match=message):
+        r.Events(model.named_parameters(), r.MagnitudePruning(0.5), 1)
+    r.Events(model.named_parameters(), r.MagnitudePruning(0.5), 1, include_frozen=True).step()
+    assert int(model[4].weight.count_nonzero()) < 2048
+
+    model = network()
+    events = r.Events(model.named_parameters(), r.MagnitudePruning(0.5), 2)
+    model.requires_grad_(False)
+    before = [value.clone() for value in model.parameters()]
+    assert events.step() is None  # nothing was due
+    for act in (events.step, events.finish, events.as_if_at_event):
+        with pytest.raises(ValueError, match=message):
+            act()
+    torch.testing.assert_close(list(model.parameters()), before, rtol=0, atol=0)
+    model[4].weight.requires_grad_(True)
+    assert events.finish() is not None
+
+
 def test_nan_stops_and_names_the_parameter() -> None:
     run = Run(3)
     run.train(0, 2)
