@@ -104,16 +104,17 @@ def mean_gradients(
         across_ranks: `batches` are this rank's share; every rank calls, and gets the gradients over all of them.
 
     Returns:
-        For each layer, a tensor of its weight's shape. The model's own `.grad` fields are left as they were.
+        For each layer, a tensor of its weight's shape, float32 for weights in half precision. The model's own `.grad`
+        fields are left as they were.
 
     Raises:
-        ValueError: there is no batch, or a parameter, a buffer or the gradient of a layer is not finite (it is named).
+        ValueError: there is no batch, or a parameter, a buffer or the gradient of a layer is not finite (it is named),
+            or `loss` gives more than one number.
         TypeError: `batches` gives something else than pairs.
     """
     weights = [_weight(model, name) for name in layers]
     _check_finite(model)
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    sums = [torch.zeros_like(weight) for weight in weights]
     examples = 0
     total = len(batches) if isinstance(batches, Sized) else 0
     try:
@@ -122,9 +123,10 @@ def mean_gradients(
         for weight in weights:
             weight.requires_grad_(True)
         with evaluating_with_gradients(model):
+            # Of thousands of batches: in half precision, the small ones would be lost.
+            sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
             for done, (inputs, labels) in enumerate(pairs(batches, "compress"), start=1):
-                with torch.enable_grad():
-                    gradients = torch.autograd.grad(loss(model(inputs), labels), weights, allow_unused=True)
+                gradients = torch.autograd.grad(_mean(loss(model(inputs), labels)), weights, allow_unused=True)
                 used = [(s, g) for s, g in zip(sums, gradients, strict=True) if g is not None]
                 torch._foreach_add_([s for s, _ in used], [g for _, g in used], alpha=len(labels))
                 examples += len(labels)
@@ -147,6 +149,14 @@ def mean_gradients(
                 "model has on them"
             )
     return dict(zip(layers, sums, strict=True))
+
+
+def _mean(loss: Tensor) -> Tensor:
+    if loss.numel() != 1:
+        raise ValueError(
+            f"compress: loss gives a tensor of shape {tuple(loss.shape)}, expected the mean over the batch, one number"
+        )
+    return loss
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -22,8 +22,8 @@ def bounds_of(graph: ModelGraph, bounds: Mapping[str, float]) -> dict[str, float
     """The bound of each layer that a pattern names, the lowest of several."""
     bounded: dict[str, float] = {}
     for pattern, bound in bounds.items():
-        if not 0 <= bound <= 1:
-            raise ValueError(f"compress: bounds[{pattern!r}] = {bound:g}, expected a share from 0 to 1")
+        if not (isinstance(bound, int | float) and 0 <= bound <= 1):
+            raise ValueError(f"compress: bounds[{pattern!r}] = {bound!r}, expected a share from 0 to 1")
         for name in _named(graph, pattern, "bounds"):
             bounded[name] = min(bound, bounded.get(name, 1.0))
     return bounded

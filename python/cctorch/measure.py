@@ -22,11 +22,13 @@ from cctorch.pairs import pairs
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, across_ranks: bool = False) -> float:
     """Top-1 accuracy in percent over (inputs, targets), in evaluation mode.
 
+    The classes are the second dimension of the model's outputs; targets are their indices, one for each of the rest.
+
     Args:
         across_ranks: ``batches`` are this rank's share; every rank calls, and gets the accuracy over all of them.
 
     Raises:
-        ValueError: ``batches`` holds no example.
+        ValueError: ``batches`` holds no example, or targets of another shape.
         TypeError: ``batches`` gives something else than pairs.
     """
     total = 0
@@ -34,6 +36,11 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, acro
         correct = torch.zeros((), dtype=torch.int64, device=device)
         for inputs, targets in pairs(batches, "accuracy"):
             predicted = model(inputs.to(device, non_blocking=True)).argmax(1)
+            if targets.shape != predicted.shape:  # (N,) and (N, 1) would be compared each with each
+                raise ValueError(
+                    f"accuracy: targets of shape {tuple(targets.shape)}, expected the indices of the classes, of shape "
+                    f"{tuple(predicted.shape)}"
+                )
             correct += (predicted == targets.to(device, non_blocking=True)).sum()
             total += targets.numel()
     hits = int(correct)

@@ -27,12 +27,12 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 @contextmanager
 def evaluating_with_gradients(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in which gradients can be taken of every module.
+    """Evaluation mode in which gradients can be taken of every module, whatever mode of autograd is on outside.
 
     cuDNN has those of recurrent layers in training mode alone, which differs by their dropout: that is 0 meanwhile.
     """
     dropouts = {module: module.dropout for module in model.modules() if isinstance(module, nn.RNNBase)}
-    with modes_restored(model):
+    with modes_restored(model), torch.inference_mode(False), torch.enable_grad():
         model.eval()
         try:
             for recurrent in dropouts:

@@ -33,6 +33,12 @@ def test_accuracy_counts_over_uneven_batches() -> None:
         measure.accuracy(model, [])
 
 
+@pytest.mark.parametrize("targets", [torch.zeros(4, 1, dtype=torch.int64), torch.eye(4, dtype=torch.int64)])
+def test_accuracy_refuses_targets_that_would_be_compared_each_with_each(targets: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"targets of shape \(4, [14]\), expected the indices .* of shape \(4,\)"):
+        measure.accuracy(nn.Identity(), [(torch.eye(4), targets)])
+
+
 def test_latency_runs_warmup_and_repeats_in_evaluation_mode() -> None:
     model = Counting().train()
     assert measure.latency(model, torch.ones(1, 2), repeats=3, warmup=2) > 0

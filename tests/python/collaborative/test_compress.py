@@ -139,6 +139,36 @@ def test_an_already_compressed_model_is_compressed_no_further_than_it_can_be() -
     assert model(data[0][0]).shape == (4, 10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_in_half_precision_are_summed_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = CallsOneLayerTwice().to(dtype).eval()
+    data = [(images.to(dtype), labels) for images, labels in batches((2,) * 150)]
+    wanted = torch.zeros(model.middle.weight.shape, dtype=torch.float64)
+    for images, labels in data:
+        [gradient] = torch.autograd.grad(F.cross_entropy(model(images), labels), [model.middle.weight])
+        wanted += gradient.double() / len(data)
+    found = mean_gradients(model, data, ["middle"])["middle"]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
+    assert compress(model, data, data[0][0], target=0.3).final_reduction >= 0.3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_taken_whatever_mode_is_on(mode: Any) -> None:
+    torch.manual_seed(0)
+    model, data = CallsOneLayerTwice(), batches()
+    wanted = compress(model, data, data[0][0], target=0.3)
+    with mode():
+        found = compress(model, data, data[0][0], target=0.3)
+    assert found.plan == wanted.plan
+
+
+def test_a_loss_of_each_example_is_refused() -> None:
+    model, data = CallsOneLayerTwice(), batches()
+    with pytest.raises(ValueError, match=r"loss gives a tensor of shape \(4,\), expected the mean over the batch"):
+        compress(model, data, data[0][0], loss=nn.CrossEntropyLoss(reduction="none"))
+
+
 def test_bounds_are_found_by_pattern_and_the_smallest_holds() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(5)), nn.Flatten(), nn.Linear(8 * 64, 3))
@@ -153,6 +183,8 @@ def test_bounds_are_found_by_pattern_and_the_smallest_holds() -> None:
         compress(model, batches, images, bounds={"conv*": 0.5})
     with pytest.raises(ValueError, match=r"bounds\['1'\] = 1.5, expected a share from 0 to 1"):
         compress(model, batches, images, bounds={"1": 1.5})
+    with pytest.raises(ValueError, match=r"bounds\['1'\] = '0.5', expected a share from 0 to 1"):
+        compress(model, batches, images, bounds={"1": "0.5"})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r"exclude = 'conv\*', expected a list of patterns"):
         compress(model, batches, images, exclude="conv*")
 

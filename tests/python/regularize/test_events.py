@@ -222,7 +222,7 @@ def test_all_of_them_frozen_is_an_error() -> None:
     model.requires_grad_(False)
     before = [value.clone() for value in model.parameters()]
     assert events.step() is None  # nothing was due
-    for act in (events.step, events.finish, events.as_if_at_event):
+    for act in (events.step, events.finish, lambda: events.as_if_at_event().__enter__()):
         with pytest.raises(ValueError, match=message):
             act()
     torch.testing.assert_close(list(model.parameters()), before, rtol=0, atol=0)
