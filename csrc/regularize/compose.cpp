@@ -41,6 +41,9 @@ State Compose::state_dict() const {
 }
 
 void Compose::load_state_dict(const State& state) {
+  TORCH_CHECK_VALUE(!state.contains(std::to_string(parts_.size())),
+                    "regularize: the state is of a Compose of more than ", parts_.size(),
+                    " parts: make the same one again to go on, or start without the state");
   for (size_t i = 0; i < parts_.size(); ++i) restore(state, std::to_string(i), *parts_[i]);
 }
 

@@ -33,5 +33,5 @@ def load_plan(path: str | Path) -> CompressionPlan:
     """
     try:
         return CompressionPlan.from_json(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, RuntimeError, IndexError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

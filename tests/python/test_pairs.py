@@ -56,6 +56,13 @@ def test_names_what_it_is_and_the_way_out(function: str, batch: object, found: s
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_loader_of_pairs_gives_lists(function: str) -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, LABELS), batch_size=2)
+    assert isinstance(next(iter(loader)), list)
+    FUNCTIONS[function](network(), loader)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_the_way_out_works(function: str) -> None:
     loader = torch.utils.data.DataLoader([(x, y, "extra") for x, y in zip(IMAGES, LABELS, strict=True)], batch_size=2)
     FUNCTIONS[function](network(), ((inputs, targets) for inputs, targets, *_ in loader))

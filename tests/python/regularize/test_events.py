@@ -80,6 +80,7 @@ def test_resumes_mid_period_to_the_bit(name: str, stop: int) -> None:
     resumed.load(begun.save())
     resumed.train(stop, 17)
     assert begun.happened + resumed.happened == whole.happened
+    assert resumed.events.events == len(whole.happened)
     if name in EXPECTED:
         assert [step for step, _ in whole.happened] == EXPECTED[name]
     for key, value in whole.model.state_dict().items():
@@ -284,6 +285,12 @@ def test_refuses_a_state_that_is_not_its_own() -> None:
             r.Compose([r.MagnitudePruning(0.5), r.CodebookQuantization(2)]),
             "is of the regularizer SVD, expected one of CodebookQuantization",
         ),
+        (
+            r.Compose([r.MagnitudePruning(0.5), r.UniformQuantization(4)]),
+            r.Compose([r.MagnitudePruning(0.5)]),
+            "is of a Compose of more than 1 parts",
+        ),
+        (r.Compose([r.MagnitudePruning(0.5)]), r.Compose([r.MagnitudePruning(0.5), r.SVD(ratio=2)]), "no entry '1'"),
     ],
 )
 def test_refuses_the_state_of_another_regularizer(saved: r.Regularizer, own: r.Regularizer, message: str) -> None:
@@ -296,6 +303,25 @@ def test_refuses_the_state_of_another_regularizer(saved: r.Regularizer, own: r.R
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(events.state_dict())
     assert other.state_dict() == before
+
+
+def test_a_state_that_is_refused_at_its_end_has_changed_nothing() -> None:
+    """The schedule's period and the first part's generator come before the part that is refused."""
+    parameters = list(network().named_parameters())
+    schedule = SCHEDULES["adaptive"]
+    saved = r.Events(parameters, r.Compose([r.UniformNoise(0.3, seed=5), r.SVD(ratio=2)]), schedule())
+    for _ in range(2):
+        saved.step()
+    own = r.Events(parameters, r.Compose([r.UniformNoise(0.3, seed=7), r.MagnitudePruning(0.5)]), schedule())
+    before = own.state_dict()
+    assert saved.state_dict()["schedule.period"] != before["schedule.period"]
+    with pytest.raises(ValueError, match="is of the regularizer SVD, expected one of MagnitudePruning"):
+        own.load_state_dict(saved.state_dict())
+    after = own.state_dict()
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        old = after[key]
+        assert torch.equal(value, old) if isinstance(value, Tensor) and isinstance(old, Tensor) else value == old, key
 
 
 @pytest.mark.parametrize("act", ["step", "finish", "as_if_at_event"])
