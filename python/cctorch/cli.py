@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,7 +60,9 @@ Targets that were swept before are not computed again.
 def _parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("cctorch", description=_DESCRIPTION, formatter_class=layout)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # An abbreviated --fresh would delete a run, and be part of the command that is said to go on with it.
+    exact = partial(argparse.ArgumentParser, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=exact)
     run = commands.add_parser(
         "run", help="train, compress, fine-tune, measure", description=_RUN, formatter_class=layout
     )

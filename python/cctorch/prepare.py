@@ -7,6 +7,7 @@ from torch.nn.utils import parametrize
 from cctorch import ops
 from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
 from cctorch.described import describe, describe_plan
+from cctorch.graph.model_graph import owners
 from cctorch.nn import FakeQuant, GatherChannels, LowRankConv2d, LowRankLinear, LowRankWeight, Mask, SoftThreshold
 from cctorch.plan import check_plan
 
@@ -26,14 +27,15 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     Optimizers made before keep working: the parameters stay the same objects. The scales are new ones.
 
     Raises:
-        ValueError: the plan names a layer that the model lacks, that has no weight, another kind or more channels, or
-            that is already prepared.
+        ValueError: the plan names a layer that the model lacks, that has no weight, another kind or more channels, that
+            shares its weight with another layer, or that is already prepared.
         TypeError: ``plan`` is no plan.
     """
     check_plan(plan, "prepare")
     targets = {
         layer.name: _weights(model, layer) for layer in plan.layers if layer.mask is not None or layer.bits is not None
     }
+    _check_unshared(model, targets)
     masks = _masks(plan, targets)
     for layer in plan.layers:
         for module, name in targets.get(layer.name, []):
@@ -92,6 +94,18 @@ def _weights(model: nn.Module, layer: LayerPlan) -> list[_Weight]:
         if any(isinstance(step, Mask | FakeQuant) for step in _steps(module).get(name, [])):
             raise ValueError(f"plan: layer '{layer.name}' is prepared already; run cctorch.convert(model) first")
     return [(module, name) for name in names]
+
+
+def _check_unshared(model: nn.Module, targets: dict[str, list[_Weight]]) -> None:
+    paths = owners(model)
+    for layer, weights in targets.items():
+        for module, name in weights:
+            shared = paths.get(id(getattr(module, name)), [])
+            if len({id(model.get_submodule(path.rpartition(".")[0])) for path in shared}) > 1:
+                raise ValueError(
+                    f"plan: layer '{layer}' shares its weight ({', '.join(shared)}); leave it out, since what it becomes "
+                    "would hold for the other too"
+                )
 
 
 def _check_sizes(module: nn.Conv2d | nn.Linear, layer: LayerPlan) -> None:

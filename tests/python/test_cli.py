@@ -43,7 +43,16 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["train"], ["run"], ["run", "x.yaml", "--quick"], ["report", "a", "b"], ["sweep", "a"]]
+    "arguments",
+    [
+        [],
+        ["train"],
+        ["run"],
+        ["run", "x.yaml", "--quick"],
+        ["run", "x.yaml", "--fre"],
+        ["report", "a", "b"],
+        ["sweep", "a"],
+    ],
 )
 def test_a_wrong_command_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -100,8 +100,35 @@ def test_the_search_goes_on_below_a_plan_that_was_a_little_too_slow() -> None:
     assert latency_budget._next_aim([slow], wanted=0.6) < 0.55
     slower = latency_budget.Latency(1, 1.0, 0.7, ratio=0.7, predicted_ratio=0.5)
     assert latency_budget._next_aim([slow, slower], wanted=0.6) < 0.5
+    # The secant of these two, the slower one predicted to be the faster, leads between them.
+    assert latency_budget._next_aim([slower, slow], wanted=0.6) < 0.5
     fast = latency_budget.Latency(1, 1.0, 0.5, ratio=0.5, predicted_ratio=0.5)
     assert 0.5 < latency_budget._next_aim([slow, fast], wanted=0.6) < 0.55
+
+
+@pytest.mark.parametrize(
+    ("measured", "tried", "chosen"),
+    [
+        ((0.3, 0.595, 0.2), 2, 0.595),  # faster than asked for: the next plan is tried; near enough: none
+        ((0.7, 0.3, 0.4, 0.35), 4, 0.4),  # of those that are fast enough, the one that gives up least
+    ],
+)
+def test_the_nearest_of_the_plans_that_are_fast_enough(
+    measured: tuple[float, ...], tried: int, chosen: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = iter(measured)
+
+    def stated(*arguments: Any) -> latency_budget.Latency:
+        ratio = next(ratios)
+        return latency_budget.Latency(4, 1.0, ratio, ratio, predicted_ratio=arguments[-1])
+
+    monkeypatch.setattr(latency_budget, "_measured", stated)
+    _, found = run(FakeTimer(launch=1e-7), target=0.4, units="singular_values")
+    assert found.latency is not None
+    assert found.latency.ratio == chosen
+    assert [ratio for _, ratio in found.latency.rounds] == list(measured[:tried])
+    warned = [warning for warning in found.warnings if "no plan tried is closer" in warning]
+    assert bool(warned) == (chosen < 0.59)
 
 
 def test_no_rank_is_kept_that_saves_no_time() -> None:

@@ -154,6 +154,32 @@ def test_misfits_are_refused_before_anything_changes() -> None:
         prepare(model, plan_of(bits=4))
 
 
+@pytest.mark.parametrize("layers", [("0",), ("1",), ("0", "1")])
+def test_a_weight_of_two_layers_is_refused(layers: tuple[str, ...]) -> None:
+    """Each would have scales of its own, and `convert` leaves one weight for both."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    plan = CompressionPlan(layers=[LayerPlan(name, "linear", 8, 8, bits=4) for name in layers])
+    with pytest.raises(
+        ValueError, match=rf"layer '{layers[0]}' shares its weight \(0.weight, 1.weight\); leave it out"
+    ):
+        prepare(model, plan)
+    assert not any(parametrize.is_parametrized(layer) for layer in model)
+    repeated = nn.Sequential(model[0], nn.ReLU(), model[0])
+    del model[1]
+    prepare(repeated, CompressionPlan(layers=[LayerPlan("0", "linear", 8, 8, bits=4)]))  # one layer, run twice
+    assert len(repeated[2].weight.unique()) <= 8 * 15
+
+
+def test_a_depthwise_convolution_and_the_mode_of_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)).double().eval()
+    before = model[0].weight.detach().clone()
+    prepare(model, CompressionPlan(layers=[LayerPlan("0", "depthwise_conv2d", 8, 8, bits=4)]))
+    assert not model[0].parametrizations.weight[0].training
+    scale = model[0].parametrizations.weight[0].log_scale.detach().exp()
+    assert torch.equal(model[0].weight, quantized(before, scale, 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_has_float32_scales(dtype: torch.dtype) -> None:
     model = prepare(two_layers().to(dtype), plan_of(bits=4))

@@ -295,6 +295,54 @@ def test_a_training_step_starts_from_the_fitted_function() -> None:
         torch.testing.assert_close(training(x), evaluated, rtol=0.02, atol=0.02)
 
 
+class Biased(nn.Module):
+    """Convolutions with a bias in front of their norms, and one whose output is normalized and also added as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.first_bn = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12)
+        self.second, self.second_bn = nn.Conv2d(12, 12, 3), nn.BatchNorm2d(12)
+        self.both, self.both_bn = nn.Conv2d(12, 12, 3), nn.BatchNorm2d(12)
+        self.last = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.second_bn(self.second(F.relu(self.first_bn(self.first(x))))))
+        y = self.both(x)
+        return self.last(F.relu(self.both_bn(y)) + y)
+
+
+@torch.no_grad()
+def test_the_errors_that_are_reported_are_those_of_the_repaired_model() -> None:
+    torch.manual_seed(0)
+    dense = networks.randomized(Biased(), 0).eval()
+    plan = CompressionPlan(
+        layers=[
+            LayerPlan("first", "conv2d", 3, 12, rank=3),
+            LayerPlan("second", "conv2d", 12, 12, rank=3),
+            LayerPlan("both", "conv2d", 12, 12, rank=3),
+        ]
+    )
+    model = cctorch.apply(copy.deepcopy(dense), plan)
+    data = batches((3, 9, 9))
+    found = cctorch.repair(model, dense, plan, data, step=1)
+    x = torch.cat([inputs for inputs, _ in data])
+    behind = {"first": "first_bn", "second": "second_bn", "both": "both", "last": "last"}
+    outputs: list[dict[str, Tensor]] = []
+    for network in (model, dense):
+        seen: dict[str, Tensor] = {}
+        for layer, name in behind.items():
+            network.get_submodule(name).register_forward_hook(
+                lambda _, __, y, layer=layer, seen=seen: seen.__setitem__(layer, y.clone())
+            )
+        network(x)
+        outputs.append(seen)
+    assert [fit.name for fit in found.layers] == list(behind)
+    for fit in found.layers:
+        y, wanted = (seen[fit.name] for seen in outputs)
+        variance = (wanted - wanted.mean((0, 2, 3), keepdim=True)).square().sum()
+        assert fit.after == pytest.approx(float((y - wanted).square().sum() / variance), rel=1e-6), fit.name
+
+
 @torch.no_grad()
 def test_a_channel_that_its_norm_silences_can_speak_again() -> None:
     dense, model, plan, shape = compressed("padded_resnet")
@@ -444,6 +492,15 @@ def test_batches_may_be_an_iterator() -> None:
     cctorch.repair(model, dense, plan, once())
     cctorch.repair(other, dense, plan, batches(shape))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_images_count_and_not_how_they_are_batched() -> None:
+    dense, model, plan, shape = compressed("padded_resnet")
+    [(images, _)] = batches(shape, count=1, size=20)
+    other = copy.deepcopy(model)
+    cctorch.repair(model, dense, plan, [(images, images)], step=5)
+    cctorch.repair(other, dense, plan, [(part, part) for part in images.split([7, 9, 4])], step=5)
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=1e-7, atol=1e-9)
 
 
 class Places(nn.Module):

@@ -71,7 +71,8 @@ def _place(layer: str, normed: list[tuple[str, str]], joined: list[tuple[str, st
     # A norm that runs for others too, one of several, or one beside which the output is used as it is.
     shared = len(norms) != 1 or [norm for _, norm in normed].count(norms[0]) != 1 or None in joins
     norm = None if shared else norms[0]
-    return Place(layer, norm, joins=joins == [norm])
+    # A norm would have read the output that the fit, at the addition, replaces.
+    return Place(layer, norm, joins=joins == [norm] and (norm is not None or not norms))
 
 
 def _holds_an_intercept(module: nn.Module) -> bool:

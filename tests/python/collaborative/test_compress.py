@@ -163,6 +163,18 @@ def test_gradients_are_taken_whatever_mode_is_on(mode: Any) -> None:
     assert found.plan == wanted.plan
 
 
+def test_what_is_frozen_and_what_is_not_stays_so() -> None:
+    torch.manual_seed(0)
+    model, data = CallsOneLayerTwice(), batches()
+    model.first.requires_grad_(False)
+    model.middle.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    plan = compress(model, data, data[0][0], target=0.3).plan
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert plan.find("middle") is not None  # frozen, and compressed all the same
+    assert not any(parameter.requires_grad for parameter in apply(model, plan).middle.parameters())  # type: ignore[union-attr]
+
+
 def test_a_loss_of_each_example_is_refused() -> None:
     model, data = CallsOneLayerTwice(), batches()
     with pytest.raises(ValueError, match=r"loss gives a tensor of shape \(4,\), expected the mean over the batch"):
