@@ -103,8 +103,8 @@ def _check_unshared(model: nn.Module, targets: dict[str, list[_Weight]]) -> None
             shared = paths.get(id(getattr(module, name)), [])
             if len({id(model.get_submodule(path.rpartition(".")[0])) for path in shared}) > 1:
                 raise ValueError(
-                    f"plan: layer '{layer}' shares its weight ({', '.join(shared)}); leave it out, since what it becomes "
-                    "would hold for the other too"
+                    f"plan: layer '{layer}' shares its weight ({', '.join(shared)}); leave it out, since what it "
+                    "becomes would hold for the other too"
                 )
 
 
@@ -153,5 +153,4 @@ def _quantize(module: nn.Module, name: str, bits: int, mask: Tensor | None) -> N
     scales = torch.promote_types(weight.dtype, torch.float32)
     quant = FakeQuant(bits, axis=0, channels=weight.shape[0], device=weight.device, dtype=scales)
     quant.initialize(weight, mask)
-    quant.train(module.training)
     parametrize.register_parametrization(module, name, quant)

@@ -102,7 +102,10 @@ def test_the_search_goes_on_below_a_plan_that_was_a_little_too_slow() -> None:
     assert latency_budget._next_aim([slow, slower], wanted=0.6) < 0.5
     # The secant of these two, the slower one predicted to be the faster, leads between them.
     assert latency_budget._next_aim([slower, slow], wanted=0.6) < 0.5
+    # Two that took the same time say nothing of how far to go.
+    same = latency_budget.Latency(1, 1.0, 0.5, ratio=0.5001, predicted_ratio=0.6)
     fast = latency_budget.Latency(1, 1.0, 0.5, ratio=0.5, predicted_ratio=0.5)
+    assert 0.6 < latency_budget._next_aim([fast, same], wanted=0.6) < 0.92
     assert 0.5 < latency_budget._next_aim([slow, fast], wanted=0.6) < 0.55
 
 

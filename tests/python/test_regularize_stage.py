@@ -82,6 +82,7 @@ def test_the_run_ends_in_compressed_form(dataset: Path, tmp_path: Path) -> None:
     assert [event["events"] for event in events[3:5]] == [0, 1]
     assert events[3]["update"] is None
     assert events[4]["update"] == pytest.approx(found["trace"][0][2])
+    assert (events[3]["bits"], events[4]["bits"]) == (None, found["trace"][0][3])
 
 
 def test_events_follow_fine_tuning_of_a_smaller_network(dataset: Path, tmp_path: Path) -> None:
@@ -190,6 +191,9 @@ def test_a_parameter_is_described_by_zeros_values_and_rank() -> None:
     weight = torch.zeros(4, 2, 3, 3)
     weight[0], weight[1, 0] = 1.0, 2.0
     assert describe(weight) == {"sparsity": 1 - 27 / 72, "values": 3, "rank": 2, "full_rank": 4}
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(32, 3, generator=generator), torch.randn(3, 40, generator=generator)
+    assert describe(factors[0] @ factors[1])["rank"] == 3  # in spite of the rounding of their product
     assert describe(torch.ones(3)) == {"sparsity": 0.0, "values": 1, "rank": None, "full_rank": None}
 
 

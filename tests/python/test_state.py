@@ -102,8 +102,23 @@ def test_the_only_whole_state_stays_until_there_are_two(tmp_path: Path, monkeypa
     checkpoints.save(_state(3), _whole())
     checkpoints.wait()
     _assert_loads(Checkpoints(tmp_path), 3)
-    shutil.rmtree(tmp_path / "last")
-    _assert_loads(Checkpoints(tmp_path), 1)
+    for epoch in (4, 5):  # from now on both are whole again
+        checkpoints.save(_state(epoch), _whole())
+        checkpoints.wait()
+        _assert_loads(Checkpoints(tmp_path), epoch)
+        shutil.copytree(tmp_path / "previous", tmp_path / str(epoch) / "last")
+        _assert_loads(Checkpoints(tmp_path / str(epoch)), epoch - 1)
+
+
+def test_the_end_says_what_the_last_save_could_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(atomic, "write", full)
+    checkpoints.save(_state(1), _whole())
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.close()
 
 
 def test_training_goes_on_while_a_state_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
