@@ -10,9 +10,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cctorch import distributed
 from cctorch.interruption import Interrupted
@@ -57,12 +56,17 @@ Targets that were swept before are not computed again.
 """
 
 
+class _Exact(argparse.ArgumentParser):
+    """An abbreviated --fresh would delete a run, and be part of the command that is said to go on with it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+
 def _parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("cctorch", description=_DESCRIPTION, formatter_class=layout)
-    # An abbreviated --fresh would delete a run, and be part of the command that is said to go on with it.
-    exact = partial(argparse.ArgumentParser, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=exact)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Exact)
     run = commands.add_parser(
         "run", help="train, compress, fine-tune, measure", description=_RUN, formatter_class=layout
     )
