@@ -5,7 +5,6 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "csrc/ops/dispatch.h"
@@ -76,7 +75,7 @@ at::Tensor member_sums(const at::Tensor& values, const at::Tensor& x, const at::
 }
 
 std::tuple<at::Tensor> binary_quant_backward(const at::Tensor& grad, const at::Tensor& x, std::optional<int64_t>) {
-  return {at::where(x.abs() <= 1, grad, at::zeros_like(grad))};
+  return {at::where(x.abs() <= 1, grad, 0)};
 }
 
 Lists<1> binary_quant_list_backward(at::TensorList grad, at::TensorList x, std::optional<int64_t> axis) {

@@ -32,19 +32,18 @@ at::Tensor binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view
 
 std::vector<at::Tensor> binary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
   check_value_grid("binary_quant", x, axis);
-  return map_slices(x, axis, [](const auto& each, auto along) { return binary_quant(each, along); });
+  return map_rows(x, axis, [](const at::Tensor& rows) { return binary_quant(rows, 0); });
 }
 
 std::vector<at::Tensor> ternary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
   check_value_grid("ternary_quant", x, axis);
-  return map_slices(x, axis, [](const auto& each, auto along) { return ternary_quant(each, along); });
+  return map_rows(x, axis, [](const at::Tensor& rows) { return ternary_quant(rows, 0); });
 }
 
 std::vector<at::Tensor> binary_code_quant_list(at::TensorList x, int64_t bits, std::string_view method,
                                                std::optional<int64_t> axis) {
   check_binary_code_quant(x, bits, method, axis);
-  return map_slices(x, axis,
-                    [&](const auto& each, auto along) { return binary_code_quant(each, bits, method, along); });
+  return map_rows(x, axis, [&](const at::Tensor& rows) { return binary_code_quant(rows, bits, method, 0); });
 }
 
 // What lies halfway between two values rounds down to the type of x: whether x is above stays exactly the same. The sum
