@@ -154,8 +154,8 @@ MagnitudeSplit::Split MagnitudeSplit::best(const RowOf& row, const simd::Magnitu
   return best_inside(outside, gain);
 }
 
-// From the lowest to the highest of the thresholds, and of the intervals between them, where the gain may be largest: low
-// and high are one where that is at a threshold.
+// From the lowest to the highest of the thresholds, and of the intervals between them, where the gain may be largest:
+// low and high are one where that is at a threshold.
 template <typename Gain>
 MagnitudeSplit::Interval MagnitudeSplit::narrowed(const RowOf& row, const Interval& interval, const Ratios& thresholds,
                                                   double margin, const Gain& gain) const {
