@@ -333,6 +333,31 @@ def lists(setting: Setting) -> Iterator[Work]:
             {"cctorch": lambda f=computed: f(weights), "cctorch, one by one": lambda f=computed: each(f)(weights)},
             passes=2,
         )
+    yield from codebooks(weights, grads)
+
+
+def codebooks(weights: list[Tensor], grads: list[Tensor]) -> Iterator[Work]:
+    """Sixteen values for each weight, and torch's own search for the nearest."""
+    books = [w.std() * torch.linspace(-2, 2, 16, device=w.device) for w in weights]
+    leaves = [t.detach().requires_grad_() for t in (*weights, *books)]
+    xs, values = leaves[: len(weights)], leaves[len(weights) :]
+
+    def nearest(x: Tensor, book: Tensor) -> Tensor:
+        return book[torch.bucketize(x, (book[:-1] + book[1:]) / 2)]
+
+    def each(function: Callable[..., Tensor]) -> list[Tensor]:
+        return [function(w, b) for w, b in zip(weights, books, strict=True)]
+
+    quantizers = {
+        "cctorch": lambda: ops.codebook_quant(weights, books),
+        "cctorch, one by one": lambda: each(ops.codebook_quant),
+        "torch eager": lambda: each(nearest),
+    }
+    yield Work("ResNet-50: codebooks of 54 weights", weights, quantizers, passes=2)
+    both = {"cctorch": lambda: torch.autograd.grad(ops.codebook_quant(xs, values), leaves, grads)}
+    yield Work("ResNet-50: codebooks of 54 weights, forward + backward", weights, both, passes=4)
+    update = {"cctorch": lambda: ops.codebook_update(weights, books)}
+    yield Work("ResNet-50: a step of k-means of 54 weights", weights, update, passes=1)
 
 
 def masks(setting: Setting) -> Iterator[Work]:

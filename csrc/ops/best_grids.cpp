@@ -42,16 +42,6 @@ at::Tensor fitted_scales(const at::Tensor& rows, int64_t bits) {
   return alternated(SortedRows(rows), at::cat({fewer, rest}, -1));
 }
 
-// function(fit, row) for the number of each row, on all threads.
-template <typename Function>
-void for_each_row(const at::Tensor& rows, const Function& function) {
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, rows.size(1)));
-  at::parallel_for(0, rows.size(0), grain, [&](int64_t begin, int64_t end) {
-    cpu::RowFit fit;
-    for (int64_t row = begin; row < end; ++row) function(fit, row);
-  });
-}
-
 }  // namespace
 
 at::Tensor with_sign_of(const at::Tensor& magnitudes, const at::Tensor& rows) {
@@ -74,28 +64,6 @@ at::Tensor fitted_code(const at::Tensor& rows, int64_t bits) {
   return nearest(rows, levels_of(fitted_scales(rows, bits)));
 }
 
-}  // namespace composed
-
-at::Tensor ternary_reach(const at::Tensor& rows) {
-  if (!rows.is_cpu()) return composed::ternary_reach(rows);
-  const at::Tensor from = rows.contiguous(), reach = at::empty({rows.size(0), 1}, rows.options());
-  const auto* values = from.const_data_ptr<double>();
-  auto* to = reach.mutable_data_ptr<double>();
-  for_each_row(from, [&](cpu::RowFit& fit, int64_t row) {
-    to[row] = fit.ternary_reach(values + row * from.size(1), from.size(1));
-  });
-  return reach;
-}
-
-at::Tensor fitted_code(const at::Tensor& rows, int64_t bits) {
-  if (!rows.is_cpu()) return composed::fitted_code(rows, bits);
-  const at::Tensor code = rows.clone(at::MemoryFormat::Contiguous);
-  auto* values = code.mutable_data_ptr<double>();
-  for_each_row(
-      code, [&](cpu::RowFit& fit, int64_t row) { fit.binary_code(values + row * code.size(1), code.size(1), bits); });
-  return code;
-}
-
 at::Tensor greedy_code(const at::Tensor& rows, int64_t bits) {
   at::Tensor code = with_sign_of(rows.abs().mean(-1, true), rows);
   for (int64_t i = 1; i < bits; ++i) {
@@ -103,6 +71,21 @@ at::Tensor greedy_code(const at::Tensor& rows, int64_t bits) {
     code = code + with_sign_of(left.abs().mean(-1, true), left);
   }
   return code;
+}
+
+}  // namespace composed
+
+at::Tensor ternary_reach(const at::Tensor& rows) {
+  if (!rows.is_cpu()) return composed::ternary_reach(rows);
+  const at::Tensor from = rows.contiguous(), reach = at::empty({rows.size(0), 1}, rows.options());
+  const auto* values = from.const_data_ptr<double>();
+  auto* to = reach.mutable_data_ptr<double>();
+  const int64_t size = from.size(1), grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, size));
+  at::parallel_for(0, from.size(0), grain, [&](int64_t begin, int64_t end) {
+    cpu::RowFit fit;
+    for (int64_t row = begin; row < end; ++row) to[row] = fit.ternary_reach(values + row * size, size);
+  });
+  return reach;
 }
 
 at::Tensor kmeans_step(const SortedRows& sorted, const at::Tensor& centers) {

@@ -16,11 +16,9 @@ at::Tensor ternary_reach(const at::Tensor& rows);
 
 // Sums of scaled binary codes: each code from what the ones before leave, or the best that alternating least squares
 // finds; that is the optimum for 1 and 2 bits.
-at::Tensor greedy_code(const at::Tensor& rows, int64_t bits);
-at::Tensor fitted_code(const at::Tensor& rows, int64_t bits);
-
 namespace composed {
 at::Tensor ternary_reach(const at::Tensor& rows);
+at::Tensor greedy_code(const at::Tensor& rows, int64_t bits);
 at::Tensor fitted_code(const at::Tensor& rows, int64_t bits);
 }  // namespace composed
 

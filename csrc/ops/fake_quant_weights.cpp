@@ -32,17 +32,17 @@ at::Tensor empty_scales(const at::Tensor& weight, int64_t axis) {
   return at::empty_symint({weight.sym_size(axis)}, weight.options().dtype(math_type(weight)));
 }
 
-SliceRows::SliceRows(const at::Tensor& weight, int64_t axis_)
-    : to(at::empty_like(weight)), axis(axis_ < 0 ? axis_ + weight.dim() : axis_) {
+SliceRows::SliceRows(const at::Tensor& weight, std::optional<int64_t> axis_)
+    : to(at::empty_like(weight)), axis(axis_ && *axis_ < 0 ? *axis_ + weight.dim() : axis_) {
   from = channelwise::densified(weight, to);
   moved = weight.numel() > 0 && channelwise::layout(from, axis).outer > 1;
   if (!moved) return;
-  from = from.movedim(axis, 0).contiguous();
+  from = from.movedim(*axis, 0).contiguous();
   to = at::empty_like(from);
 }
 
 at::Tensor SliceRows::result(const at::Tensor& weight) const {
-  return moved ? at::empty_like(weight).copy_(to.movedim(0, axis)) : to;
+  return moved ? at::empty_like(weight).copy_(to.movedim(0, *axis)) : to;
 }
 
 TORCH_LIBRARY_FRAGMENT(cctorch, m) {

@@ -124,8 +124,7 @@ namespace {
 
 std::vector<at::Tensor> power_of_two_quant(at::TensorList x, int64_t bits, std::optional<int64_t> axis) {
   check_power_of_two_quant(x, bits, axis);
-  return map_slices(x, axis,
-                    [&](const auto& each, auto along) { return cctorch::power_of_two_quant(each, bits, along); });
+  return map_rows(x, axis, [&](const at::Tensor& rows) { return cctorch::power_of_two_quant(rows, bits, 0); });
 }
 
 }  // namespace

@@ -47,15 +47,4 @@ std::vector<at::Tensor> map_rows(at::TensorList xs, std::optional<int64_t> axis,
   return results;
 }
 
-std::vector<at::Tensor> map_slices(
-    at::TensorList xs, std::optional<int64_t> axis,
-    const std::function<at::Tensor(const at::Tensor& x, std::optional<int64_t> axis)>& quantize) {
-  if (!xs.empty() && xs[0].is_cuda()) {
-    return map_rows(xs, axis, [&](const at::Tensor& rows) { return quantize(rows, 0); });
-  }
-  std::vector<at::Tensor> results;
-  for (const at::Tensor& x : xs) results.push_back(quantize(x, axis));
-  return results;
-}
-
 }  // namespace cctorch

@@ -25,14 +25,8 @@ inline at::Tensor as_rows(const at::Tensor& x, std::optional<int64_t> axis) {
 at::Tensor like(const at::Tensor& x, const at::Tensor& rows, std::optional<int64_t> axis);
 
 // What `project` makes of the rows of each tensor of a list, which are of one type: those of one width lie below each
-// other and go in one call.
+// other and go in one call. For a GPU, where launches are what a small tensor costs.
 std::vector<at::Tensor> map_rows(at::TensorList xs, std::optional<int64_t> axis,
                                  const std::function<at::Tensor(const at::Tensor& rows)>& project);
-
-// quantize(x, axis) of each tensor of a list. On a GPU, where launches are what a small tensor costs, by map_rows;
-// elsewhere one after the other: to put rows below each other would be all that it changes.
-std::vector<at::Tensor> map_slices(
-    at::TensorList xs, std::optional<int64_t> axis,
-    const std::function<at::Tensor(const at::Tensor& x, std::optional<int64_t> axis)>& quantize);
 
 }  // namespace cctorch

@@ -5,7 +5,6 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "csrc/ops/dispatch.h"
@@ -46,7 +45,7 @@ std::vector<at::Tensor> binary_code_quant(at::TensorList x, int64_t bits, std::s
 }
 
 at::Tensor codebook_quant(const at::Tensor& x, const at::Tensor& codebook) {
-  static const auto op = find_operator<decltype(codebook_quant)>("cctorch::codebook_quant");
+  static const auto op = find_operator<CodebookOp>("cctorch::codebook_quant");
   return op.call(x, codebook);
 }
 
@@ -56,12 +55,27 @@ at::Tensor codebook_indices(const at::Tensor& x, const at::Tensor& codebook) {
 }
 
 at::Tensor codebook_update(const at::Tensor& x, const at::Tensor& codebook) {
-  static const auto op = find_operator<decltype(codebook_update)>("cctorch::codebook_update");
+  static const auto op = find_operator<CodebookOp>("cctorch::codebook_update");
   return op.call(x, codebook);
 }
 
+std::vector<at::Tensor> codebook_quant(at::TensorList x, at::TensorList codebook) {
+  static const auto op = find_operator<CodebookListOp>("cctorch::codebook_quant", "list");
+  return op.call(x, codebook);
+}
+
+std::vector<at::Tensor> codebook_update(at::TensorList x, at::TensorList codebook) {
+  static const auto op = find_operator<CodebookListOp>("cctorch::codebook_update", "list");
+  return op.call(x, codebook);
+}
+
+at::Tensor member_sums(const at::Tensor& values, const at::Tensor& x, const at::Tensor& codebook) {
+  static const auto op = find_operator<decltype(member_sums)>("cctorch::_member_sums");
+  return op.call(values, x, codebook);
+}
+
 std::tuple<at::Tensor> binary_quant_backward(const at::Tensor& grad, const at::Tensor& x, std::optional<int64_t>) {
-  return {at::where(x.abs() <= 1, grad, at::zeros_like(grad))};
+  return {at::where(x.abs() <= 1, grad, 0)};
 }
 
 Lists<1> binary_quant_list_backward(at::TensorList grad, at::TensorList x, std::optional<int64_t> axis) {
@@ -82,10 +96,18 @@ at::Tensor sums_of_members(const at::Tensor& values, const at::Tensor& members, 
 
 std::tuple<at::Tensor, at::Tensor> codebook_quant_backward(const at::Tensor& grad, const at::Tensor& x,
                                                            const at::Tensor& codebook) {
-  constexpr int64_t kCopiesOnGpu = 1024;
-  const at::Tensor members = codebook_indices(x, codebook).reshape(-1);
-  const at::Tensor values = grad.reshape(-1).to(codebook.scalar_type());
-  return {grad, sums_of_members(values, members, codebook.sym_size(0), x.is_cuda() ? kCopiesOnGpu : 1)};
+  return {grad, member_sums(grad, x, codebook)};
+}
+
+Lists<2> codebook_quant_list_backward(at::TensorList grad, at::TensorList x, at::TensorList codebook) {
+  std::vector<at::Tensor> of_codebooks;
+  for (size_t i = 0; i < x.size(); ++i) of_codebooks.push_back(member_sums(grad[i], x[i], codebook[i]));
+  return {grad.vec(), of_codebooks};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> member_sums_backward(const at::Tensor& grad, const at::Tensor& values,
+                                                                    const at::Tensor& x, const at::Tensor& codebook) {
+  return {grad.index({codebook_indices(x, codebook)}).to(values.scalar_type()), {}, {}};
 }
 
 std::optional<int64_t> check_value_grid(const char* op, const at::Tensor& x, std::optional<int64_t> axis) {
@@ -121,13 +143,20 @@ void check_binary_code_quant(at::TensorList x, int64_t bits, std::string_view me
   check_value_grid("binary_code_quant", x, axis);
 }
 
-void check_codebook(const char* op, const at::Tensor& x, const at::Tensor& codebook) {
-  check_floating(x, op, "x");
-  TORCH_CHECK(codebook.scalar_type() == math_type(x), op, ": codebook must be ", math_type(x), " for ", x.scalar_type(),
-              " x, got ", codebook.scalar_type(), "; convert it with codebook.to(...)");
-  check_same_device(x, op, "x", codebook, "codebook");
-  TORCH_CHECK(codebook.dim() == 1, op, ": codebook must be one-dimensional, got shape ", codebook.sym_sizes());
-  TORCH_SYM_CHECK(codebook.sym_size(0).sym_ge(1), op, ": codebook must have at least one value, got none");
+void check_codebook(const char* op, const at::Tensor& x, const at::Tensor& codebook, const Name& x_name,
+                    const Name& name) {
+  check_floating(x, op, x_name);
+  TORCH_CHECK(codebook.scalar_type() == math_type(x), op, ": ", name, " must be ", math_type(x), " for ",
+              x.scalar_type(), " ", x_name, ", got ", codebook.scalar_type(), "; convert it with ", name, ".to(...)");
+  check_same_device(x, op, x_name, codebook, name);
+  TORCH_CHECK(codebook.dim() == 1, op, ": ", name, " must be one-dimensional, got shape ", codebook.sym_sizes());
+  TORCH_SYM_CHECK(codebook.sym_size(0).sym_ge(1), op, ": ", name, " must have at least one value, got none");
+}
+
+void check_codebooks(const char* op, at::TensorList x, at::TensorList codebook) {
+  check_like_tensors(x, op, "x");
+  check_as_many(codebook.size(), x, op, "codebook");
+  for (size_t i = 0; i < x.size(); ++i) check_codebook(op, x[i], codebook[i], Name("x", i), Name("codebook", i));
 }
 
 TORCH_LIBRARY_FRAGMENT(cctorch, m) {
@@ -141,6 +170,9 @@ TORCH_LIBRARY_FRAGMENT(cctorch, m) {
   m.def("codebook_quant(Tensor x, Tensor codebook) -> Tensor", tags);
   m.def("codebook_indices(Tensor x, Tensor codebook) -> Tensor", tags);
   m.def("codebook_update(Tensor x, Tensor codebook) -> Tensor", tags);
+  m.def("codebook_quant.list(Tensor[] x, Tensor[] codebook) -> Tensor[]", tags);
+  m.def("codebook_update.list(Tensor[] x, Tensor[] codebook) -> Tensor[]", tags);
+  m.def("_member_sums(Tensor values, Tensor x, Tensor codebook) -> Tensor", tags);
 }
 
 }  // namespace cctorch

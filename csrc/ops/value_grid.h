@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "csrc/ops/checks.h"
 #include "csrc/ops/dispatch.h"
 
 namespace cctorch {
@@ -16,6 +17,8 @@ using TernaryQuantListOp = BinaryQuantListOp;
 using BinaryCodeQuantOp = at::Tensor(const at::Tensor&, int64_t, std::string_view, std::optional<int64_t>);
 using BinaryCodeQuantListOp = std::vector<at::Tensor>(at::TensorList, int64_t, std::string_view,
                                                       std::optional<int64_t>);
+using CodebookOp = at::Tensor(const at::Tensor&, const at::Tensor&);
+using CodebookListOp = std::vector<at::Tensor>(at::TensorList, at::TensorList);
 
 std::tuple<at::Tensor> binary_quant_backward(const at::Tensor& grad, const at::Tensor& x, std::optional<int64_t> axis);
 
@@ -26,8 +29,14 @@ Lists<1> binary_quant_list_backward(at::TensorList grad, at::TensorList x, std::
 at::Tensor sums_of_members(const at::Tensor& values, const at::Tensor& members, const c10::SymInt& count,
                            int64_t copies);
 
+// For each value of the codebook the sum of those of `values` whose x is nearest to it.
+at::Tensor member_sums(const at::Tensor& values, const at::Tensor& x, const at::Tensor& codebook);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> member_sums_backward(const at::Tensor& grad, const at::Tensor& values,
+                                                                    const at::Tensor& x, const at::Tensor& codebook);
+
 std::tuple<at::Tensor, at::Tensor> codebook_quant_backward(const at::Tensor& grad, const at::Tensor& x,
                                                            const at::Tensor& codebook);
+Lists<2> codebook_quant_list_backward(at::TensorList grad, at::TensorList x, at::TensorList codebook);
 
 // These raise where an argument is wrong and return the axis counted from the front.
 std::optional<int64_t> check_value_grid(const char* op, const at::Tensor& x, std::optional<int64_t> axis);
@@ -35,6 +44,8 @@ std::optional<int64_t> check_binary_code_quant(const at::Tensor& x, int64_t bits
                                                std::optional<int64_t> axis);
 void check_value_grid(const char* op, at::TensorList x, std::optional<int64_t> axis);
 void check_binary_code_quant(at::TensorList x, int64_t bits, std::string_view method, std::optional<int64_t> axis);
-void check_codebook(const char* op, const at::Tensor& x, const at::Tensor& codebook);
+void check_codebook(const char* op, const at::Tensor& x, const at::Tensor& codebook, const Name& x_name = "x",
+                    const Name& name = "codebook");
+void check_codebooks(const char* op, at::TensorList x, at::TensorList codebook);
 
 }  // namespace cctorch

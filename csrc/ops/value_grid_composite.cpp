@@ -27,24 +27,23 @@ at::Tensor binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view
   axis = check_binary_code_quant(x, bits, method, axis);
   if (x.numel() == 0) return at::empty_like(x);
   const at::Tensor rows = as_rows(x, axis).to(at::kDouble);
-  return like(x, method == "greedy" ? greedy_code(rows, bits) : fitted_code(rows, bits), axis);
+  return like(x, method == "greedy" ? composed::greedy_code(rows, bits) : composed::fitted_code(rows, bits), axis);
 }
 
 std::vector<at::Tensor> binary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
   check_value_grid("binary_quant", x, axis);
-  return map_slices(x, axis, [](const auto& each, auto along) { return binary_quant(each, along); });
+  return map_rows(x, axis, [](const at::Tensor& rows) { return binary_quant(rows, 0); });
 }
 
 std::vector<at::Tensor> ternary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
   check_value_grid("ternary_quant", x, axis);
-  return map_slices(x, axis, [](const auto& each, auto along) { return ternary_quant(each, along); });
+  return map_rows(x, axis, [](const at::Tensor& rows) { return ternary_quant(rows, 0); });
 }
 
 std::vector<at::Tensor> binary_code_quant_list(at::TensorList x, int64_t bits, std::string_view method,
                                                std::optional<int64_t> axis) {
   check_binary_code_quant(x, bits, method, axis);
-  return map_slices(x, axis,
-                    [&](const auto& each, auto along) { return binary_code_quant(each, bits, method, along); });
+  return map_rows(x, axis, [&](const at::Tensor& rows) { return binary_code_quant(rows, bits, method, 0); });
 }
 
 // What lies halfway between two values rounds down to the type of x: whether x is above stays exactly the same. The sum
@@ -80,7 +79,28 @@ at::Tensor codebook_update(const at::Tensor& x, const at::Tensor& codebook) {
   const auto [ascending, order] = at::sort(codebook.to(at::kDouble));
   const SortedRows sorted(x.reshape({1, -1}).to(at::kDouble));
   const at::Tensor updated = kmeans_step(sorted, ascending.unsqueeze(0)).squeeze(0);
-  return at::empty_like(codebook).index_copy_(0, order, updated.to(codebook.scalar_type()));
+  return at::empty_like(codebook, at::MemoryFormat::Contiguous)
+      .index_copy_(0, order, updated.to(codebook.scalar_type()));
+}
+
+at::Tensor member_sums(const at::Tensor& values, const at::Tensor& x, const at::Tensor& codebook) {
+  constexpr int64_t kCopiesOnGpu = 1024;
+  return sums_of_members(values.reshape(-1).to(codebook.scalar_type()), codebook_indices(x, codebook).reshape(-1),
+                         codebook.size(0), x.is_cuda() ? kCopiesOnGpu : 1);
+}
+
+std::vector<at::Tensor> codebook_quant_list(at::TensorList x, at::TensorList codebook) {
+  check_codebooks("codebook_quant", x, codebook);
+  std::vector<at::Tensor> ys;
+  for (size_t i = 0; i < x.size(); ++i) ys.push_back(codebook_quant(x[i], codebook[i]));
+  return ys;
+}
+
+std::vector<at::Tensor> codebook_update_list(at::TensorList x, at::TensorList codebook) {
+  check_codebooks("codebook_update", x, codebook);
+  std::vector<at::Tensor> updated;
+  for (size_t i = 0; i < x.size(); ++i) updated.push_back(cctorch::codebook_update(x[i], codebook[i]));
+  return updated;
 }
 
 }  // namespace
@@ -95,6 +115,9 @@ TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
   m.impl("codebook_quant", &codebook_quant);
   m.impl("codebook_indices", &codebook_indices);
   m.impl("codebook_update", &codebook_update);
+  m.impl("codebook_quant.list", &codebook_quant_list);
+  m.impl("codebook_update.list", &codebook_update_list);
+  m.impl("_member_sums", &member_sums);
 }
 
 }  // namespace cctorch::composite

@@ -41,4 +41,8 @@ at::Tensor codebook_indices(const at::Tensor& x, const at::Tensor& codebook);
 // One step of K-means: each value becomes the mean of its members; one without members stays.
 at::Tensor codebook_update(const at::Tensor& x, const at::Tensor& codebook);
 
+// Each x of a list of one type and on one device, with the codebook at its place.
+std::vector<at::Tensor> codebook_quant(at::TensorList x, at::TensorList codebook);
+std::vector<at::Tensor> codebook_update(at::TensorList x, at::TensorList codebook);
+
 }  // namespace cctorch

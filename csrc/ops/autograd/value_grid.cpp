@@ -14,9 +14,13 @@ TORCH_LIBRARY_IMPL(cctorch, Autograd, m) {
   m.impl("ternary_quant.list", &StraightThrough<overload<TernaryQuantListOp>(&ternary_quant)>::call);
   m.impl("binary_code_quant", &StraightThrough<overload<BinaryCodeQuantOp>(&binary_code_quant)>::call);
   m.impl("binary_code_quant.list", &StraightThrough<overload<BinaryCodeQuantListOp>(&binary_code_quant)>::call);
-  m.impl("codebook_quant", &Recorded<&codebook_quant, &codebook_quant_backward>::call);
+  m.impl("codebook_quant", &Recorded<overload<CodebookOp>(&codebook_quant), &codebook_quant_backward>::call);
   m.impl("codebook_indices", &Constant<&codebook_indices>::call);
-  m.impl("codebook_update", &Constant<&codebook_update>::call);
+  m.impl("codebook_update", &Constant<overload<CodebookOp>(&codebook_update)>::call);
+  m.impl("codebook_quant.list",
+         &Recorded<overload<CodebookListOp>(&codebook_quant), &codebook_quant_list_backward>::call);
+  m.impl("codebook_update.list", &Constant<overload<CodebookListOp>(&codebook_update)>::call);
+  m.impl("_member_sums", &Recorded<&member_sums, &member_sums_backward>::call);
 }
 
 }  // namespace cctorch::autograd

@@ -1,8 +1,16 @@
 #include "csrc/ops/float_quant.h"
 
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <torch/library.h>
 
+#include <bit>
+#include <cmath>
+#include <limits>
+
 #include "csrc/ops/checks.h"
+#include "csrc/ops/cpu/fitted_rows.h"
+#include "csrc/ops/cpu/largest.h"
 #include "csrc/ops/cpu/learned_grid.h"
 
 namespace cctorch::cpu {
@@ -43,17 +51,46 @@ Lists<2> fp8_quant_list_backward(at::TensorList grad, at::TensorList x, at::Tens
   });
 }
 
-at::Tensor power_of_two_quant(const at::Tensor& x, int64_t bits, std::optional<int64_t> axis) {
-  axis = check_power_of_two_quant(x, bits, axis);
-  if (x.numel() == 0) return at::empty_like(x);
-  const at::Tensor y = at::empty_like(x), tops = top_powers(x, axis), dense = channelwise::densified(x, y);
-  with_math_type(x, [&](auto zero) {
-    using T = decltype(zero);
-    const T* values = tops.const_data_ptr<T>();
-    channelwise::forward(powers_of_two<T>(bits),
-                         {{channelwise::layout(dense, axis), y, dense, {values, values + tops.numel()}, {}}});
+// INQ's largest power of two of a row: as top_powers has it.
+template <typename T>
+T top_power(T largest) {
+  if (!(largest > 0) || std::isinf(largest)) return T(1);
+  int exponent = 0;
+  const T fraction = std::frexp(largest, &exponent);
+  return std::ldexp(T(1),
+                    fraction >= T(0.75) && exponent < std::numeric_limits<T>::max_exponent ? exponent : exponent - 1);
+}
+
+std::vector<at::Tensor> on_powers(at::TensorList x, int64_t bits, std::optional<int64_t> axis) {
+  const auto rows = rows_of(x, axis);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x[0].scalar_type(), "power_of_two_quant", [&] {
+    using T = at::opmath_type<scalar_t>;
+    using Bits = formula::BitsOf<scalar_t>;
+    struct Nothing {};
+    const auto formula = powers_of_two<T>(bits);
+    const auto loops = channelwise::loops<formula::FloatQuant<T>>(x[0].scalar_type());
+    fit_rows<scalar_t, Nothing>(
+        rows,
+        [](Nothing&, size_t, int64_t, const scalar_t* from, int64_t size) {
+          // NaN is larger than any number here.
+          const Bits bits_of_largest =
+              largest_magnitude(reinterpret_cast<const Bits*>(from), size, static_cast<Bits>(~Bits(0)));
+          return top_power(static_cast<T>(std::bit_cast<scalar_t>(bits_of_largest)));
+        },
+        [&](const Nothing&, T top, scalar_t* to, const scalar_t* from, int64_t, int64_t size, simd::Stores stores) {
+          loops.forward(formula, to, from, size, top, stores);
+        });
   });
-  return y;
+  return results_of(rows, x);
+}
+
+at::Tensor power_of_two_quant(const at::Tensor& x, int64_t bits, std::optional<int64_t> axis) {
+  return on_powers(x, bits, check_power_of_two_quant(x, bits, axis)).front();
+}
+
+std::vector<at::Tensor> power_of_two_quant_list(at::TensorList x, int64_t bits, std::optional<int64_t> axis) {
+  check_power_of_two_quant(x, bits, axis);
+  return on_powers(x, bits, axis);
 }
 
 }  // namespace
@@ -64,6 +101,7 @@ TORCH_LIBRARY_IMPL(cctorch, CPU, m) {
   m.impl("fp8_quant.list", &fp8_quant_list);
   m.impl("fp8_quant_backward.list", &fp8_quant_list_backward);
   m.impl("power_of_two_quant", &power_of_two_quant);
+  m.impl("power_of_two_quant.list", &power_of_two_quant_list);
 }
 
 }  // namespace cctorch::cpu

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
 
 #include "csrc/ops/formula/least_squares.h"
 
@@ -46,34 +47,14 @@ size_t cell_of(double x, const std::vector<double>& bounds) {
 }  // namespace
 
 double RowFit::ternary_reach(const double* row, int64_t n) {
-  magnitudes_.sort_magnitudes(row, n);
-  double reach = 0, most = -1;
-  for (int64_t k = 1; k <= n; ++k) {
-    const double sum = magnitudes_.sum(n - k, n), gain = sum * sum / static_cast<double>(k);
-    if (gain > most) {
-      most = gain;
-      reach = sum / static_cast<double>(k);
-    }
-  }
-  return reach;
+  return split_.ternary({row, n, simd::Storage::kDouble}).high;
 }
 
 void RowFit::binary_code(double* row, int64_t n, int64_t bits, std::optional<double> precision) {
-  magnitudes_.sort_magnitudes(row, n);
-  if (precision && is_code(bits, *precision)) return;
-  if (bits == 1) {
-    const double mean = magnitudes_.sum(0, n) / static_cast<double>(n);
-    for (int64_t i = 0; i < n; ++i) row[i] = row[i] < 0 ? -mean : mean;
-    return;
-  }
-  if (bits == 2) {
-    const auto [high, low] = two_magnitudes();
-    const double bound = (low + high) / 2;
-    for (int64_t i = 0; i < n; ++i) {
-      const double magnitude = std::abs(row[i]) > bound ? high : low;
-      row[i] = row[i] < 0 ? -magnitude : magnitude;
-    }
-    return;
+  if (precision && is_code(row, n, bits, *precision)) return;
+  if (bits <= 2) {
+    const RowOf numbers{row, n, simd::Storage::kDouble};
+    return replace(numbers, row, bits == 1 ? scaled_signs(numbers) : split_.two_magnitudes(numbers));
   }
   sorted_.sort(row, n);
   fit_scales(row, n, bits);
@@ -81,41 +62,40 @@ void RowFit::binary_code(double* row, int64_t n, int64_t bits, std::optional<dou
   replace_by_nearest(row, n);
 }
 
+void RowFit::greedy_code(double* row, int64_t n, int64_t bits) {
+  left_.assign(row, row + n);
+  std::fill_n(row, n, 0.0);
+  for (int64_t bit = 0; bit < bits; ++bit) {
+    const double mean = scaled_signs({left_.data(), n, simd::Storage::kDouble}).high;
+    for (int64_t i = 0; i < n; ++i) {
+      const double code = left_[i] < 0 ? -mean : mean;
+      left_[i] -= code;
+      row[i] += code;
+    }
+  }
+}
+
 // 1, 2 or 3 distinct magnitudes are one of 1, 2 or 3 codes; 4 are one of 3 codes if the smallest is |second + third -
 // first|, as far as the type shows.
-bool RowFit::is_code(int64_t bits, double precision) const {
+bool RowFit::is_code(const double* row, int64_t n, int64_t bits, double precision) {
+  const int64_t most = bits < 3 ? bits : 4;
   std::array<double, 4> distinct{};
   int64_t count = 0;
-  for (int64_t i = magnitudes_.size() - 1; i >= 0; --i) {
-    if (count > 0 && magnitudes_[i] == distinct[count - 1]) continue;
-    if (count == (bits < 3 ? bits : 4)) return false;
-    distinct[count++] = magnitudes_[i];
+  for (int64_t i = 0; i < n; ++i) {
+    const double magnitude = std::abs(row[i]);
+    if (std::find(distinct.begin(), distinct.begin() + count, magnitude) != distinct.begin() + count) continue;
+    if (count == most) return false;
+    distinct[count++] = magnitude;
   }
   if (count < 4) return true;
+  std::sort(distinct.begin(), distinct.end(), std::greater<>());
   const double expected = std::abs(distinct[1] + distinct[2] - distinct[0]);
   return std::abs(expected - distinct[3]) <= 4 * precision * distinct[0];
 }
 
-// Two scales give any two magnitudes a1 + a2 and a1 - a2, so the best of them are 2-means of |w|, found exactly.
-std::pair<double, double> RowFit::two_magnitudes() const {
-  const int64_t n = magnitudes_.size();
-  double most = -1, high = 0, low = 0;
-  for (int64_t k = 1; k <= n; ++k) {
-    const double upper = magnitudes_.sum(n - k, n), lower = magnitudes_.sum(0, n - k);
-    const double count = static_cast<double>(k), rest = std::max(static_cast<double>(n - k), 1.0);
-    const double gain = upper * upper / count + lower * lower / rest;
-    if (gain > most) {
-      most = gain;
-      high = upper / count;
-      low = lower / rest;
-    }
-  }
-  return {high, low};
-}
-
 // Of bits above 2: those of one bit less, the mean of what they leave, and alternating least squares.
 void RowFit::fit_scales(const double* row, int64_t n, int64_t bits) {
-  const auto [high, low] = two_magnitudes();
+  const auto [bound, high, low] = split_.two_magnitudes({row, n, simd::Storage::kDouble});
   scales_ = {(high + low) / 2, (high - low) / 2};
   for (int64_t count = 3; count <= bits; ++count) {
     scales_.push_back(mean_rest(row, n));

@@ -3,9 +3,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
-#include <utility>
 #include <vector>
 
+#include "csrc/ops/cpu/magnitude_split.h"
 #include "csrc/ops/cpu/sorted_row.h"
 
 namespace cctorch::cpu {
@@ -21,6 +21,9 @@ class RowFit {
   // from, one that is such a sum already stays.
   void binary_code(double* row, int64_t n, int64_t bits, std::optional<double> precision = std::nullopt);
 
+  // Replaces the row by such a sum in which each code is the best of what the ones before leave.
+  void greedy_code(double* row, int64_t n, int64_t bits);
+
   // Replaces the row by the nearest of its `count` values, a power of 2, that Lloyd's algorithm finds from evenly
   // spaced values or from quantiles, whichever ends better. A row of so few values stays.
   void codebook(double* row, int64_t n, int64_t count);
@@ -33,8 +36,7 @@ class RowFit {
     bool operator==(const Cell&) const = default;
   };
 
-  bool is_code(int64_t bits, double precision) const;
-  std::pair<double, double> two_magnitudes() const;  // the larger first
+  static bool is_code(const double* row, int64_t n, int64_t bits, double precision);
   void fit_scales(const double* row, int64_t n, int64_t bits);
   double mean_rest(const double* row, int64_t n);
   void cut();
@@ -42,8 +44,9 @@ class RowFit {
   double lloyd();
   void replace_by_nearest(double* row, int64_t n);
 
-  SortedRow sorted_, magnitudes_;
-  std::vector<double> scales_, levels_, bounds_, best_;
+  MagnitudeSplit split_;
+  SortedRow sorted_;
+  std::vector<double> left_, scales_, levels_, bounds_, best_;
   std::vector<Cell> cells_, before_;
 };
 

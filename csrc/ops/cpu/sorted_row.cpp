@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cmath>
 #include <utility>
 
 namespace cctorch::cpu {
@@ -50,13 +49,6 @@ void SortedRow::sort_keys() {
 void SortedRow::sort(const double* row, int64_t n) {
   keys_.resize(n);
   for (int64_t i = 0; i < n; ++i) keys_[i] = key_of(row[i]);
-  sort_keys();
-  add_up();
-}
-
-void SortedRow::sort_magnitudes(const double* row, int64_t n) {
-  keys_.resize(n);
-  for (int64_t i = 0; i < n; ++i) keys_[i] = key_of(std::abs(row[i]));
   sort_keys();
   add_up();
 }

@@ -11,7 +11,6 @@ namespace cctorch::cpu {
 class SortedRow {
  public:
   void sort(const double* row, int64_t n);
-  void sort_magnitudes(const double* row, int64_t n);
 
   int64_t size() const { return static_cast<int64_t>(values_.size()); }
   double operator[](int64_t i) const { return values_[i]; }

@@ -36,7 +36,21 @@ at::Tensor codebook_indices(const at::Tensor& x, const at::Tensor& codebook) {
 
 at::Tensor codebook_update(const at::Tensor& x, const at::Tensor& codebook) {
   check_codebook("codebook_update", x, codebook);
-  return at::empty_like(codebook);
+  return at::empty_like(codebook, at::MemoryFormat::Contiguous);
+}
+
+std::vector<at::Tensor> codebook_quant_list(at::TensorList x, at::TensorList codebook) {
+  check_codebooks("codebook_quant", x, codebook);
+  return empty_list_like(x);
+}
+
+std::vector<at::Tensor> codebook_update_list(at::TensorList x, at::TensorList codebook) {
+  check_codebooks("codebook_update", x, codebook);
+  return empty_parameters_like(codebook);
+}
+
+at::Tensor member_sums(const at::Tensor&, const at::Tensor&, const at::Tensor& codebook) {
+  return at::empty_like(codebook, at::MemoryFormat::Contiguous);
 }
 
 std::vector<at::Tensor> binary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
@@ -67,6 +81,9 @@ TORCH_LIBRARY_IMPL(cctorch, Meta, m) {
   m.impl("codebook_quant", &codebook_quant);
   m.impl("codebook_indices", &codebook_indices);
   m.impl("codebook_update", &codebook_update);
+  m.impl("codebook_quant.list", &codebook_quant_list);
+  m.impl("codebook_update.list", &codebook_update_list);
+  m.impl("_member_sums", &member_sums);
 }
 
 }  // namespace cctorch::meta

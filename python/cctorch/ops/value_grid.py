@@ -132,7 +132,15 @@ def binary_code_quant(
     return ys
 
 
-def codebook_quant(x: Tensor, codebook: Tensor) -> Tensor:
+@overload
+def codebook_quant(x: Tensor, codebook: Tensor) -> Tensor: ...
+
+
+@overload
+def codebook_quant(x: Sequence[Tensor], codebook: Sequence[Tensor]) -> list[Tensor]: ...
+
+
+def codebook_quant(x: Tensor | Sequence[Tensor], codebook: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     r"""Replaces each value by the nearest of a codebook :math:`c`, the lower of two as near.
 
     .. math:: y = c_{k}, \quad k = \arg\min_j |x - c_j|
@@ -141,11 +149,13 @@ def codebook_quant(x: Tensor, codebook: Tensor) -> Tensor:
     :math:`j`, in no fixed order on CUDA unless ``torch.use_deterministic_algorithms`` asks for one.
 
     Args:
-        x: any shape; float32, float64, float16 or bfloat16. NaN stays NaN.
-        codebook: one-dimensional, in any order; float64 for float64 ``x``, float32 for the other types.
+        x: any shape; float32, float64, float16 or bfloat16. NaN stays NaN. Or a sequence of such tensors, of one type
+            and on one device.
+        codebook: one-dimensional, in any order; float64 for float64 ``x``, float32 for the other types. Of a sequence
+            one for each.
 
     Returns:
-        Tensor of the shape, type and dense layout of ``x``.
+        Tensor of the shape, type and dense layout of ``x``, or a list of them.
 
     Raises:
         RuntimeError: for a wrong type, shape or device; the message names the argument.
@@ -154,8 +164,11 @@ def codebook_quant(x: Tensor, codebook: Tensor) -> Tensor:
         >>> codebook_quant(torch.tensor([-2.0, 0.4, 0.6]), torch.tensor([0.0, 1.0, -1.0]))
         tensor([-1.,  0.,  1.])
     """
-    y: Tensor = torch.ops.cctorch.codebook_quant(x, codebook)
-    return y
+    if isinstance(x, Tensor):
+        y: Tensor = torch.ops.cctorch.codebook_quant.default(x, codebook)
+        return y
+    ys: list[Tensor] = torch.ops.cctorch.codebook_quant.list(x, codebook)
+    return ys
 
 
 def codebook_indices(x: Tensor, codebook: Tensor) -> Tensor:
@@ -176,19 +189,30 @@ def codebook_indices(x: Tensor, codebook: Tensor) -> Tensor:
     return indices
 
 
-def codebook_update(x: Tensor, codebook: Tensor) -> Tensor:
+@overload
+def codebook_update(x: Tensor, codebook: Tensor) -> Tensor: ...
+
+
+@overload
+def codebook_update(x: Sequence[Tensor], codebook: Sequence[Tensor]) -> list[Tensor]: ...
+
+
+def codebook_update(x: Tensor | Sequence[Tensor], codebook: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     """One step of K-means (Lloyd): each value becomes the mean of its members, one without members stays.
 
     Args:
-        x: any shape, finite.
+        x: any shape, finite. Or a sequence, as for :func:`codebook_quant`.
         codebook: as for :func:`codebook_quant`.
 
     Returns:
-        A new codebook, in the order of the old one. It has no gradient.
+        A new codebook, in the order of the old one, or a list of them. It has no gradient.
 
     Example:
         >>> codebook_update(torch.tensor([0.0, 2.0, 9.0, 11.0]), torch.tensor([8.0, 3.0, 90.0]))
         tensor([10.,  1., 90.])
     """
-    updated: Tensor = torch.ops.cctorch.codebook_update(x, codebook)
-    return updated
+    if isinstance(x, Tensor):
+        updated: Tensor = torch.ops.cctorch.codebook_update.default(x, codebook)
+        return updated
+    all_updated: list[Tensor] = torch.ops.cctorch.codebook_update.list(x, codebook)
+    return all_updated

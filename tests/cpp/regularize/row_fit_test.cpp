@@ -46,20 +46,13 @@ TEST(SortedRow, IsAtSort) {
   cpu::SortedRow sorted;
   for (const at::Tensor& rows : examples()) {
     for (int64_t i = 0; i < rows.size(0); ++i) {
-      for (const bool magnitudes : {false, true}) {
-        const at::Tensor row = magnitudes ? rows[i].abs() : rows[i];
-        const at::Tensor expected = std::get<0>(at::sort(row)), sums = expected.cumsum(0);
-        if (magnitudes) {
-          sorted.sort_magnitudes(row_of(rows, i), rows.size(1));
-        } else {
-          sorted.sort(row_of(rows, i), rows.size(1));
-        }
-        ASSERT_EQ(sorted.size(), rows.size(1));
-        for (int64_t k = 0; k < rows.size(1); ++k) {
-          EXPECT_EQ(sorted[k], expected[k].item<double>());
-          EXPECT_EQ(sorted.sum(0, k + 1), sums[k].item<double>());
-          EXPECT_EQ(sorted.up_to(sorted[k]), (row <= sorted[k]).sum().item<int64_t>());
-        }
+      const at::Tensor expected = std::get<0>(at::sort(rows[i])), sums = expected.cumsum(0);
+      sorted.sort(row_of(rows, i), rows.size(1));
+      ASSERT_EQ(sorted.size(), rows.size(1));
+      for (int64_t k = 0; k < rows.size(1); ++k) {
+        EXPECT_EQ(sorted[k], expected[k].item<double>());
+        EXPECT_EQ(sorted.sum(0, k + 1), sums[k].item<double>());
+        EXPECT_EQ(sorted.up_to(sorted[k]), (rows[i] <= sorted[k]).sum().item<int64_t>());
       }
     }
   }
