@@ -57,7 +57,8 @@ TEST_F(ForEachLayer, PassesOnWhatAFunctionThrows) {
     const auto work = [&](size_t layer) {
       if (layer == bad) throw std::runtime_error("stop");
     };
-    EXPECT_THROW(for_each_layer(layers_of({4096, 64, 64}), Streams(3), "stage", Options{}, {}, work), std::runtime_error);
+    EXPECT_THROW(for_each_layer(layers_of({4096, 64, 64}), Streams(3), "stage", Options{}, {}, work),
+                 std::runtime_error);
   }
 }
 
