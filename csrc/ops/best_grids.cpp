@@ -12,6 +12,12 @@ namespace cctorch {
 
 namespace {
 
+// Of sums over the elements of each row, the last of them over all: 0, or NaN where that is no number.
+at::Tensor nan_unless_finite(const at::Tensor& sums) {
+  const at::Tensor all = sums.narrow(-1, sums.size(-1) - 1, 1);
+  return all - all;
+}
+
 // Two scales give any two magnitudes a1 + a2 and a1 - a2, so the best of them are 2-means of |w|, found exactly:
 // rows x 2, the larger first.
 at::Tensor two_magnitudes(const at::Tensor& magnitudes) {
@@ -21,7 +27,9 @@ at::Tensor two_magnitudes(const at::Tensor& magnitudes) {
   const at::Tensor count = at::arange(1, columns + 1, magnitudes.options());
   const at::Tensor rest = (columns - count).clamp_min(1);
   const at::Tensor best = (upper.square() / count + lower.square() / rest).argmax(-1, true);
-  return at::cat({upper.gather(-1, best) / (best + 1), lower.gather(-1, best) / (columns - 1 - best).clamp_min(1)}, -1);
+  const at::Tensor two =
+      at::cat({upper.gather(-1, best) / (best + 1), lower.gather(-1, best) / (columns - 1 - best).clamp_min(1)}, -1);
+  return two + nan_unless_finite(upper);
 }
 
 at::Tensor levels_of(const at::Tensor& scales) {
@@ -55,7 +63,7 @@ at::Tensor ternary_reach(const at::Tensor& rows) {
   const at::Tensor sums = std::get<0>(at::sort(rows.abs(), -1, /*descending=*/true)).cumsum(-1);
   const at::Tensor counts = at::arange(1, rows.size(-1) + 1, rows.options());
   const at::Tensor best = (sums.square() / counts).argmax(-1, true);
-  return sums.gather(-1, best) / (best + 1);
+  return sums.gather(-1, best) / (best + 1) + nan_unless_finite(sums);
 }
 
 at::Tensor fitted_code(const at::Tensor& rows, int64_t bits) {

@@ -20,7 +20,7 @@ at::Tensor ternary_quant(const at::Tensor& x, std::optional<int64_t> axis) {
   if (x.numel() == 0) return at::empty_like(x);
   const at::Tensor rows = as_rows(x, axis).to(at::kDouble);
   const at::Tensor reach = ternary_reach(rows);
-  return like(x, at::where(rows.abs() * 2 > reach, with_sign_of(reach, rows), 0.0), axis);
+  return like(x, at::where(rows.abs() * 2 <= reach, 0.0, with_sign_of(reach, rows)), axis);
 }
 
 at::Tensor binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view method, std::optional<int64_t> axis) {

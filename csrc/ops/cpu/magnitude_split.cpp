@@ -57,6 +57,9 @@ struct TwoMagnitudesGain {
   }
 };
 
+// Of a row of zeros, or of one with NaN or infinity.
+SignedLevels none_of(double sum) { return {0, sum - sum, sum - sum}; }
+
 Tail plus(const Tail& a, const Tail& b) { return {a.count + b.count, a.sum + b.sum}; }
 
 simd::Magnitudes summary(const RowOf& row) {
@@ -108,7 +111,7 @@ simd::Tail MagnitudeSplit::crossing(const Edge& low, const Edge& high) {
 
 SignedLevels MagnitudeSplit::ternary(const RowOf& row) {
   const auto all = summary(row);
-  if (!std::isfinite(all.sum) || all.sum == 0) return {all.sum, all.sum, 0};
+  if (!std::isfinite(all.sum) || all.sum == 0) return none_of(all.sum);
   const auto found = best(row, all, kOfTernary, TernaryGain{});
   const double reach = found.above.sum / found.above.count;
   return {reach / 2, reach, 0};
@@ -116,7 +119,7 @@ SignedLevels MagnitudeSplit::ternary(const RowOf& row) {
 
 SignedLevels MagnitudeSplit::two_magnitudes(const RowOf& row) {
   const auto all = summary(row);
-  if (!std::isfinite(all.sum) || all.sum == 0) return {all.sum, all.sum, 0};
+  if (!std::isfinite(all.sum) || all.sum == 0) return none_of(all.sum);
   const auto n = static_cast<double>(row.size);
   const auto found = best(row, all, kOfTwoMagnitudes, TwoMagnitudesGain{n, all.sum});
   const double high = found.above.sum / found.above.count, low = found.below / std::max(n - found.above.count, 1.0);

@@ -34,7 +34,7 @@ void replace(const RowOf& row, void* to, const SignedLevels& levels,
 // S(k), the sum of the k largest, is concave: between two k for which it is known it is below the lines through both
 // whose slopes are the magnitudes there. The gain grows with S and is convex along a line, so it is nowhere larger than
 // at the ends and where the lines meet. A few passes over the row, of 8 thresholds each, leave of it only what that
-// does not rule out. Memory is used again for the next row. A row that is not finite comes out as zeros.
+// does not rule out. Memory is used again for the next row. A row that is not finite has the levels NaN.
 class MagnitudeSplit {
  public:
   // -a, 0, a: the gain is S^2 / k.

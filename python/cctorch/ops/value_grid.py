@@ -67,7 +67,7 @@ def ternary_quant(x: Tensor | Sequence[Tensor], axis: int | None = None) -> Tens
 
     Args:
         x: any shape; float32, float64, float16 or bfloat16. Or a sequence of such tensors, of one type and on one
-            device.
+            device. A row with NaN or infinity becomes NaN.
         axis: the dimension with one :math:`a` per index, or None for a single one.
 
     Returns:
@@ -110,7 +110,7 @@ def binary_code_quant(
 
     Args:
         x: any shape; float32, float64, float16 or bfloat16. Or a sequence of such tensors, of one type and on one
-            device.
+            device. A row with NaN or infinity becomes NaN.
         bits: 1 to 8.
         method: ``"alternating"`` or ``"greedy"``.
         axis: the dimension with scales of its own for each index, or None for one set of scales.

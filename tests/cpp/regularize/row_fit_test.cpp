@@ -124,5 +124,18 @@ TEST_P(RowFitBits, CodebooksAreTheComposedOnes) {
 INSTANTIATE_TEST_SUITE_P(Bits, RowFitBits, testing::Values(1, 2, 3, 4, 6));
 INSTANTIATE_TEST_SUITE_P(Bits, RowFitFewBits, testing::Values(1, 2, 3));
 
+TEST(BestGrids, ARowThatIsNotFiniteHasNone) {
+  at::manual_seed(0);
+  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    at::Tensor rows = at::randn({2, 40}, at::kDouble);
+    const at::Tensor reach = composed::ternary_reach(rows)[0], code = composed::fitted_code(rows, 2)[0];
+    rows[1][7] = bad;
+    EXPECT_TRUE(composed::ternary_reach(rows)[1].isnan().all().item<bool>());
+    EXPECT_TRUE(composed::fitted_code(rows, 2)[1].isnan().all().item<bool>());
+    EXPECT_TRUE(at::equal(composed::ternary_reach(rows)[0], reach));
+    EXPECT_TRUE(at::equal(composed::fitted_code(rows, 2)[0], code));
+  }
+}
+
 }  // namespace
 }  // namespace cctorch::regularize

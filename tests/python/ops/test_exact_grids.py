@@ -116,3 +116,21 @@ def test_scaled_signs_of_long_and_short_rows(dtype: torch.dtype) -> None:
     x = torch.tensor([[1.0, float("nan")], [-2.0, 0.0]]).to(dtype)
     assert binary_quant(x, 0)[0].isnan().all()
     assert binary_quant(x, 0)[1].tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("size", [2, 50, 3000])
+@pytest.mark.parametrize("name", [*QUANTIZERS, "three codes", "greedy"])
+def test_a_row_that_is_not_finite_becomes_nan_and_leaves_the_others_alone(name: str, size: int, bad: float) -> None:
+    others = {
+        "three codes": lambda x, axis: binary_code_quant(x, 3, axis=axis),
+        "greedy": lambda x, axis: binary_code_quant(x, 2, "greedy", axis),
+    }
+    quantize = (QUANTIZERS | others)[name]
+    torch.manual_seed(0)
+    x = torch.randn(3, size)
+    expected = quantize(x, 0)
+    x[1, size // 2] = bad
+    y = quantize(x, 0)
+    assert y[1].isnan().all()
+    assert torch.equal(y[::2], expected[::2])
