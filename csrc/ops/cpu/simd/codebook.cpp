@@ -156,16 +156,7 @@ constexpr CodebookLoops of{&quantize<S, T>, &cells<S, T>, &add<S, T>};
 }  // namespace
 
 CodebookLoops codebook_loops(Storage storage) {
-  switch (storage) {
-    case Storage::kDouble:
-      return of<double, double>;
-    case Storage::kHalf:
-      return of<Half, float>;
-    case Storage::kBFloat16:
-      return of<BFloat16, float>;
-    default:
-      return of<float, float>;
-  }
+  return with_types(storage, []<typename S, typename T>() { return of<S, T>; });
 }
 
 }  // namespace cctorch::simd::CCTORCH_ISA

@@ -200,16 +200,7 @@ constexpr MagnitudeLoops of{&summary<S, T>, &tails<S, T>, &cut<S, T>, &replace<S
 }  // namespace
 
 MagnitudeLoops magnitude_loops(Storage storage) {
-  switch (storage) {
-    case Storage::kDouble:
-      return of<double, double>;
-    case Storage::kHalf:
-      return of<Half, float>;
-    case Storage::kBFloat16:
-      return of<BFloat16, float>;
-    default:
-      return of<float, float>;
-  }
+  return with_types(storage, []<typename S, typename T>() { return of<S, T>; });
 }
 
 // Some of them at a time are compared with all: what is above stays in registers.

@@ -55,16 +55,7 @@ constexpr Norms of{&square<S, T>, &squared_distance<S, T>, &add_squares<S, T>};
 }  // namespace
 
 Norms norms(Storage storage) {
-  switch (storage) {
-    case Storage::kDouble:
-      return of<double, double>;
-    case Storage::kHalf:
-      return of<Half, float>;
-    case Storage::kBFloat16:
-      return of<BFloat16, float>;
-    default:
-      return of<float, float>;
-  }
+  return with_types(storage, []<typename S, typename T>() { return of<S, T>; });
 }
 
 }  // namespace cctorch::simd::CCTORCH_ISA

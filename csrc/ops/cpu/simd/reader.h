@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "csrc/ops/cpu/simd/half.h"
+#include "csrc/ops/cpu/simd/loops.h"
 #include "csrc/ops/cpu/simd/stores.h"
 
 namespace cctorch::simd::CCTORCH_ISA {
@@ -27,6 +28,21 @@ template <typename T>
 struct Reader<T, T> {
   const T* operator()(const void* from, int64_t begin, int64_t) { return static_cast<const T*>(from) + begin; }
 };
+
+// function.operator()<S, T>() of the storage's type and that of its arithmetic.
+template <typename Function>
+auto with_types(Storage storage, const Function& function) {
+  switch (storage) {
+    case Storage::kDouble:
+      return function.template operator()<double, double>();
+    case Storage::kHalf:
+      return function.template operator()<Half, float>();
+    case Storage::kBFloat16:
+      return function.template operator()<BFloat16, float>();
+    default:
+      return function.template operator()<float, float>();
+  }
+}
 
 // n numbers from `from`, written around the caches: what is larger than they are would push everything else out, and
 // each line would be read before it is written.

@@ -181,16 +181,7 @@ void quantize(const void* x, void* y, int64_t n, double q, bool search) {
 }  // namespace
 
 UniformGrid uniform_grid(Storage storage) {
-  switch (storage) {
-    case Storage::kDouble:
-      return &quantize<double, double>;
-    case Storage::kHalf:
-      return &quantize<Half, float>;
-    case Storage::kBFloat16:
-      return &quantize<BFloat16, float>;
-    default:
-      return &quantize<float, float>;
-  }
+  return with_types(storage, []<typename S, typename T>() -> UniformGrid { return &quantize<S, T>; });
 }
 
 }  // namespace cctorch::simd::CCTORCH_ISA
