@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <mutex>
 #include <numeric>
+#include <utility>
 
 #include "csrc/collaborative/running_layer.h"
 #include "csrc/largest_first.h"
@@ -26,6 +27,7 @@ void load_linear_algebra(const at::Device& device) {
 
 Streams streams_of(const std::vector<Layer>& layers, const Options& options) {
   Streams streams;
+  bool loaded = false;
   for (const auto& [spec, weight, gradient, table, max_rate] : layers) {
     std::optional<c10::Stream>& stream = streams.emplace_back();
     if (!weight.is_cuda() || !(ranking_share(ranking_macs(spec), options) > 0)) continue;
@@ -33,7 +35,7 @@ Streams streams_of(const std::vector<Layer>& layers, const Options& options) {
     for (const at::Tensor* read : {&weight, &gradient}) {
       if (read->is_cuda()) device.getStream(read->device()).synchronize();
     }
-    load_linear_algebra(weight.device());
+    if (!std::exchange(loaded, true)) load_linear_algebra(weight.device());
     stream = device.getStreamFromGlobalPool(weight.device());
   }
   return streams;
