@@ -46,8 +46,6 @@ TARGET = 0.3
 # A tenth of a layer's units between two rankings: what is shown does not depend on how good the choices are.
 STEP = 0.1
 TOLERANCE = 1e-4
-# Parameters: models with more take too much time and memory for a machine with two cores and 24 GiB.
-LARGEST = 250_000_000
 SEGMENTATION, DETECTION = "lraspp_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"
 # Smaller images than they were made for, where the architecture takes any: the channels are the same. What is not
 # listed or named in side() is 224 pixels wide.
@@ -207,10 +205,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def in_a_process(name: str, path: Path, seconds: int, gib: float) -> str | None:
+def in_a_process(name: str, path: Path, seconds: int, gib: float, millions: float) -> str | None:
     """Writes the model's row to `path`; or says why there is none."""
-    if parameters(name) > LARGEST:
-        return f"skipped: {parameters(name) / 1e6:.0f} M parameters, more than {LARGEST / 1e6:.0f} M"
+    if parameters(name) > 1e6 * millions:
+        return f"skipped: {parameters(name) / 1e6:.0f} M parameters, more than {millions:.0f} M"
     process = multiprocessing.get_context("spawn").Process(target=examine, args=(name, path, seconds, gib))
     process.start()
     process.join()
@@ -226,6 +224,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the figures and the table")
     parser.add_argument("--seconds", type=int, default=1800, help="of CPU time for one model")
     parser.add_argument("--gib", type=float, default=16, help="memory for one model")
+    parser.add_argument("--millions", type=float, default=1000, help="skip models with more parameters")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     names = arguments.models or [*torchvision.models.list_models(torchvision.models), SEGMENTATION, DETECTION]
@@ -234,7 +233,7 @@ def main() -> None:
         path = arguments.output / f"{name}.json"
         if not path.exists():
             start = time.perf_counter()
-            reason = in_a_process(name, path, arguments.seconds, arguments.gib)
+            reason = in_a_process(name, path, arguments.seconds, arguments.gib, arguments.millions)
             if reason is not None:
                 path.write_text(json.dumps({"model": name, "side": side(name), "error": reason}))
             print(f"{number}/{len(names)} {name}: {time.perf_counter() - start:.0f} s", flush=True)

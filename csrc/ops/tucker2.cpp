@@ -73,6 +73,9 @@ Tucker2Factors empty_tucker2(const at::Tensor& weight, int64_t rank_out, int64_t
           at::empty_symint({weight.sym_size(1), rank_in}, weight.options())};
 }
 
+namespace {
+
+// Mode-n unfoldings, and W with its outputs (inputs) in the space of a basis.
 at::Tensor swapped(const at::Tensor& w) { return w.transpose(-3, -2).contiguous(); }
 
 at::Tensor coordinates(const at::Tensor& basis, const at::Tensor& w) {
@@ -81,21 +84,32 @@ at::Tensor coordinates(const at::Tensor& basis, const at::Tensor& w) {
   return at::matmul(basis, w.flatten(-2)).view(sizes);
 }
 
-Tucker2Bases hosvd(const at::Tensor& w, int64_t rank_out, int64_t rank_in, const Tucker2Steps& steps) {
-  return {steps.leading(w.flatten(-2), rank_out), steps.leading(swapped(w).flatten(-2), rank_in)};
+}  // namespace
+
+Tucker2Bases improved(const at::Tensor& w, const Tucker2Bases& bases, int64_t rank_out, int64_t iterations,
+                      const Tucker2Step& step) {
+  const int64_t rank_in = bases.in.size(-2);
+  const at::Tensor by_input = iterations > 0 ? swapped(w) : at::Tensor();
+  Tucker2Bases result = bases;
+  for (int64_t i = 0; i < iterations; ++i) {
+    result.out = step(swapped(coordinates(result.in, by_input)).flatten(-2), result.out, rank_out);
+    result.narrowed = swapped(coordinates(result.out, w));
+    result.in = step(result.narrowed.flatten(-2), result.in, rank_in);
+  }
+  return result;
 }
 
-Tucker2Bases improved(const at::Tensor& w, Tucker2Bases bases, int64_t iterations, const Tucker2Steps& steps) {
-  const at::Tensor by_input = swapped(w);
-  for (int64_t i = 0; i < iterations; ++i) {
-    bases.out = steps.turned(swapped(coordinates(bases.in, by_input)).flatten(-2), bases.out);
-    bases.in = steps.turned(swapped(coordinates(bases.out, w)).flatten(-2), bases.in);
-  }
-  return bases;
+Tucker2Bases decomposed(const at::Tensor& w, int64_t rank_out, int64_t rank_in, int64_t iterations,
+                        const Tucker2Step& step) {
+  Tucker2Bases bases;
+  bases.in = step(swapped(w).flatten(-2), {}, rank_in);
+  if (iterations == 0) bases.out = step(w.flatten(-2), {}, rank_out);
+  return improved(w, bases, rank_out, iterations, step);
 }
 
 at::Tensor tucker2_core(const at::Tensor& w, const Tucker2Bases& bases) {
-  return swapped(coordinates(bases.in, swapped(coordinates(bases.out, w))));
+  const at::Tensor narrowed = bases.narrowed.defined() ? bases.narrowed : swapped(coordinates(bases.out, w));
+  return swapped(coordinates(bases.in, narrowed));
 }
 
 namespace {
@@ -108,18 +122,19 @@ struct Group {
 };
 
 Tucker2Bases exact(const at::Tensor& all, int64_t rank_out, int64_t rank_in, int64_t iterations) {
-  const Tucker2Steps steps{&composed::leading, [](const at::Tensor& a, const at::Tensor& basis) {
-                             return composed::leading(a, basis.size(-2));
-                           }};
-  return improved(all, hosvd(all, rank_out, rank_in, steps), iterations, steps);
+  return decomposed(all, rank_out, rank_in, iterations,
+                    [](const at::Tensor& a, const at::Tensor&, int64_t rank) { return composed::leading(a, rank); });
 }
 
 // From bases that fitted similar weights, as on CPU: near, unless these turn too far.
 void start(Group& group, const Tucker2Bases& start, int64_t iterations) {
-  const Tucker2Steps steps{&composed::leading, &composed::turned_towards};
-  const Tucker2Bases once =
-      improved(group.all, {composed::orthonormal(start.out), composed::orthonormal(start.in)}, 1, steps);
-  group.bases = improved(group.all, once, std::max<int64_t>(iterations - 1, 1), steps);
+  const int64_t rank_out = start.out.size(-2);
+  const auto step = [](const at::Tensor& a, const at::Tensor& basis, int64_t) {
+    return composed::turned_towards(a, basis);
+  };
+  const Tucker2Bases first{composed::orthonormal(start.out), composed::orthonormal(start.in), {}};
+  const Tucker2Bases once = improved(group.all, first, rank_out, 1, step);
+  group.bases = improved(group.all, once, rank_out, std::max<int64_t>(iterations - 1, 1), step);
   group.near = composed::near(once.out, group.bases.out).logical_and(composed::near(once.in, group.bases.in));
 }
 
@@ -153,7 +168,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
     const auto count = static_cast<int64_t>(group.members.size());
     group.all = stacked(weights, group.members).reshape({count, sizes[0], sizes[1], -1});
     if (from_bases) {
-      start(group, {stacked(bases_out, group.members).mT(), stacked(bases_in, group.members).mT()}, iterations);
+      start(group, {stacked(bases_out, group.members).mT(), stacked(bases_in, group.members).mT(), {}}, iterations);
       started.push_back(&group);
       near.push_back(group.near);
     } else {
@@ -169,6 +184,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
         exact(started[g]->all.index_select(0, index), bases.out.size(-2), bases.in.size(-2), iterations);
     bases.out.index_copy_(0, index, others.out);
     bases.in.index_copy_(0, index, others.in);
+    bases.narrowed.reset();
   }
   for (const auto& [kind, group] : groups) {
     const auto& [sizes, rank_out, rank_in, type, from_bases] = kind;

@@ -41,23 +41,22 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
 bool tucker2_starts_from_bases(const at::Tensor& weight);
 
 // One weight as outputs x inputs x kernel on its way, or a batch of them. Bases have orthonormal rows.
-struct Tucker2Steps {
-  std::function<at::Tensor(const at::Tensor& unfolded, int64_t rank)> leading;
-  std::function<at::Tensor(const at::Tensor& unfolded, const at::Tensor& basis)> turned;  // better than `basis`
-};
-
 struct Tucker2Bases {
   at::Tensor out, in;
+  // The weight with its outputs in the space of `out`, inputs x rank x kernel, where it has been calculated.
+  at::Tensor narrowed;
 };
 
-// Mode-n unfoldings, and W with its outputs (inputs) in the space of a basis.
-at::Tensor swapped(const at::Tensor& w);
-at::Tensor coordinates(const at::Tensor& basis, const at::Tensor& w);
+// A basis of `rank` rows for an unfolding; `basis`, if defined, is one to make better.
+using Tucker2Step = std::function<at::Tensor(const at::Tensor& unfolded, const at::Tensor& basis, int64_t rank)>;
 
-// Higher-order SVD.
-Tucker2Bases hosvd(const at::Tensor& w, int64_t rank_out, int64_t rank_in, const Tucker2Steps& steps);
-// Higher-order orthogonal iteration: each basis in turn is made better for the other.
-Tucker2Bases improved(const at::Tensor& w, Tucker2Bases bases, int64_t iterations, const Tucker2Steps& steps);
+// Higher-order orthogonal iteration: each basis in turn is made better for the other, of which `bases` has that of the
+// inputs at least.
+Tucker2Bases improved(const at::Tensor& w, const Tucker2Bases& bases, int64_t rank_out, int64_t iterations,
+                      const Tucker2Step& step);
+// The same from nothing: from the basis of the inputs of higher-order SVD, which without iterations is the result.
+Tucker2Bases decomposed(const at::Tensor& w, int64_t rank_out, int64_t rank_in, int64_t iterations,
+                        const Tucker2Step& step);
 at::Tensor tucker2_core(const at::Tensor& w, const Tucker2Bases& bases);
 
 }  // namespace cctorch

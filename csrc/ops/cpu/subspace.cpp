@@ -92,12 +92,37 @@ at::Tensor mixed_rows(const at::Tensor& g, int64_t count) {
   return result;
 }
 
-// Three quarters of the smallest eigenvalue that some Lanczos steps see: subtracted from G, it spreads a flat spectrum.
-// No larger part of the eigenvalues than that one's weight can lie below it (Chebyshev, Markov and Stieltjes); where
-// this is much, 0: they would grow with the largest.
-double floor_of(const at::Tensor& g) {
-  constexpr int64_t steps = 6;
-  at::Tensor tridiagonal = at::zeros({steps, steps}, at::kDouble);
+// What some Lanczos steps from a random vector see of a matrix's eigenvalues: numbers in ascending order and the parts
+// of all that they stand for.
+struct Spectrum {
+  std::vector<double> values, parts;
+
+  // Three quarters of the smallest one: subtracted from G, it spreads a flat spectrum. No larger part of the
+  // eigenvalues than that one's can lie below it (Chebyshev, Markov and Stieltjes); where this is much, 0: they would
+  // grow with the largest.
+  double floor() const { return parts.front() < 0.3 ? std::max(0.0, 0.75 * values.front()) : 0; }
+
+  // Above which about a part `above` of all lies: each number stands for as many below as above it. Nothing where one
+  // stands for too many.
+  std::optional<double> quantile(double above) const {
+    double passed = 0, before = 0;
+    for (size_t i = values.size(); i-- > 0;) {
+      if (parts[i] > 0.3) return std::nullopt;
+      const double middle = passed + parts[i] / 2;
+      if (middle >= above) {
+        if (i + 1 == values.size()) return values[i];
+        return values[i] + (values[i + 1] - values[i]) * (middle - above) / (middle - before);
+      }
+      passed += parts[i];
+      before = middle;
+    }
+    return values.front();
+  }
+};
+
+Spectrum spectrum_of(const at::Tensor& g) {
+  constexpr int64_t most = 8;
+  at::Tensor tridiagonal = at::zeros({most, most}, at::kDouble);
   auto entry = tridiagonal.accessor<double, 2>();
   at::Tensor before = at::zeros({g.size(0)}, g.options()), now = at::empty({g.size(0)}, g.options());
   Random random;
@@ -105,21 +130,34 @@ double floor_of(const at::Tensor& g) {
     now.mutable_data_ptr<float>()[i] = random.sign() / std::sqrt(static_cast<float>(g.size(0)));
   }
   double beside = 0;
-  for (int64_t i = 0; i < steps; ++i) {
+  int64_t steps = 0;
+  while (true) {
     at::Tensor next = at::addmv(before, g, now, -beside, 1);
-    entry[i][i] = at::dot(next, now).item<double>();
-    if (i + 1 == steps) break;
-    next.sub_(now, entry[i][i]);
+    entry[steps][steps] = at::dot(next, now).item<double>();
+    next.sub_(now, entry[steps][steps]);
+    if (++steps == most) break;
     beside = at::linalg_vector_norm(next).item<double>();
-    if (!(beside > 0)) return 0;
-    entry[i + 1][i] = beside;
+    if (!(beside > 0)) break;
+    entry[steps][steps - 1] = beside;
     before = now;
     now = next.div_(beside);
   }
-  const auto [values, vectors] = at::linalg_eigh(tridiagonal);
-  const double weight = std::pow(vectors[0][0].item<double>(), 2);
-  return weight < 0.3 ? std::max(0.0, 0.75 * values[0].item<double>()) : 0;
+  const auto [values, vectors] = at::linalg_eigh(tridiagonal.narrow(0, 0, steps).narrow(1, 0, steps));
+  const at::Tensor parts = vectors[0].square();
+  Spectrum seen;
+  for (int64_t i = 0; i < steps; ++i) {
+    seen.values.push_back(values[i].item<double>());
+    seen.parts.push_back(parts[i].item<double>());
+  }
+  return seen;
 }
+
+// What lies in [0, bound] is to be damped beside what lies between that and `top`.
+struct Range {
+  double bound, top;
+  // How much faster than the constant the Chebyshev polynomial of degree `degree` grows.
+  double reach() const { return std::acosh(std::max(1.0, 2 * top / bound - 1)); }
+};
 
 // The Chebyshev polynomial of degree `degree` on [0, bound] of G, times `rows`: at most 1 on that interval, and growing
 // as fast as any polynomial can above it. `image` is rows G.
@@ -133,39 +171,63 @@ at::Tensor filter(const at::Tensor& g, const at::Tensor& rows, const at::Tensor&
   return now;
 }
 
-// The largest degree whose growth at `top` the basis of a float32 block survives.
-int64_t safe_degree(double top, double bound, int64_t wanted) {
-  constexpr double growth = 3000;
-  const double reach = std::acosh(std::max(1.0, 2 * top / bound - 1));
-  const int64_t safe = reach > 0 ? static_cast<int64_t>(std::acosh(growth) / reach) : wanted;
-  return std::clamp<int64_t>(safe, 1, wanted);
+// The basis of a float32 block survives this ratio of its rows' growth.
+constexpr double most_growth = 3000;
+
+// The largest degree that a block survives which has grown so far already; 0 if there is none.
+int64_t safe_degree(const Range& range, double grown, int64_t wanted) {
+  if (grown >= most_growth) return 0;
+  const double reach = range.reach();
+  return reach > 0 ? std::min(wanted, static_cast<int64_t>(std::acosh(most_growth / grown) / reach)) : wanted;
 }
 
+// From the spectrum of G, for a block that keeps a part of all directions: nothing where that is too coarse a picture.
+std::optional<Range> range_of(const Spectrum& seen, double shift, double part) {
+  const std::optional<double> bound = seen.quantile(part);
+  if (!bound || part < 0.2) return std::nullopt;
+  const Range range{*bound - shift, seen.values.back() - shift};
+  return range.bound > 0 && range.top < 8 * range.bound ? std::optional(range) : std::nullopt;
+}
+
+// From the block's Ritz values, the smallest one wanted as the bound. A larger one would damp what lies between them,
+// once they have converged.
+Range range_of(const at::Tensor& block, const at::Tensor& image, int64_t rank) {
+  const at::Tensor values = at::linalg_eigvalsh(at::mm(image, block.t()));
+  const auto* value = values.const_data_ptr<float>();
+  return {value[values.size(0) - rank], value[values.size(0) - 1]};
+}
+
+// A quarter more rows than wanted, and this degree of all polynomials together, reach 0.1 % for a spectrum without any
+// gap; those of trained weights fall faster.
+int64_t width_for(int64_t rank) { return rank + rank / 4 + 16; }
+constexpr int64_t total_degree = 5;
+
 // Subspace iteration with Chebyshev polynomials and one Rayleigh-Ritz step at the end: products of matrices almost
-// only. Needs fewer multiplications than an eigendecomposition for ranks below a third of G's size.
-std::optional<std::pair<at::Tensor, Kept>> iterate(const at::Tensor& g, int64_t rank) {
-  // A quarter more rows than wanted, and this degree of all polynomials together, reach 0.1 % for a spectrum without
-  // any gap; those of trained weights fall faster.
-  constexpr int64_t total_degree = 5;
-  const int64_t width = rank + rank / 4 + 16;
-  auto block = orthonormal(mixed_rows(g, width), 1);
-  for (int64_t degree = 1; block;) {
-    const at::Tensor image = at::mm(*block, g);
-    const at::Tensor projected = at::mm(image, block->t());
-    if (degree == total_degree) {
-      const auto [values, vectors] = at::linalg_eigh(projected);
-      return std::pair(at::mm(vectors.narrow(1, width - rank, rank).t(), *block), kept_of(values, rank));
+// only. Needs fewer multiplications than an eigendecomposition for ranks below a third of G's size. With a range that
+// is known it needs no Ritz values on the way.
+std::optional<std::pair<at::Tensor, Kept>> iterate(const at::Tensor& g, int64_t rank,
+                                                   const std::optional<Range>& known) {
+  const int64_t width = width_for(rank);
+  std::optional<at::Tensor> block = mixed_rows(g, width);
+  double grown = known ? known->top / known->bound : most_growth;
+  for (int64_t left = total_degree - 1; left > 0;) {
+    int64_t step = known ? safe_degree(*known, grown, left) : 0;
+    if (step == 0) {
+      block = orthonormal(*block, 1);
+      if (!block) return std::nullopt;
     }
-    const at::Tensor values = at::linalg_eigvalsh(projected);
-    const auto* value = values.const_data_ptr<float>();
-    // The smallest one wanted. A larger one would damp what lies between them, once they have converged.
-    const double bound = value[width - rank];
-    if (!(bound > 0)) return std::nullopt;
-    const int64_t step = safe_degree(value[width - 1], bound, total_degree - degree);
-    degree += step;
-    block = orthonormal(filter(g, *block, image, bound, step), degree == total_degree ? 2 : 1);
+    const at::Tensor image = at::mm(*block, g);
+    const Range range = known ? *known : range_of(*block, image, rank);
+    if (!(range.bound > 0)) return std::nullopt;
+    if (step == 0) step = std::max<int64_t>(1, safe_degree(range, 1, left));
+    block = filter(g, *block, image, range.bound, step);
+    grown = most_growth;
+    left -= step;
   }
-  return std::nullopt;
+  block = orthonormal(*block, 2);
+  if (!block) return std::nullopt;
+  const auto [values, vectors] = at::linalg_eigh(at::mm(at::mm(*block, g), block->t()));
+  return std::pair(at::mm(vectors.narrow(1, width - rank, rank).t(), *block), kept_of(values, rank));
 }
 
 std::pair<at::Tensor, Kept> by_eigenvectors(const at::Tensor& g, int64_t rank) {
@@ -180,7 +242,7 @@ at::Tensor solve_rows(const at::Tensor& lower, const at::Tensor& rows) {
 
 // L of the rows' products, whose Cholesky factor exists: relative to their lengths, these are shifted.
 std::optional<at::Tensor> lower_of_products(const at::Tensor& rows) {
-  at::Tensor products = at::mm(rows, rows.t());
+  at::Tensor products = gram(rows);
   const at::Tensor lengths = products.diagonal().sqrt().unsqueeze(1);
   products.div_(lengths).div_(lengths.t());
   products.diagonal().add_(5e-7 * static_cast<double>(rows.size(0)));
@@ -205,7 +267,7 @@ std::optional<at::Tensor> orthonormal(const at::Tensor& rows, int passes) {
   if (!first) return std::nullopt;
   at::Tensor q = solve_rows(*first, rows);
   for (int pass = 1; pass < passes; ++pass) {
-    const auto [lower, failed] = at::linalg_cholesky_ex(at::mm(q, q.t()));
+    const auto [lower, failed] = at::linalg_cholesky_ex(gram(q));
     if (failed.item<int>() != 0) return std::nullopt;
     q = solve_rows(lower, q);
   }
@@ -214,7 +276,7 @@ std::optional<at::Tensor> orthonormal(const at::Tensor& rows, int passes) {
 
 at::Tensor gram(const at::Tensor& a) {
   const int64_t rows = a.size(0);
-  constexpr int64_t panel = 256;  // products of fewer rows run at a lower rate
+  constexpr int64_t panel = 64;
   at::Tensor g = at::empty({rows, rows}, a.options());
   for (int64_t begin = 0; begin < rows; begin += panel) {
     const int64_t end = std::min(rows, begin + panel);
@@ -241,10 +303,22 @@ at::Tensor exact_basis(const at::Tensor& a, int64_t rank) {
   return std::get<0>(at::linalg_svd(wide, /*full_matrices=*/rank > a.size(-1))).narrow(-1, 0, rank).mT();
 }
 
-at::Tensor turned_towards(const at::Tensor& a, const at::Tensor& basis) {
-  if (a.scalar_type() == at::kDouble || a.size(0) <= direct_rows) return leading(a, basis.size(0));
-  const auto next = orthonormal(at::mm(at::mm(basis, a), a.t()), 2);
-  return next ? *next : leading(a, basis.size(0));
+at::Tensor turned_towards(const at::Tensor& a, const at::Tensor& basis, Steps steps) {
+  const int64_t rank = basis.size(0);
+  if (a.scalar_type() == at::kDouble || a.size(0) <= direct_rows) return leading(a, rank);
+  // Of more than a quarter of the rows, the lower half of a Gram matrix takes less than two products.
+  const bool by_gram = a.size(0) <= a.size(1) && (steps == Steps::two || 4 * rank > a.size(0));
+  const at::Tensor g = by_gram ? gram(a) : at::Tensor();
+  const auto times = [&](const at::Tensor& rows) { return by_gram ? at::mm(rows, g) : at::mm(at::mm(rows, a), a.t()); };
+  at::Tensor next = times(basis);
+  if (steps == Steps::two) {
+    // G (G - 0.7 t), t the smallest of the basis' eigenvalues: two steps where the spectrum falls fast, and where it
+    // hardly falls almost what eigenvectors would give.
+    const double smallest = range_of(basis, next, rank).bound;
+    next = times(next).sub_(next, 0.7 * std::max(0.0, smallest));
+  }
+  const auto orthonormal_next = orthonormal(next, 2);
+  return orthonormal_next ? *orthonormal_next : leading(a, rank);
 }
 
 double turn(const at::Tensor& before, const at::Tensor& after) {
@@ -266,9 +340,11 @@ at::Tensor leading(const at::Tensor& a, int64_t rank) {
   if (!fits_float32(total)) return exact_basis(a, rank).to(at::kFloat);
   std::optional<std::pair<at::Tensor, Kept>> found;
   if (3 * rank < a.size(0)) {
-    const double shift = floor_of(g);
+    const Spectrum seen = spectrum_of(g);
+    const double shift = seen.floor(), part = static_cast<double>(width_for(rank)) / static_cast<double>(g.size(0));
+    const auto known = range_of(seen, shift, part);
     g.diagonal().sub_(shift);
-    found = iterate(g, rank);
+    found = iterate(g, rank, known);
     g.diagonal().add_(shift);
     if (found) found->second = found->second.shifted(shift, rank);
   }

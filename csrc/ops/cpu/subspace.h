@@ -30,8 +30,10 @@ at::Tensor exact_basis(const at::Tensor& a, int64_t rank);
 // The basis that keeps the most of A, by the route that truncated_svd documents; of a tall A from that of its rows.
 at::Tensor leading(const at::Tensor& a, int64_t rank);
 
-// The next basis of the subspace iteration, or the best one where that is cheap.
-at::Tensor turned_towards(const at::Tensor& a, const at::Tensor& basis);
+// The basis after one step of the subspace iteration or two, of which the second is shifted and makes it almost the
+// best; the best one where that is cheap.
+enum class Steps : std::uint8_t { one, two };
+at::Tensor turned_towards(const at::Tensor& a, const at::Tensor& basis, Steps steps);
 
 // The sum of sin^2 of the angles by which a basis turned.
 double turn(const at::Tensor& before, const at::Tensor& after);

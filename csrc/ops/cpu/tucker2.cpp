@@ -21,16 +21,24 @@ bool tucker2_starts_from_bases(const at::Tensor& weight) {
 namespace cctorch::cpu {
 namespace {
 
+at::Tensor next(const at::Tensor& a, const at::Tensor& basis, int64_t /*rank*/) {
+  return subspace::turned_towards(a, basis, subspace::Steps::one);
+}
+
+at::Tensor almost_best(const at::Tensor& a, const at::Tensor& basis, int64_t rank) {
+  return basis.defined() ? subspace::turned_towards(a, basis, subspace::Steps::two) : subspace::leading(a, rank);
+}
+
 // From bases that fitted similar weights, unless these turn too far.
 std::optional<Tucker2Bases> from(const at::Tensor& w, const Tucker2Bases& start, int64_t iterations) {
-  const Tucker2Steps steps{&subspace::leading, &subspace::turned_towards};
   const auto out = subspace::orthonormal(start.out, 2), in = subspace::orthonormal(start.in, 2);
   if (!out || !in) return std::nullopt;
-  const Tucker2Bases once = improved(w, {*out, *in}, 1, steps);
-  const Tucker2Bases bases = improved(w, once, std::max<int64_t>(iterations - 1, 1), steps);
-  const bool near_out = subspace::near(subspace::turn(once.out, bases.out), w.size(0) - bases.out.size(0));
-  const bool near_in = subspace::near(subspace::turn(once.in, bases.in), w.size(1) - bases.in.size(0));
-  return near_out && near_in ? std::optional(bases) : std::nullopt;
+  const int64_t rank_out = out->size(0), rank_in = in->size(0);
+  const Tucker2Bases once = improved(w, {*out, *in, {}}, rank_out, 1, next);
+  Tucker2Bases bases = improved(w, once, rank_out, std::max<int64_t>(iterations - 1, 1), next);
+  const bool near_out = subspace::near(subspace::turn(once.out, bases.out), w.size(0) - rank_out);
+  const bool near_in = subspace::near(subspace::turn(once.in, bases.in), w.size(1) - rank_in);
+  return near_out && near_in ? std::optional(std::move(bases)) : std::nullopt;
 }
 
 // No more outputs than what is left of inputs and kernel can tell apart, nor the other way round: more change nothing.
@@ -58,13 +66,12 @@ void factor(const at::Tensor& weight, const Tucker2Bases& start, int64_t iterati
   std::optional<Tucker2Bases> bases;
   if (start.out.defined() && tucker2_starts_from_bases(weight) && useful == std::pair(rank_out, rank_in)) {
     const at::Tensor single = w.to(at::kFloat);
-    bases = from(single, {start.out.to(at::kFloat).t(), start.in.to(at::kFloat).t()}, iterations);
+    bases = from(single, {start.out.to(at::kFloat).t(), start.in.to(at::kFloat).t(), {}}, iterations);
     if (bases) w = single;
   }
-  const auto best = [](const at::Tensor& a, const at::Tensor& basis) { return subspace::leading(a, basis.size(0)); };
-  const Tucker2Steps steps{&subspace::leading, best};
-  if (!bases) bases = improved(w, hosvd(w, useful.first, useful.second, steps), iterations, steps);
-  bases = {completed(bases->out, rank_out), completed(bases->in, rank_in)};
+  if (!bases) bases = decomposed(w, useful.first, useful.second, iterations, almost_best);
+  bases->in = completed(bases->in, rank_in);
+  if (useful.first < rank_out) bases = {completed(bases->out, rank_out), bases->in, {}};
   factors[0].copy_(tucker2_core(w, *bases).view(factors[0].sizes()));
   factors[1].copy_(bases->out.t());
   factors[2].copy_(bases->in.t());
@@ -83,7 +90,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
   largest_first(costs, [&](size_t i) {
     if (weights[i].numel() == 0) return;
     const bool started = !bases_out.empty() && bases_out[i].numel() > 0 && bases_in[i].numel() > 0;
-    factor(weights[i], started ? Tucker2Bases{bases_out[i], bases_in[i]} : Tucker2Bases{}, iterations, factors[i]);
+    factor(weights[i], started ? Tucker2Bases{bases_out[i], bases_in[i], {}} : Tucker2Bases{}, iterations, factors[i]);
   });
   return tucker2_lists(weights.size(), [&](size_t i) { return factors[i]; });
 }

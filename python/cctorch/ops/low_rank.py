@@ -174,12 +174,14 @@ def tucker2(
     iterations: int = 2,
     bases: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Tucker-2 decompositions: low rank in output and in input channels; many weights at once.
+    r"""Tucker-2 decompositions: low rank in output and in input channels; many weights at once.
 
     ``einsum("no,oi...,ci->nc...", out, core, in)`` approximates a weight: the truncated higher-order SVD, then
     higher-order orthogonal iteration (De Lathauwer et al. 2000), which changes one basis at a time for the better.
-    Each basis comes by the routes, and with the accuracy, of :func:`truncated_svd`; weights of up to 64 outputs and
-    inputs are decomposed in float64, unless they start from bases.
+    The first bases come by the routes, and with the accuracy, of :func:`truncated_svd`. So do all later ones in
+    float64, of weights of up to 64 outputs and inputs, and outside the CPU; the others are made better by two steps of
+    subspace iteration, :math:`B \leftarrow B\, G\, (G - 0.7\, t\, I)` with the unfolding's Gram matrix G and the
+    smallest t of the basis' eigenvalues. Where that was tried, the error was within 0.1 % of orthogonal iteration's.
 
     Args:
         weights: shapes ``(N, C, ...)``, on one device.
