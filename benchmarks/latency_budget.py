@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torchvision
-from cctorch import _C, apply, batch_norm, collaborative, data, measure, models, repair
+from cctorch import _C, apply, batch_norm, collaborative, data, datasets, measure, models, repair
 from cctorch.config import Config, expand, load_config
 from cctorch.graph import ModelGraph, trace
 from cctorch.latency_budget import table_for
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 
 def load(config: Config, device: torch.device) -> tuple[nn.Module, data.Dataset]:
-    images = data.load(config.data, config.seed, device)
+    images = datasets.load(config.data, config.seed, device)
     model = build(Architecture(config.model.name, images.classes, images.shape, images.mean, images.std), None)
     assert config.model.weights, "the configuration must name weights: nothing is trained here"
     models.load_weights(model, expand(config.model.weights))

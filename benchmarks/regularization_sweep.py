@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cctorch import _C, data, measure, models
+from cctorch import _C, data, datasets, measure, models
 from cctorch import regularize as r
 from cctorch.config import Data, Training, expand
 from cctorch.regularize_stage import located, select
@@ -228,7 +228,7 @@ def main() -> None:
     arguments = parse()
     _C.keep_freed_memory()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    images = data.load(Data(kind="cifar10", validation=0), 0, arguments.device)
+    images = datasets.load(Data(kind="cifar10", validation=0), 0, arguments.device)
     file = arguments.out / "runs.jsonl"
     runs = read(file)
     number, count = arguments.part

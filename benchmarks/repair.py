@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cctorch import _C, apply, batch_norm, data, load_plan, measure, models, repair
+from cctorch import _C, apply, batch_norm, data, datasets, load_plan, measure, models, repair
 from cctorch.config import expand, load_config
 from cctorch.nn.gather import unwrapped
 from cctorch.plan import CompressionPlan
@@ -30,7 +30,7 @@ class Experiment:
     def __init__(self, arguments: argparse.Namespace) -> None:
         config = load_config(arguments.config)
         torch.manual_seed(config.seed)
-        self.data = data.load(config.data, config.seed)
+        self.data = datasets.load(config.data, config.seed)
         self.dense = models.create(config.model.name, self.data.shape[0], self.data.classes).eval()
         models.load_weights(self.dense, expand(str(config.model.weights)))
         self.dense = self.dense.to(memory_format=torch.channels_last)

@@ -20,6 +20,7 @@ from cctorch import (
     batch_norm,
     compress_stage,
     data,
+    datasets,
     distributed,
     measure_stage,
     models,
@@ -147,7 +148,7 @@ class _Run:
         loaded: list[data.Dataset] = []
 
         def load() -> None:
-            loaded.append(data.load(self.config.data, self.config.seed, self.device))
+            loaded.append(datasets.load(self.config.data, self.config.seed, self.device))
 
         distributed.on_main(load)
         if not loaded:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from cctorch import batch_norm, compress_stage, data, measure, report
+from cctorch import batch_norm, compress_stage, data, datasets, measure, report
 from cctorch.apply import apply
 from cctorch.collaborative import Compression
 from cctorch.config import Compress, Config, load_config
@@ -64,7 +64,7 @@ class _Sweep:
         self.config, self.settings, self.folder, self.log = config, settings, folder, log
         device = set_up(config)
         self.device = describe(device)
-        self.data = data.load(config.data, config.seed, device)
+        self.data = datasets.load(config.data, config.seed, device)
         self.feed = data.Feed(self.data, config.train.channels_last)
         self.dense = self.feed.place(load_model(folder.dense)[0], device)
         self.images = "validation" if len(self.data.validation) else "test"

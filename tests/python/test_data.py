@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from cctorch import data, image_folder
+from cctorch import data, datasets, image_folder
 from cctorch.config import Data
 from cctorch.data import Batches, DataError, ImageSet
 from cctorch.pixels import as_rgb
@@ -21,8 +21,8 @@ from tiny_run import images_and_labels, write_dataset, write_idx
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CCTORCH_DATA", raising=False)
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
-    monkeypatch.setattr(data, "_download", lambda dataset: False)
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(datasets, "_download", lambda dataset: False)
 
 
 def _fashion(root: Path | None, **settings: object) -> Data:
@@ -51,7 +51,7 @@ def test_reads_idx_files(tmp_path: Path, compressed: bool) -> None:
         suffix = ".gz" if compressed else ""
         write_idx(tmp_path / f"{part}-images-idx3-ubyte{suffix}", expected)
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte{suffix}", labels)
-    dataset = data.load(_fashion(tmp_path, validation=0), 0)
+    dataset = datasets.load(_fashion(tmp_path, validation=0), 0)
     assert torch.equal(dataset.test.images[:, 0].long(), expected)
     assert torch.equal(dataset.test.labels, labels)
     assert (dataset.shape, dataset.classes) == ((1, 12, 12), 4)
@@ -66,13 +66,13 @@ def test_parts_are_disjoint_and_follow_from_the_seed(tmp_path: Path) -> None:
     def members(part: ImageSet) -> list[int]:
         return part.images[:, 0, 0, 0].tolist()
 
-    whole = data.load(_fashion(tmp_path, validation=0.25), 3)
+    whole = datasets.load(_fashion(tmp_path, validation=0.25), 3)
     assert len(whole.validation) == 15
     assert sorted(members(whole.train) + members(whole.validation)) == list(range(count))
-    again = data.load(_fashion(tmp_path, validation=15), 3)
+    again = datasets.load(_fashion(tmp_path, validation=15), 3)
     assert members(again.train) == members(whole.train)
-    assert members(data.load(_fashion(tmp_path, validation=15), 4).validation) != members(whole.validation)
-    limited = data.load(_fashion(tmp_path, validation=15, limit_train=20, limit_test=7), 3)
+    assert members(datasets.load(_fashion(tmp_path, validation=15), 4).validation) != members(whole.validation)
+    limited = datasets.load(_fashion(tmp_path, validation=15, limit_train=20, limit_test=7), 3)
     assert members(limited.validation) == members(whole.validation)
     assert members(limited.train) == members(whole.train)[:20]
     assert len(set(members(limited.test))) == 7
@@ -81,20 +81,20 @@ def test_parts_are_disjoint_and_follow_from_the_seed(tmp_path: Path) -> None:
 def test_finds_the_data_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(tmp_path / "fashion-mnist")
     monkeypatch.setenv("CCTORCH_DATA", str(tmp_path))
-    assert data.load(_fashion(None), 0).source == str(tmp_path / "fashion-mnist")
+    assert datasets.load(_fashion(None), 0).source == str(tmp_path / "fashion-mnist")
 
 
 @pytest.mark.parametrize("named", [True, False])
 def test_says_both_ways_out_where_there_is_no_fashion_mnist(tmp_path: Path, named: bool) -> None:
     with pytest.raises(DataError, match="apt install dataset-fashion-mnist") as caught:
-        data.load(_fashion(tmp_path if named else None), 0)
+        datasets.load(_fashion(tmp_path if named else None), 0)
     assert "network" in str(caught.value)
     assert str(caught.value).count(". ") == 0
 
 
 def test_says_where_cifar_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"CIFAR-10 was not found: set data\.root or .* CCTORCH_DATA"):
-        data.load(Data(kind="cifar10"), 0)
+        datasets.load(Data(kind="cifar10"), 0)
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"])
@@ -103,27 +103,27 @@ def test_damaged_idx_files_are_named(tmp_path: Path, name: str) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=f"{name} is damaged"):
-        data.load(_fashion(tmp_path), 0)
+        datasets.load(_fashion(tmp_path), 0)
     write_idx(file, torch.zeros(4, 4))
     with pytest.raises(DataError, match=f"{name} is not an idx file"):
-        data.load(_fashion(tmp_path), 0)
+        datasets.load(_fashion(tmp_path), 0)
     if "labels" in name:
         file.unlink()
         with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte\.gz is missing"):
-            data.load(_fashion(tmp_path), 0)
+            datasets.load(_fashion(tmp_path), 0)
 
 
 def test_empty_and_too_small_data_is_refused(tmp_path: Path) -> None:
     write_dataset(tmp_path / "small", train=8)
     with pytest.raises(DataError, match=r"data\.validation = 8: expected less than the 8 training images"):
-        data.load(_fashion(tmp_path / "small", validation=8), 0)
+        datasets.load(_fashion(tmp_path / "small", validation=8), 0)
     write_dataset(tmp_path / "empty", train=0)
     with pytest.raises(DataError, match="holds 0 training and 40 test images"):
-        data.load(_fashion(tmp_path / "empty"), 0)
+        datasets.load(_fashion(tmp_path / "empty"), 0)
     write_dataset(tmp_path / "odd")
     write_idx(tmp_path / "odd" / "train-labels-idx1-ubyte.gz", torch.zeros(5))
     with pytest.raises(DataError, match="96 images but 5 labels in train"):
-        data.load(_fashion(tmp_path / "odd"), 0)
+        datasets.load(_fashion(tmp_path / "odd"), 0)
 
 
 def test_a_folder_and_its_zip_hold_the_same_images(tmp_path: Path) -> None:
@@ -131,8 +131,8 @@ def test_a_folder_and_its_zip_hold_the_same_images(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for file in root.rglob("*.png"):
             archive.write(file, file.relative_to(tmp_path))
-    folder = data.load(Data(kind="cifar10", root=str(tmp_path), validation=0), 0)
-    archived = data.load(Data(kind="cifar10", root=str(tmp_path / "x.zip"), validation=0), 0)
+    folder = datasets.load(Data(kind="cifar10", root=str(tmp_path), validation=0), 0)
+    archived = datasets.load(Data(kind="cifar10", root=str(tmp_path / "x.zip"), validation=0), 0)
     assert torch.equal(folder.train.images, archived.train.images)
     assert folder.test.labels.tolist() == archived.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
     pixels = numpy.asarray(Image.open(root / "test" / "ant" / "0001.png"))
@@ -142,42 +142,42 @@ def test_a_folder_and_its_zip_hold_the_same_images(tmp_path: Path) -> None:
 def test_the_cache_is_used_renewed_and_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = _folder(tmp_path / "images")
     reads = []
-    decode = data._decode
-    monkeypatch.setattr(data, "_decode", lambda *arguments: reads.append(1) or decode(*arguments))
-    first = data.load(_image_folder(root), 0)
-    second = data.load(_image_folder(root), 0)
+    decode = datasets._decode
+    monkeypatch.setattr(datasets, "_decode", lambda *arguments: reads.append(1) or decode(*arguments))
+    first = datasets.load(_image_folder(root), 0)
+    second = datasets.load(_image_folder(root), 0)
     assert len(reads) == 1
     assert torch.equal(first.train.images, second.train.images)
     [cache] = (tmp_path / "cache" / "cctorch").iterdir()
     cache.write_bytes(cache.read_bytes()[:100])
-    assert torch.equal(data.load(_image_folder(root), 0).train.images, first.train.images)
+    assert torch.equal(datasets.load(_image_folder(root), 0).train.images, first.train.images)
     assert len(reads) == 2
     (root / "train" / "ant" / "0000.png").unlink()
-    assert len(data.load(_image_folder(root), 0).train) == 5
+    assert len(datasets.load(_image_folder(root), 0).train) == 5
 
 
 def test_folders_that_can_not_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.root = .*expected a folder"):
-        data.load(_image_folder(tmp_path), 0)
+        datasets.load(_image_folder(tmp_path), 0)
     root = _folder(tmp_path / "images")
     buffer = io.BytesIO()
     Image.new("RGB", (9, 9)).save(buffer, "png")
     (root / "train" / "zebra" / "0001.png").write_bytes(buffer.getvalue())
     with pytest.raises(DataError, match=r"train/zebra/0001\.png has shape \(9, 9, 3\), the others \(8, 8, 3\)"):
-        data.load(_image_folder(root), 0)
+        datasets.load(_image_folder(root), 0)
     (root / "train" / "zebra" / "0001.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"train/zebra/0001\.png is no readable image"):
-        data.load(_image_folder(root), 0)
+        datasets.load(_image_folder(root), 0)
     single = _image_folder(_folder(tmp_path / "single"))
     for part in ("train", "test"):
         for label in (tmp_path / "single" / part).iterdir():
             if label.name != "zebra":
                 shutil.rmtree(label)
     with pytest.raises(DataError, match="has one class, 'zebra': expected two or more"):
-        data.load(single, 0)
+        datasets.load(single, 0)
     (tmp_path / "x.zip").write_bytes(b"no archive")
     with pytest.raises(DataError, match=r"x\.zip is damaged"):
-        data.load(_image_folder(tmp_path / "x.zip"), 0)
+        datasets.load(_image_folder(tmp_path / "x.zip"), 0)
 
 
 def _numbered(count: int) -> ImageSet:
@@ -257,7 +257,7 @@ def _imagenet(root: Path, sizes: tuple[tuple[int, int], ...] = ((20, 16), (16, 4
 
 
 def test_images_of_any_size_are_scaled_and_cut_to_the_middle(tmp_path: Path) -> None:
-    dataset = data.load(_resized(_imagenet(tmp_path)), 0)
+    dataset = datasets.load(_resized(_imagenet(tmp_path)), 0)
     assert (dataset.shape, dataset.classes, len(dataset.train), len(dataset.test)) == ((3, 14, 14), 3, 9, 9)
     for images, label in zip(dataset.train.images, dataset.train.labels, strict=True):
         middle = images[:, 6:8, 6:8].float().mean((1, 2))
@@ -274,14 +274,14 @@ def test_only_as_many_images_as_asked_for_are_decoded(tmp_path: Path, monkeypatc
     decode = image_folder._decoded
     monkeypatch.setattr(image_folder, "_decoded", lambda path, size: decoded.append(path) or decode(path, size))
     root = _imagenet(tmp_path)
-    dataset = data.load(_resized(root, validation=1, limit_train=1, limit_test=1), 0)
+    dataset = datasets.load(_resized(root, validation=1, limit_train=1, limit_test=1), 0)
     assert (len(dataset.train), len(dataset.validation), len(dataset.test), len(decoded)) == (1, 1, 1, 3)
     # Two images can't show all classes.
     few = _resized(root, limit_train=1, limit_test=1)
-    assert {data.load(few, seed).classes for seed in range(8)} == {3}
-    again = data.load(_resized(root, validation=1, limit_train=1, limit_test=1), 0)
+    assert {datasets.load(few, seed).classes for seed in range(8)} == {3}
+    again = datasets.load(_resized(root, validation=1, limit_train=1, limit_test=1), 0)
     assert torch.equal(again.train.images, dataset.train.images)
-    share = data.load(_resized(root, validation=0.5, limit_train=2), 0)
+    share = datasets.load(_resized(root, validation=0.5, limit_train=2), 0)
     assert (len(share.train), len(share.validation)) == (2, 2)
 
 
@@ -311,19 +311,19 @@ def test_images_of_other_modes_show_the_same(mode: str) -> None:
 
 def test_what_is_wrong_with_a_folder_of_images_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no folder train"):
-        data.load(_resized(tmp_path), 0)
+        datasets.load(_resized(tmp_path), 0)
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
     with pytest.raises(DataError, match=r"Couldn't find any class folder"):
-        data.load(_resized(tmp_path), 0)
+        datasets.load(_resized(tmp_path), 0)
     root = _imagenet(tmp_path / "whole")
     (root / "val" / "n03").rename(root / "val" / "n04")
     with pytest.raises(DataError, match="class 'n03' is in only one of train and val"):
-        data.load(_resized(root), 0)
+        datasets.load(_resized(root), 0)
     (root / "val" / "n04").rename(root / "val" / "n03")
     file = root / "train" / "n02" / "1.JPEG"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match=r"n02/1\.JPEG is no readable image"):
-        data.load(_resized(root), 0)
+        datasets.load(_resized(root), 0)
     with pytest.raises(ValueError, match="expected kind: image_folder"):
         Data.model_validate({"kind": "cifar10", "size": 32})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cctorch import apply, batch_norm, collaborative, compress_stage, data, report, store
+from cctorch import apply, batch_norm, collaborative, compress_stage, data, datasets, report, store
 from cctorch import sweep as sweeping
 from cctorch.config import Config
 from cctorch.measure import accuracy, parameters
@@ -36,7 +36,7 @@ def _quiet() -> Console:
 def test_points_are_what_a_search_for_each_finds(finished: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     assert finished.compress is not None
     dense, _ = store.load_model(finished.folder / "checkpoints" / "dense.safetensors")
-    held_out = data.load(finished.data, finished.seed)
+    held_out = datasets.load(finished.data, finished.seed)
     feed = data.Feed(held_out, True)
     dense = feed.place(dense, torch.device("cpu"))
     images = feed.batches(held_out.train, finished.train.batch_size)
