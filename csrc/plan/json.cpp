@@ -2,7 +2,10 @@
 #include <cctorch/plan.h>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <algorithm>
 #include <array>
+#include <initializer_list>
 
 #include <nlohmann/json.hpp>
 #include <utility>
@@ -54,45 +57,80 @@ json write(const LayerPlan& layer) {
   return out;
 }
 
-MaskPlan read_mask(const json& in) {
+// json's own conversion makes 2 of 2.7, and the lowest number of all of those that are too large.
+int64_t integer(const json& in, const std::string& what) {
+  const bool fits = in.is_number_integer() && (!in.is_number_unsigned() || std::in_range<int64_t>(in.get<uint64_t>()));
+  TORCH_CHECK_VALUE(fits, "plan: ", what, " = ", in.dump(), ", expected an integer");
+  return in.get<int64_t>();
+}
+
+std::vector<int64_t> integers(const json& in, const std::string& what) {
+  TORCH_CHECK_VALUE(in.is_array(), "plan: ", what, " = ", in.dump(), ", expected a list of integers");
+  std::vector<int64_t> values;
+  values.reserve(in.size());
+  for (const json& value : in) values.push_back(integer(value, what));
+  return values;
+}
+
+// A key that is misspelt would change nothing, silently.
+void check_keys(const json& in, const std::string& what, std::initializer_list<std::string_view> known) {
+  TORCH_CHECK_VALUE(in.is_object(), "plan: ", what, " = ", in.dump(), ", expected an object");
+  for (const auto& item : in.items()) {
+    TORCH_CHECK_VALUE(std::ranges::find(known, item.key()) != known.end(), "plan: ", what, " has the unknown key '",
+                      item.key(), "', expected one of ", fmt::format("{}", fmt::join(known, ", ")));
+  }
+}
+
+MaskPlan read_mask(const json& in, const std::string& layer) {
+  const std::string what = "the mask of " + layer;
+  check_keys(in, what, {"kind", "sparsity", "n", "m"});
   MaskPlan mask;
   mask.kind = parse_kind(mask_kinds, in.at("kind").get<std::string>());
-  mask.sparsity = in.value("sparsity", mask.sparsity);
-  mask.n = in.value("n", mask.n);
-  mask.m = in.value("m", mask.m);
+  if (mask.kind == MaskPlan::Kind::nm) {
+    mask.n = integer(in.at("n"), what + ": n");
+    mask.m = integer(in.at("m"), what + ": m");
+  } else {
+    in.at("sparsity").get_to(mask.sparsity);
+  }
   return mask;
 }
 
 LayerPlan read_layer(const json& in) {
-  const auto in_channels = in.at("in_channels").get<int64_t>();
-  const auto out_channels = in.at("out_channels").get<int64_t>();
+  check_keys(in, "a layer",
+             {"name", "kind", "in_channels", "out_channels", "kept_in", "kept_out", "gather", "rank", "mask", "bits"});
   const auto name = in.at("name").get<std::string>();
+  const std::string what = "layer '" + name + "'";
+  const auto in_channels = integer(in.at("in_channels"), what + ": in_channels");
+  const auto out_channels = integer(in.at("out_channels"), what + ": out_channels");
   constexpr int64_t most_channels = int64_t{1} << 24;  // a damaged file must not ask for terabytes
   for (const int64_t channels : {in_channels, out_channels}) {
-    TORCH_CHECK_VALUE(channels > 0 && channels <= most_channels, "plan: layer '", name, "' has ", channels,
+    TORCH_CHECK_VALUE(channels > 0 && channels <= most_channels, "plan: ", what, " has ", channels,
                       " channels, expected 1 to ", most_channels);
   }
   auto layer =
       LayerPlan::unchanged(name, parse_kind(kinds, in.at("kind").get<std::string>()), in_channels, out_channels);
-  if (in.contains("kept_in")) in["kept_in"].get_to(layer.kept_in);
-  if (in.contains("kept_out")) in["kept_out"].get_to(layer.kept_out);
-  if (in.contains("gather")) in["gather"].get_to(layer.gather);
-  if (in.contains("rank")) layer.rank = in["rank"].get<int64_t>();
-  if (in.contains("mask")) layer.mask = read_mask(in["mask"]);
-  if (in.contains("bits")) layer.bits = in["bits"].get<int64_t>();
+  if (in.contains("kept_in")) layer.kept_in = integers(in["kept_in"], what + ": kept_in");
+  if (in.contains("kept_out")) layer.kept_out = integers(in["kept_out"], what + ": kept_out");
+  if (in.contains("gather")) layer.gather = integers(in["gather"], what + ": gather");
+  if (in.contains("rank")) layer.rank = integer(in["rank"], what + ": rank");
+  if (in.contains("mask")) layer.mask = read_mask(in["mask"], what);
+  if (in.contains("bits")) layer.bits = integer(in["bits"], what + ": bits");
   return layer;
 }
 
 CompressionPlan read_plan(const json& in) {
   TORCH_CHECK_VALUE(in.is_object() && in.contains("cctorch_plan"),
                     "plan: not a cctorch plan, the key 'cctorch_plan' is missing");
-  const int version = in["cctorch_plan"].get<int>();
+  const int64_t version = integer(in["cctorch_plan"], "format version");
   TORCH_CHECK_VALUE(version == format_version, "plan: format version ", version, ", this library reads version ",
                     format_version);
+  check_keys(in, "the file", {"cctorch_plan", "method", "target", "layers"});
   CompressionPlan plan;
   in.at("method").get_to(plan.method);
   in.at("target").get_to(plan.target);
-  for (const json& layer : in.at("layers")) plan.layers.push_back(read_layer(layer));
+  const json& layers = in.at("layers");
+  TORCH_CHECK_VALUE(layers.is_array(), "plan: layers is of type ", layers.type_name(), ", expected a list of layers");
+  for (const json& layer : layers) plan.layers.push_back(read_layer(layer));
   plan.validate();
   return plan;
 }

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <ostream>
 #include <set>
@@ -134,6 +135,8 @@ LayerPlan* CompressionPlan::find(std::string_view name) {
 }
 
 void CompressionPlan::validate() const {
+  // JSON has no word for the others: a file that is written could not be read.
+  TORCH_CHECK_VALUE(std::isfinite(target), "plan: target = ", target, ", expected a finite number");
   std::set<std::string> names;
   for (const LayerPlan& layer : layers) {
     TORCH_CHECK_VALUE(names.insert(layer.name).second, "plan: layer '", layer.name, "' occurs twice");

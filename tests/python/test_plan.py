@@ -50,6 +50,48 @@ def test_damaged_file_is_named_with_the_reason(tmp_path: Path, content: bytes, m
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('"rank":2', '"rank":2.7', "layer 'a': rank = 2.7, expected an integer"),
+        ('"rank":2', '"rank":18446744073709551615', "rank = 18446744073709551615, expected an integer"),
+        ('"rank":2', '"rank":null', "layer 'a': rank = null, expected an integer"),
+        ('"bits":4', '"bits":4.9', "layer 'b': bits = 4.9, expected an integer"),
+        ("[0,3]", "[0.5,3]", "layer 'a': kept_in = 0.5, expected an integer"),
+        ("[0,3]", "3", "layer 'a': kept_in = 3, expected a list of integers"),
+        ('"in_channels":8', '"in_channels":8.7', "layer 'a': in_channels = 8.7"),
+        ('"m":4', '"m":4.5', "the mask of layer 'b': m = 4.5"),
+        ('"rank":2', '"rnak":2', "unknown key 'rnak', expected one of name, .* rank"),
+        ('"m":4', '"M":4', "the mask of layer 'b' has the unknown key 'M'"),
+        ('"nm"', '"magnitude"', "'sparsity' not found"),
+        ('"cctorch_plan": 1', '"cctorch_plan": 1.5', "format version = 1.5"),
+        ('"layers": [', '"layers": {}, "was": [', "unknown key 'was'"),
+        ('"target": 0.5', '"target": 1e999', "out of range|1e999"),
+    ],
+)
+def test_what_a_hand_got_wrong_is_named(tmp_path: Path, before: str, after: str, message: str) -> None:
+    text = example().to_json()
+    assert before in text
+    path = tmp_path / "plan.json"
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(ValueError, match=message):
+        load_plan(path)
+
+
+@pytest.mark.parametrize("layers", ["{}", "null", '"abc"'])
+def test_layers_that_are_no_list_are_refused(tmp_path: Path, layers: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(f'{{"cctorch_plan": 1, "method": "x", "target": 0.5, "layers": {layers}}}')
+    with pytest.raises(ValueError, match=r"layers is of type .*, expected a list of layers"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize("target", [float("nan"), float("inf")])
+def test_a_target_that_json_can_not_hold_is_not_written(tmp_path: Path, target: float) -> None:
+    with pytest.raises(ValueError, match=r"target = (nan|inf), expected a finite number"):
+        save_plan(CompressionPlan("x", target), tmp_path / "plan.json")
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_plan(tmp_path / "plan.json")
