@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -78,10 +79,11 @@ def save(
     """
     begin = time.perf_counter()
     default = Rule("*", codec, error_bound, relative)
-    if head_room < 0 or bandwidth <= 0 or (workers is not None and workers < 1):
+    finite = math.isfinite(head_room) and math.isfinite(bandwidth)
+    if not finite or head_room < 0 or bandwidth <= 0 or (workers is not None and workers < 1):
         raise ValueError(
             f"head_room = {head_room}, bandwidth = {bandwidth}, workers = {workers}: expected at least 0, a positive "
-            "number, and at least 1"
+            "number, both finite, and at least 1"
         )
     if not isinstance(plan, CompressionPlan | str | None):
         raise ValueError(f"plan is a {type(plan).__name__}, expected a CompressionPlan or its JSON")

@@ -204,6 +204,8 @@ def test_a_prepared_model_comes_back(tmp_path: Path) -> None:
         ({"head_room": -0.1}, "head_room = -0.1"),
         ({"workers": 0}, "workers = 0"),
         ({"bandwidth": 0.0}, "bandwidth = 0.0"),
+        ({"bandwidth": math.nan}, "bandwidth = nan"),
+        ({"head_room": math.inf}, "head_room = inf"),
         ({"plan": {"layers": []}}, "plan is a dict, expected a CompressionPlan or its JSON"),
         ({"tensors": torch.nn.Linear(2, 2)}, r"tensors is a Linear, expected names and tensors: model.state_dict\(\)"),
         ({"rules": [Rule("x", "zfp", 0.1)], "tensors": {"x": torch.arange(5)}}, "gives zfp to 'x' of torch.int64"),
