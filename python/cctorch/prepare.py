@@ -28,7 +28,7 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
 
     Raises:
         ValueError: the plan names a layer that the model lacks, that has no weight, another kind or more channels, that
-            shares its weight with another layer, or that is already prepared.
+            shares its weight with another layer, is a transposed convolution, or is already prepared.
         TypeError: ``plan`` is no plan.
     """
     check_plan(plan, "prepare")
@@ -86,7 +86,9 @@ def _weights(model: nn.Module, layer: LayerPlan) -> list[_Weight]:
         names = ("weight_ih", "weight_hh")
     for name in names:
         weight = getattr(module, name, None)
-        if not isinstance(weight, Tensor) or weight.dim() < 2:
+        # The rows of a transposed convolution's weight are its inputs, and all that a plan says is of outputs.
+        transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        if transposed or not isinstance(weight, Tensor) or weight.dim() < 2:
             kind = type(module).__name__
             raise ValueError(
                 f"plan: layer '{layer.name}' is a {kind}; only convolutions and linear layers take masks and bits"
@@ -98,8 +100,12 @@ def _weights(model: nn.Module, layer: LayerPlan) -> list[_Weight]:
 
 def _check_unshared(model: nn.Module, targets: dict[str, list[_Weight]]) -> None:
     paths = owners(model)
+    layers: dict[_Weight, str] = {}
     for layer, weights in targets.items():
         for module, name in weights:
+            other = layers.setdefault((module, name), layer)
+            if other != layer:
+                raise ValueError(f"plan: layers '{other}' and '{layer}' are one module of the model; keep one of them")
             shared = paths.get(id(getattr(module, name)), [])
             if len({id(model.get_submodule(path.rpartition(".")[0])) for path in shared}) > 1:
                 raise ValueError(

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,6 +172,26 @@ def test_a_weight_of_two_layers_is_refused(layers: tuple[str, ...]) -> None:
     del model[1]
     prepare(repeated, CompressionPlan(layers=[LayerPlan("0", "linear", 8, 8, bits=4)]))  # one layer, run twice
     assert len(repeated[2].weight.unique()) <= 8 * 15
+
+
+def test_one_module_under_two_names_is_refused() -> None:
+    """It would be quantized twice, the second time what the first one made."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.add_module("again", model[0])
+    plan = CompressionPlan(layers=[LayerPlan(name, "linear", 8, 8, bits=4) for name in ("0", "again")])
+    with pytest.raises(ValueError, match="layers '0' and 'again' are one module of the model; keep one of them"):
+        prepare(model, plan)
+    assert not parametrize.is_parametrized(model[0])
+
+
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+@pytest.mark.parametrize("asked", [{"bits": 4}, {"mask": MaskPlan("channel", sparsity=0.5)}], ids=["bits", "mask"])
+def test_a_transposed_convolution_is_refused(kind: Callable[..., nn.Module], asked: dict[str, Any]) -> None:
+    """Its weight is in_channels x out_channels: masks and scales would be those of its inputs."""
+    model = nn.Sequential(kind(4, 8, 3))
+    layer = LayerPlan("0", "conv2d", 4, 8, **asked)
+    with pytest.raises(ValueError, match=r"layer '0' is a ConvTranspose.d; only convolutions and linear layers"):
+        prepare(model, CompressionPlan(layers=[layer]))
 
 
 def test_a_depthwise_convolution_and_the_mode_of_the_model() -> None:
