@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Callable
 
 import cctorch
 import pytest
@@ -134,6 +135,23 @@ def test_concatenated_filter_dies_when_no_reader_is_left() -> None:
     assert kept_out(plan, "convs.1") == [3]
     assert kept_out(plan, "convs.2") == [3]
     assert kept_out(plan, "norms.2") == [0, 1, 2, 7, 13]
+
+
+@pytest.mark.parametrize(
+    "begin", [lambda x: torch.empty(0), lambda x: x[:, :0]], ids=["without dimensions", "no channels"]
+)
+def test_a_concatenation_may_begin_with_an_empty_tensor(begin: Callable[[Tensor], Tensor]) -> None:
+    class Collected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 1)
+            self.last = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.cat([begin(x), self.first(x)], 1))
+
+    graph = trace(Collected(), EXAMPLE)
+    assert kept_out(pruned(graph, "last", [2, 5]), "first") == [2, 5]
 
 
 def test_gate_dies_with_the_channel_it_scales() -> None:

@@ -127,7 +127,8 @@ def _binary(walker: Walker, node: Node) -> Activation | None:
 def _concat(walker: Walker, node: Node) -> Activation | None:
     tensors = node.args[0]
     assert isinstance(tensors, Sequence)
-    parts = [tensor for tensor in tensors if isinstance(tensor, Node)]
+    # Lists are begun with an empty tensor now and then, which may be torch.empty(0), whatever the others' dimensions.
+    parts = [tensor for tensor in tensors if isinstance(tensor, Node) and value_of(tensor).numel() > 0]
     dim = _integer(node, 1, "dim", 0) % value_of(node).dim()
     dims = {walker.values[part].dim for part in parts if part in walker.values}
     if len(dims) != 1:
