@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cctorch.graph.hooks import from_hooks
 from cctorch.graph.model_graph import ModelGraph
 from cctorch.graph.rules import RULES
+from cctorch.graph.sizes import keep_what_sizes_count_on
 from cctorch.graph.walker import Walker
 from cctorch.modes import evaluating, modes_restored
 
@@ -18,7 +19,8 @@ _LOUD = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor
 def trace(model: nn.Module, example: Tensor) -> ModelGraph:
     """Lists the layers of ``model`` and follows its channels from layer to layer.
 
-    An operation that is not known keeps all channels that it reads, and a warning names it. A model that cannot be
+    An operation that is not known keeps all channels that it reads, and a warning names it. So does a module that
+    computes with the number of its channels, as ``x / x.shape[1]``: a narrower copy is compared. A model that cannot be
     exported gets a graph in which no filter can be removed, and one warning. Where layers run in training mode only, as
     GoogLeNet's auxiliary heads, the channels are those of training mode, so that these layers go on working; what runs
     in evaluation mode is listed. The model and its mode stay as they are.
@@ -43,14 +45,19 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
 
 def _walked(model: nn.Module, example: Tensor) -> Walker | str:
     """The graph of the model in its present mode, or why there is none."""
-    try:
+
+    def exported(model: nn.Module) -> torch.export.ExportedProgram:
         with _quiet():
-            program = torch.export.export(model, (example,), strict=False)
+            return torch.export.export(model, (example,), strict=False)
+
+    try:
+        program = exported(model)
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         return f"it cannot be exported ({type(error).__name__}: {reason})"
     walker = Walker(model, program, example.shape[0])
     walker.run(RULES)
+    keep_what_sizes_count_on(model, example, walker, exported)
     return walker
 
 

@@ -52,6 +52,7 @@ class Walker:
         self.specs: dict[str, LayerSpec] = {}
         self.left_alone: dict[str, str] = {}
         self.not_followed: dict[str, list[str]] = {}
+        self.counting: dict[type[nn.Module], list[str]] = {}
 
     def run(self, rules: "Mapping[str, Rule]") -> None:
         for node in self.program.graph.nodes:
@@ -67,6 +68,19 @@ class Walker:
         elif self.pin_inputs(node) and op_of(node) not in ("conv2d", "linear"):
             place = path_of(node) or type(self.modules[""]).__name__
             self.not_followed.setdefault(op_of(node), []).append(place)
+
+    def keep_within(self, kind: type[nn.Module]) -> bool:
+        """Pins the channels that modules of a kind read and write, with one warning. False if that was done before."""
+        if kind in self.counting:
+            return False
+        paths = [path for path, module in self.modules.items() if type(module) is kind]
+        self.counting[kind] = paths
+        for node in self.program.graph.nodes:
+            place = f"{path_of(node)}."
+            if node.op == "call_function" and any(path == "" or place.startswith(f"{path}.") for path in paths):
+                self.pin(node)
+                self.pin_inputs(node)
+        return True
 
     def unseen(self) -> str | None:
         """A layer that the graph does not contain, so that nothing is known of its place."""
@@ -84,6 +98,10 @@ class Walker:
         for op, paths in self.not_followed.items():
             places = ", ".join(f"'{path}'" for path in dict.fromkeys(paths))
             warnings.append(f"{op} in {places} is not followed: all channels that it reads stay")
+        for kind, paths in self.counting.items():
+            places = ", ".join(f"'{path}'" for path in paths if path)
+            place = f"{kind.__name__} in {places}" if places else kind.__name__
+            warnings.append(f"{place} computes with numbers of channels: all channels in it stay")
         return ModelGraph(list(self.specs.values()), self.graph, warnings, set(self.left_alone))
 
     def pin(self, node: Node) -> bool:
