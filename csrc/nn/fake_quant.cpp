@@ -91,7 +91,8 @@ void FakeQuantImpl::initialize(const at::Tensor& input) {
 }
 
 at::Tensor FakeQuantImpl::forward(const at::Tensor& x) {
-  if (!initialized_) initialize(x);
+  // An empty input, as of a detector that finds nothing, says nothing about the range.
+  if (!initialized_ && x.numel() > 0) initialize(x);
   const double elements = static_cast<double>(x.numel()) / static_cast<double>(log_scale.numel());
   const double grad_scale = 1.0 / std::sqrt(std::max(elements, 1.0) * static_cast<double>(qmax()));
   if (options.groups() > 1) {

@@ -114,7 +114,8 @@ class FakeQuant(nn.Module):
         return x.reshape(self.log_scale.numel(), -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.initialized:
+        # An empty input, as of a detector that finds nothing, says nothing about the range.
+        if not self.initialized and x.numel() > 0:
             self.initialize(x)
         grad_scale = 1.0
         if self.training:

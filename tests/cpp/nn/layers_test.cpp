@@ -237,6 +237,13 @@ TEST(FakeQuant, StartsFromTheDataAndKeepsALoadedScale) {
   EXPECT_THROW(FakeQuant(1), c10::Error);
 }
 
+TEST(FakeQuant, AnEmptyInputStartsNoScale) {
+  FakeQuant quant(FakeQuantOptions(4)), expected(FakeQuantOptions(4));
+  const at::Tensor x = doubles({5, 7}).to(torch::kFloat);
+  EXPECT_EQ(quant->forward(torch::empty({0, 7})).size(0), 0);
+  EXPECT_TRUE(torch::equal(quant->forward(x), expected->forward(x)));
+}
+
 TEST(FakeQuant, AChannelOfZerosHasAFiniteScale) {
   FakeQuant quant(FakeQuantOptions(8).axis(0).channels(2));
   const at::Tensor weight = torch::stack({torch::zeros({4}), torch::ones({4})});

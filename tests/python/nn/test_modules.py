@@ -112,6 +112,13 @@ def test_first_call_initializes_and_a_checkpoint_remembers() -> None:
     assert torch.equal(other(x * 100), quant(x * 100))
 
 
+def test_an_empty_input_starts_no_scale() -> None:
+    x = torch.randn(5, 7)
+    quant, expected = FakeQuant(4), FakeQuant(4)
+    assert quant(torch.empty(0, 7)).shape == (0, 7)
+    assert torch.equal(quant(x), expected(x))
+
+
 def test_scale_gradient_is_scaled_by_the_values_that_share_it() -> None:
     x = torch.randn(4, 6, dtype=torch.float64)
     quant = FakeQuant(3, axis=0, channels=4, dtype=torch.float64)
