@@ -1,7 +1,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
 from cctorch.apply import apply
 from cctorch.export import save_program
 from cctorch.graph import trace
-from cctorch.nn import ChannelGate, FakeQuant, HardConcreteGate, LowRankLinear, SoftThreshold
+from cctorch.nn import ChannelGate, FakeQuant, HardConcreteGate, LowRankConv2d, LowRankLinear, SoftThreshold
 from cctorch.ops import pact, sigmoid_gate
 from cctorch.prepare import prepare
 from networks import PaddedResNet, Vgg, random_plan, randomized
@@ -92,6 +94,56 @@ def test_program_holds_pytorchs_operators_only(tmp_path: Path) -> None:
     program = save_program(model, x, tmp_path / "model.pt2")
     operators = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     assert {operator.namespace for operator in operators} == {"aten"}
+
+
+@pytest.mark.parametrize("padding", [1, "same"])
+@pytest.mark.parametrize("layout", ["channel", "spatial", "tucker"])
+def test_every_layout_of_a_low_rank_convolution(layout: Any, padding: Any, tmp_path: Path) -> None:
+    rank = (2, 3) if layout == "tucker" else 2
+    conv = LowRankConv2d(3, 4, rank, (3, 5), padding=padding, layout=layout, dtype=torch.float64)
+    x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
+    program = save_program(conv, x, tmp_path / "model.pt2")
+    torch.testing.assert_close(program.module()(x), conv(x), rtol=1e-10, atol=1e-10)
+
+
+class Outputs(nn.Module):
+    def __init__(self, of: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, x: Tensor) -> object:
+        return self.of(x)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda x: {"logits": 2 * x, "features": [x + 1, None]},
+        lambda x: (x > 0, x.argmax(1)),
+        lambda x: x[:, :0],
+        lambda x: (x.log(), torch.exp(1e30 * x)),
+    ],
+    ids=["structure", "no numbers", "empty", "NaN and infinity"],
+)
+def test_outputs_of_all_kinds(of: Callable[[Tensor], object], tmp_path: Path) -> None:
+    x = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])
+    path = tmp_path / "model.pt2"
+    save_program(Outputs(of), x, path)
+    torch.testing.assert_close(torch.export.load(path).module()(x), of(x), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda x: {"a": x, "b": torch.rand_like(x)},
+        lambda x: torch.rand_like(x) > 0.5,
+        lambda x: (torch.rand_like(x) - 0.5).log(),
+    ],
+    ids=["structure", "no numbers", "NaN"],
+)
+def test_an_output_that_differs_is_found_in_all_kinds(of: Callable[[Tensor], object], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the reloaded program differs from the model by"):
+        save_program(Outputs(of), torch.zeros(40, 30), tmp_path / "model.pt2")
 
 
 class FixedBatch(nn.Module):
