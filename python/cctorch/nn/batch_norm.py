@@ -17,20 +17,22 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     synchronized = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.training and self.synchronized and distributed.world_size() > 1:
-            weight = self.weight if self.affine else x.new_ones(self.num_features)
-            bias = self.bias if self.affine else x.new_zeros(self.num_features)
-            y, mean, variance = synchronized_batch_norm(x, weight, bias, self.eps)
+            weight = self.weight if self.affine else input.new_ones(self.num_features)
+            bias = self.bias if self.affine else input.new_zeros(self.num_features)
+            y, mean, variance = synchronized_batch_norm(input, weight, bias, self.eps)
             self._track(mean, variance)
             return y
-        if not self._ours(x):
-            return super().forward(x)
+        if not self._ours(input):
+            return super().forward(input)
         if not self.training and self.running_mean is not None and self.running_var is not None:
-            return ops.batch_norm_inference(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
-        y, mean, inverse_deviation = ops.batch_norm(x, self.weight, self.bias, self.eps)
+            return ops.batch_norm_inference(
+                input, self.weight, self.bias, self.running_mean, self.running_var, self.eps
+            )
+        y, mean, inverse_deviation = ops.batch_norm(input, self.weight, self.bias, self.eps)
         if self.training and self.track_running_stats:
-            count = x.numel() // x.size(1)
+            count = input.numel() // input.size(1)
             with torch.no_grad():
                 variance = (inverse_deviation**-2 - self.eps).clamp_min_(0.0)
                 self._track(mean, variance * (count / (count - 1)))

@@ -26,10 +26,10 @@ class GatherChannels(nn.Module):
         self.dim = -1 if isinstance(layer, nn.Linear | LowRankLinear) else 1
         self.training = layer.training
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         # A compiler does without the copy; an exported program runs without cctorch.
         pick = torch.index_select if torch.compiler.is_compiling() else _gather
-        y: Tensor = self.layer(pick(x, self.dim, self.index))
+        y: Tensor = self.layer(pick(input, self.dim, self.index))
         return y
 
     def extra_repr(self) -> str:

@@ -87,8 +87,8 @@ class LowRankLinear(nn.Module):
     def reset_parameters(self) -> None:
         _reset(self.first, self.second, self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.low_rank_linear(x, self.first, self.second, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.low_rank_linear(input, self.first, self.second, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
@@ -217,7 +217,8 @@ class LowRankConv2d(nn.Module):
             bound = math.sqrt(3 / self.core[0].numel())
             nn.init.uniform_(self.core, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         left, right, top, bottom = self._sides
         padding = (top, left)
         if self.padding_mode != "zeros" or left != right or top != bottom:
