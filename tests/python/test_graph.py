@@ -463,3 +463,32 @@ def test_repeated_and_shared_layers_of_a_model_that_cannot_be_exported_are_left_
     assert {spec.name: spec.positions for spec in graph.specs} == {"once": 256, "twice": 512, "tied": 256, "other": 256}
     [warning] = graph.warnings
     assert warning.startswith("NotExportable is not followed: it cannot be exported (")
+
+
+class UsesItsParameters(nn.Module):
+    """Not exportable either; it reads parameters of its layers outside of them, and an image without its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.transposed = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, padding=1, bias=False)
+        self.normalized, self.shifted = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.single = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(x if float(x.sum()) < 1e9 else -x)
+        x = F.conv_transpose2d(F.relu(self.transposed(x)), self.transposed.weight, padding=1)
+        x = self.normalized(x.permute(0, 2, 3, 1)) / self.normalized.weight.norm()
+        x = (self.shifted(x) - self.shifted.bias).permute(0, 3, 1, 2)
+        return x + self.single(x[0])
+
+
+def test_layers_whose_parameters_the_model_reads_are_left_alone_where_it_cannot_be_exported() -> None:
+    torch.manual_seed(0)
+    model, x = UsesItsParameters().double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    graph = trace(model, x)
+    assert graph.left_alone == {"transposed", "normalized", "shifted", "single"}
+    plan = random_plan(graph)
+    assert [layer.name for layer in plan.layers] == ["plain"]
+    with torch.no_grad():
+        expected = projected(copy.deepcopy(model), plan)(x)
+        torch.testing.assert_close(cctorch.apply(model, plan)(x), expected, rtol=1e-10, atol=1e-10)

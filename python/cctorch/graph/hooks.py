@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
 from cctorch._C import ChannelGraph, LayerSpec
 from cctorch.graph.model_graph import ModelGraph, is_hooked, owners, runs_its_own_forward
@@ -14,16 +16,21 @@ if TYPE_CHECKING:
 def from_hooks(model: nn.Module, example: Tensor, reason: str) -> ModelGraph:
     """Layers by their shapes alone. Every channel is fixed, so that only what a layer reads and its rank can change."""
     sizes: dict[str, list[int]] = {}
+    unbatched: set[str] = set()
     hooks = []
+    uses = _Uses(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
 
             def record(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
                 sizes.setdefault(name, []).append(output.numel() // example.shape[0])
+                if isinstance(model.get_submodule(name), nn.Conv2d) and output.dim() != 4:
+                    unbatched.add(name)
 
             hooks.append(module.register_forward_hook(record))
     try:
-        model(example)
+        with uses:
+            model(example)
     except Exception as error:
         raise ValueError(
             f"trace: {type(model).__name__} does not run on the example of shape {tuple(example.shape)}: {error}"
@@ -40,13 +47,28 @@ def from_hooks(model: nn.Module, example: Tensor, reason: str) -> ModelGraph:
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         spec = _hooked_spec(name, layer, sum(seen))
         graph.specs.append(spec)
-        tied = any(len(shared[id(parameter)]) > 1 for parameter in layer.parameters())
-        if spec.groups > 1 or len(seen) > 1 or tied or is_hooked(layer) or not runs_its_own_forward(layer):
+        tied = any(len(shared[id(parameter)]) > 1 or uses.of[id(parameter)] > 1 for parameter in layer.parameters())
+        alone = spec.groups > 1 or len(seen) > 1 or name in unbatched
+        if alone or tied or is_hooked(layer) or not runs_its_own_forward(layer):
             graph.left_alone.add(name)
         else:
             inputs = graph.channels.input(spec.in_channels)
             graph.channels.pin(graph.channels.layer(name, spec.kind, inputs, spec.out_channels))
     return graph
+
+
+class _Uses(TorchFunctionMode):
+    """Counts the operators that read each parameter: its layer's, and those that need it where it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.of = {id(parameter): 0 for parameter in model.parameters()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        for leaf in _pytree.tree_leaves((args, kwargs)):
+            if id(leaf) in self.of:
+                self.of[id(leaf)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _hooked_spec(name: str, layer: nn.Conv2d | nn.Linear, outputs: int) -> LayerSpec:
