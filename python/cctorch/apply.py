@@ -224,6 +224,18 @@ def _carry_over(optimizer: torch.optim.Optimizer, successors: dict[Tensor, _Succ
         # State of another shape (a whole-model vector, factored moments) has no meaning for the kept entries.
         if all(not isinstance(v, Tensor) or v.numel() == 1 or v.shape == new.shape for v in carried.values()):
             optimizer.state[new] = carried
+    if isinstance(optimizer, torch.optim.Adagrad):
+        _begin_adagrad(optimizer)
+
+
+def _begin_adagrad(optimizer: torch.optim.Adagrad) -> None:
+    """Alone among PyTorch's optimizers it makes its state when it is constructed, and takes no step without it."""
+    for group in optimizer.param_groups:
+        new = [parameter for parameter in group["params"] if parameter not in optimizer.state]
+        if new:
+            value = group["initial_accumulator_value"]
+            begun = torch.optim.Adagrad([{**group, "params": new}], initial_accumulator_value=value)
+            optimizer.state.update(begun.state)
 
 
 def _carried(value: object, old: Tensor, kept: Sequence[Sequence[int]]) -> object:

@@ -407,6 +407,23 @@ def test_factors_take_their_weights_place_in_the_optimizer_without_state() -> No
     assert len(optimizer.state) == 3
 
 
+def test_adagrad_goes_on_with_factors() -> None:
+    """Its state is made when it is constructed, so that factors need one from `apply`."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), torch.randn(7, 6)
+    optimizer = torch.optim.Adagrad(model.parameters(), 0.1, initial_accumulator_value=0.25)
+    model(x).square().sum().backward()
+    optimizer.step()
+    apply(model, CompressionPlan(layers=[LayerPlan("0", "linear", 6, 5, rank=2)]), optimizer)
+    before = model[0].first.detach().clone()
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+    gradient = model[0].first.grad
+    torch.testing.assert_close(model[0].first, before - 0.1 * gradient / ((0.25 + gradient**2).sqrt() + 1e-10))
+    assert [float(optimizer.state[p]["step"]) for p in (model[0].first, model[0].bias, model[1].weight)] == [1, 2, 2]
+
+
 def test_state_that_is_not_of_the_parameters_shape_starts_anew() -> None:
     """Adafactor keeps one number for each row and each column; those of the dense weight fit no smaller one."""
     torch.manual_seed(0)
