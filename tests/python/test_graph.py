@@ -333,9 +333,12 @@ def test_operation_that_is_not_followed_keeps_its_channels_with_one_warning(midd
 
 
 class Permuted(nn.Module):
+    dtype = torch.float32
+
     def forward(self, x: Tensor) -> Tensor:
         x = x.unsqueeze(1).squeeze(1)
         x = F.pad(x[:, :, 1:, ::2], (1, 1)).permute(0, 2, 3, 1).contiguous()
+        x = x.to(torch.float64).to(self.dtype)
         return torch.relu(x.unsqueeze(1).squeeze(1) * 2 + 1).transpose(2, 3).transpose(1, 2)
 
 

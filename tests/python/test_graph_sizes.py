@@ -47,6 +47,15 @@ class OneForMany(nn.Module):
         return torch.tanh(x) if x.shape[1] > 4 else torch.relu(x)
 
 
+class ByAttribute(nn.Module):
+    def __init__(self, attribute: str) -> None:
+        super().__init__()
+        self.conv, self.attribute = nn.Conv2d(8, 8, 1), attribute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * getattr(self.conv, self.attribute) ** -0.5
+
+
 class Net(nn.Module):
     def __init__(self, middle: Callable[[], nn.Module], between: int) -> None:
         super().__init__()
@@ -133,3 +142,16 @@ def test_sizes_that_are_read_for_nothing_keep_no_channels() -> None:
     plan = CompressionPlan(layers=[LayerPlan(third.name, third.kind, 128, 8, kept_in=list(range(32)))])
     graph.channels.resolve(plan)
     assert _narrowed(plan) == {"second"}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("attribute", ["out_channels", "in_channels"])
+@torch.no_grad()
+def test_layers_whose_sizes_the_model_reads_are_left_alone(attribute: str, seed: int) -> None:
+    model, x = Net(lambda: ByAttribute(attribute), 8).double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    graph = trace(model, x)
+    assert "layer 'middle.1.conv' is left alone: ByAttribute reads its attributes" in graph.warnings
+    plan = random_plan(graph, seed)
+    expected = projected(copy.deepcopy(model), plan)(x)
+    torch.testing.assert_close(apply(model, plan)(x), expected, rtol=1e-10, atol=1e-10)
+    assert _narrowed(plan) == {"first", "third"}

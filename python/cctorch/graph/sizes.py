@@ -18,6 +18,8 @@ from cctorch._C import CompressionPlan, LayerPlan
 from cctorch.graph.walker import Walker, op_of, path_of
 from cctorch.nn import GatherChannels
 
+_ATTRIBUTES = ("in_channels", "out_channels", "in_features", "out_features", "num_features")
+
 Export = Callable[[nn.Module], torch.export.ExportedProgram]
 
 
@@ -31,7 +33,8 @@ def keep_what_sizes_count_on(model: nn.Module, example: Tensor, walker: Walker, 
         if not _reads_sizes(narrow, example):
             return
         while (module := _differing(model, example, walker, export)) is not None:
-            if not walker.keep_within(type(module)) and not walker.keep_within(type(model)):
+            kinds = dict.fromkeys([type(module), type(model)])
+            if not any(walker.keep_within(kind) or walker.leave_alone_within(kind) for kind in kinds):
                 return
 
 
@@ -44,10 +47,17 @@ class _SizesRead(TorchFunctionMode):
 
 
 def _reads_sizes(model: nn.Module, example: Tensor) -> bool:
-    """Whether there is anything to look for, as in few networks of convolutions."""
+    """Whether there is anything to look for, as in few networks of convolutions. `model` is of no use afterwards."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            for attribute in _ATTRIBUTES:  # their own forward functions do without
+                module.__dict__.pop(attribute, None)
     sizes = _SizesRead()
-    with sizes:
-        model(example)
+    try:
+        with sizes:
+            model(example)
+    except AttributeError:
+        return True
     return sizes.seen
 
 

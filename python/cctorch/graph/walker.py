@@ -58,6 +58,8 @@ class Walker:
         for node in self.program.graph.nodes:
             if node.op == "output":
                 self.pin_inputs(node)
+            elif op_of(node) == "_assert_tensor_metadata":  # of x.to(...), for the exported program alone
+                continue
             elif node.op == "call_function" and node.target is not operator.getitem:
                 self.follow(node, rules.get(op_of(node)))
 
@@ -76,11 +78,17 @@ class Walker:
         paths = [path for path, module in self.modules.items() if type(module) is kind]
         self.counting[kind] = paths
         for node in self.program.graph.nodes:
-            place = f"{path_of(node)}."
-            if node.op == "call_function" and any(path == "" or place.startswith(f"{path}.") for path in paths):
+            if node.op == "call_function" and _within(paths, path_of(node)):
                 self.pin(node)
                 self.pin_inputs(node)
         return True
+
+    def leave_alone_within(self, kind: type[nn.Module]) -> bool:
+        """For modules that read attributes of their layers, which smaller layers have others of or lack."""
+        found = [name for name in self.specs if name not in self.left_alone and _within(self.counting[kind], name)]
+        for name in found:
+            self.left_alone[name] = f"{kind.__name__} reads its attributes"
+        return bool(found)
 
     def unseen(self) -> str | None:
         """A layer that the graph does not contain, so that nothing is known of its place."""
@@ -143,6 +151,10 @@ class Walker:
         if any(len(argument.users) > 1 for argument in arguments):
             return "it is used more than once"
         return None
+
+
+def _within(paths: list[str], place: str) -> bool:
+    return any(path == "" or f"{place}.".startswith(f"{path}.") for path in paths)
 
 
 def _with_positions(spec: LayerSpec, positions: int) -> LayerSpec:
