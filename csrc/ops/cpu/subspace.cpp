@@ -191,7 +191,7 @@ std::optional<Range> range_of(const Spectrum& seen, double shift, double part) {
 
 // From the block's Ritz values, the smallest one wanted as the bound. A larger one would damp what lies between them,
 // once they have converged.
-Range range_of(const at::Tensor& block, const at::Tensor& image, int64_t rank) {
+Range ritz_range(const at::Tensor& block, const at::Tensor& image, int64_t rank) {
   const at::Tensor values = at::linalg_eigvalsh(at::mm(image, block.t()));
   const auto* value = values.const_data_ptr<float>();
   return {value[values.size(0) - rank], value[values.size(0) - 1]};
@@ -217,7 +217,7 @@ std::optional<std::pair<at::Tensor, Kept>> iterate(const at::Tensor& g, int64_t 
       if (!block) return std::nullopt;
     }
     const at::Tensor image = at::mm(*block, g);
-    const Range range = known ? *known : range_of(*block, image, rank);
+    const Range range = known ? *known : ritz_range(*block, image, rank);
     if (!(range.bound > 0)) return std::nullopt;
     if (step == 0) step = std::max<int64_t>(1, safe_degree(range, 1, left));
     block = filter(g, *block, image, range.bound, step);
@@ -306,6 +306,8 @@ at::Tensor exact_basis(const at::Tensor& a, int64_t rank) {
 at::Tensor turned_towards(const at::Tensor& a, const at::Tensor& basis, Steps steps) {
   const int64_t rank = basis.size(0);
   if (a.scalar_type() == at::kDouble || a.size(0) <= direct_rows) return leading(a, rank);
+  const double norm = at::linalg_vector_norm(a).item<double>();
+  if (!fits_float32(norm * norm)) return leading(a, rank);
   // Of more than a quarter of the rows, the lower half of a Gram matrix takes less than two products.
   const bool by_gram = a.size(0) <= a.size(1) && (steps == Steps::two || 4 * rank > a.size(0));
   const at::Tensor g = by_gram ? gram(a) : at::Tensor();
@@ -314,7 +316,7 @@ at::Tensor turned_towards(const at::Tensor& a, const at::Tensor& basis, Steps st
   if (steps == Steps::two) {
     // G (G - 0.7 t), t the smallest of the basis' eigenvalues: two steps where the spectrum falls fast, and where it
     // hardly falls almost what eigenvectors would give.
-    const double smallest = range_of(basis, next, rank).bound;
+    const double smallest = ritz_range(basis, next, rank).bound;
     next = times(next).sub_(next, 0.7 * std::max(0.0, smallest));
   }
   const auto orthonormal_next = orthonormal(next, 2);

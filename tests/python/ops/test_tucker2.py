@@ -64,6 +64,17 @@ def test_exactly_hooi_in_float64(shape: tuple[int, ...], ranks: tuple[int, int],
     assert error(weight, core, out, inner) == pytest.approx(hooi(weight, ranks, iterations), rel=1e-7)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+@pytest.mark.parametrize("started", [False, True])
+def test_any_size_of_numbers(scale: float, started: bool) -> None:
+    weight = random(96, 80, 3, 3)
+    _, out, inner = tucker2([weight], [(40, 30)])
+    scaled = (weight.double() * scale).float()
+    bases = [(out[0], inner[0])] if started else []
+    (core,), (out,), (inner,) = tucker2([scaled], [(40, 30)], 2, bases)
+    assert error(scaled, core, out, inner) <= 1.001 * hooi(scaled, (40, 30), 2)
+
+
 @pytest.mark.parametrize("rows", [12, 100])
 def test_what_has_these_ranks_is_found(rows: int) -> None:
     weight = merged(random(4, 3, 3, 3), random(rows, 4, seed=1), random(rows, 3, seed=2)).float()
