@@ -125,6 +125,9 @@ void bind_compression_plan(py::module_& module) {
       .def("to_json", &CompressionPlan::to_json)
       .def_static(
           "from_json", [](const std::string& text) { return CompressionPlan::from_json(text); }, py::arg("text"))
+      // For copies, and the processes of a job: as the file that a plan is kept in.
+      .def(py::pickle([](const CompressionPlan& self) { return self.to_json(); },
+                      [](const std::string& text) { return CompressionPlan::from_json(text); }))
       .def(py::self == py::self)  // NOLINT(misc-redundant-expression): binds the operator
       .def("__repr__", [](const CompressionPlan& self) {
         std::ostringstream text;

@@ -22,7 +22,7 @@ from torch import nn
 from cctorch import batch_norm, compress_stage, data, datasets, measure, report
 from cctorch.apply import apply
 from cctorch.collaborative import Compression
-from cctorch.config import Compress, Config, load_config
+from cctorch.config import Compress, Config, ConfigError, load_config
 from cctorch.device import describe, set_up
 from cctorch.log import Log
 from cctorch.repair import repair
@@ -41,11 +41,11 @@ def sweep(folder: Path, targets: Sequence[float], *, console: Console | None = N
     """
     for target in targets:
         if not 0 < target < 1:
-            raise ValueError(f"sweep: target = {target:g}, expected above 0 and below 1")
+            raise ConfigError(f"sweep: target = {target:g}, expected above 0 and below 1")
     report.read(folder)
     config = load_config(folder / "config.yaml")
     if config.compress is None:
-        raise ValueError(f"sweep: {folder} has compress: null, expected a run of Collaborative Compression")
+        raise ConfigError(f"sweep: {folder} has compress: null, expected a run of Collaborative Compression")
     store = Folder(folder)
     with store.locked(), Log(folder / "run.log", console) as log, warnings.catch_warnings():
         warnings.showwarning = log.show_warning

@@ -79,7 +79,7 @@ def test_runs_reports_and_starts_over(file: Path, tmp_path: Path, capsys: pytest
     assert cli.main(["sweep", str(page.parent), "0.2"]) == 0
     assert "top-1 on the validation images" in capsys.readouterr().out
     assert "Trade-off" in page.read_text()
-    assert cli.main(["sweep", str(page.parent), "1.2"]) == 1
+    assert cli.main(["sweep", str(page.parent), "1.2"]) == 2
     assert "target = 1.2, expected above 0 and below 1" in capsys.readouterr().err
     assert cli.main(["run", str(file), "--fresh", "name=mine", "compress.target=0.2"]) == 0
     assert yaml.safe_load((page.parent / "config.yaml").read_text())["compress"]["target"] == 0.2

@@ -1,3 +1,5 @@
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,14 @@ def test_file_holds_the_plan(tmp_path: Path) -> None:
     assert layer is not None
     assert (layer.kept_in, layer.kept_out, layer.gather, layer.rank) == ([0, 3], [1, 2, 5], [0, 1], 2)
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_copies_and_other_processes_get_an_equal_plan() -> None:
+    plan = example()
+    for other in (copy.deepcopy(plan), copy.copy(plan), pickle.loads(pickle.dumps(plan))):
+        assert other == example()
+        other.target = 0.25
+        assert plan == example()
 
 
 @pytest.mark.parametrize(
