@@ -191,7 +191,7 @@ def _tucker2_conv2d(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    return F.conv2d(F.conv2d(F.conv2d(x, first), core, None, stride, padding, dilation), second, bias)
+    return _low_rank_conv2d(F.conv2d(x, first), core, second, bias, stride, padding, dilation)
 
 
 def _foreign(program: ExportedProgram) -> list[str]:
