@@ -189,12 +189,32 @@ std::optional<Range> range_of(const Spectrum& seen, double shift, double part) {
   return range.bound > 0 && range.top < 8 * range.bound ? std::optional(range) : std::nullopt;
 }
 
+// The eigenvalues of G as a block of orthonormal rows sees it, ascending. `image` is block G.
+at::Tensor ritz_values(const at::Tensor& block, const at::Tensor& image) {
+  return at::linalg_eigvalsh(at::mm(image, block.t()));
+}
+
 // From the block's Ritz values, the smallest one wanted as the bound. A larger one would damp what lies between them,
 // once they have converged.
 Range ritz_range(const at::Tensor& block, const at::Tensor& image, int64_t rank) {
-  const at::Tensor values = at::linalg_eigvalsh(at::mm(image, block.t()));
+  const at::Tensor values = ritz_values(block, image);
   const auto* value = values.const_data_ptr<float>();
   return {value[values.size(0) - rank], value[values.size(0) - 1]};
+}
+
+// Whether two steps in float32 keep what these Ritz values stand for, to 0.1 % of the error. A row may hold parts of
+// all of them, which grow with their squares: beside the largest, rounding turns the i-th by eps (largest / i-th)^2.
+bool survive_two_steps(const at::Tensor& values, double total) {
+  constexpr double eps = std::numeric_limits<float>::epsilon();
+  const at::Tensor wide = values.to(at::kDouble).clamp_min(0);
+  const double largest = wide[-1].item<double>(), left = total - wide.sum().item<double>();
+  if (left < 16 * eps * total) return false;  // the difference itself is rounding
+  double lost = 0;
+  for (int64_t i = 0; i < wide.size(0); ++i) {
+    const double value = wide[i].item<double>();
+    if (value > 0) lost += value * std::min(1.0, std::pow(eps * std::pow(largest / value, 2), 2));
+  }
+  return lost <= 0.002 * left;
 }
 
 // A quarter more rows than wanted, and this degree of all polynomials together, reach 0.1 % for a spectrum without any
@@ -268,7 +288,8 @@ std::optional<at::Tensor> orthonormal(const at::Tensor& rows, int passes) {
   at::Tensor q = solve_rows(*first, rows);
   for (int pass = 1; pass < passes; ++pass) {
     const auto [lower, failed] = at::linalg_cholesky_ex(gram(q));
-    if (failed.item<int>() != 0) return std::nullopt;
+    // What the shift left this short is made of rounding, and another pass would not make it orthogonal.
+    if (failed.item<int>() != 0 || lower.diagonal().min().item<double>() < 0.1) return std::nullopt;
     q = solve_rows(lower, q);
   }
   return q;
@@ -316,8 +337,9 @@ at::Tensor turned_towards(const at::Tensor& a, const at::Tensor& basis, Steps st
   if (steps == Steps::two) {
     // G (G - 0.7 t), t the smallest of the basis' eigenvalues: two steps where the spectrum falls fast, and where it
     // hardly falls almost what eigenvectors would give.
-    const double smallest = ritz_range(basis, next, rank).bound;
-    next = times(next).sub_(next, 0.7 * std::max(0.0, smallest));
+    const at::Tensor values = ritz_values(basis, next);
+    if (!survive_two_steps(values, norm * norm)) return leading(a, rank);
+    next = times(next).sub_(next, 0.7 * std::max(0.0F, values.const_data_ptr<float>()[0]));
   }
   const auto orthonormal_next = orthonormal(next, 2);
   return orthonormal_next ? *orthonormal_next : leading(a, rank);

@@ -31,8 +31,14 @@ TEST(LowRank, FactorsOfManyAreNearest) {
 }
 
 TEST(LowRank, Tucker2AtFullRanksIsTheWeight) {
-  const std::vector<at::Tensor> weights{at::randn({6, 4, 3, 3}), at::randn({70, 80})};
-  const auto [cores, out, in] = tucker2(weights, {6, 70}, {4, 80}, 1);
+  std::vector<at::Tensor> weights{at::randn({6, 4, 3, 3})};
+  for (int i = 0; i < 8; ++i) weights.push_back(at::randn({70, 80}));
+  std::vector<int64_t> ranks_out, ranks_in;
+  for (const at::Tensor& weight : weights) {
+    ranks_out.push_back(weight.size(0));
+    ranks_in.push_back(weight.size(1));
+  }
+  const auto [cores, out, in] = tucker2(weights, ranks_out, ranks_in, 1);
   for (size_t i = 0; i < weights.size(); ++i) {
     const at::Tensor narrow = at::matmul(in[i], cores[i].reshape({cores[i].size(0), cores[i].size(1), -1})).flatten(1);
     EXPECT_TRUE(at::mm(out[i], narrow).view(weights[i].sizes()).allclose(weights[i], 1e-4, 1e-4));

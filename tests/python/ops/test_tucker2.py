@@ -76,10 +76,26 @@ def test_any_size_of_numbers(scale: float, started: bool) -> None:
 
 
 @pytest.mark.parametrize("rows", [12, 100])
-def test_what_has_these_ranks_is_found(rows: int) -> None:
+@pytest.mark.parametrize("beyond", [0, 8])
+def test_what_has_these_ranks_is_found(rows: int, beyond: int) -> None:
+    """With more ranks too, whose bases have directions in which there is nothing."""
     weight = merged(random(4, 3, 3, 3), random(rows, 4, seed=1), random(rows, 3, seed=2)).float()
-    (core,), (out,), (inner,) = tucker2([weight], [(4, 3)])
+    (core,), (out,), (inner,) = tucker2([weight], [(4 + beyond, 3 + beyond)])
     assert error(weight, core, out, inner) <= 1e-6 * float(weight.norm())
+    for basis in (out, inner):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(70, 80), (80, 70, 1, 1), (100, 200)])
+@pytest.mark.parametrize("iterations", [1, 2, 10])
+def test_all_directions_of_nearly_singular_matrices(shape: tuple[int, ...], iterations: int) -> None:
+    """Their smallest singular values are a hundredth of the largest, whose squares' squares float32 cannot tell."""
+    for seed in range(5):
+        weight = random(*shape, seed=seed)
+        (core,), (out,), (inner,) = tucker2([weight], [(shape[0], shape[1])], iterations)
+        assert error(weight, core, out, inner) <= 1e-6 * float(weight.norm())
+        for basis in (out, inner):
+            torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [0.0, 0.05, 1.0, 100.0])
