@@ -19,8 +19,8 @@ at::Tensor orthonormal(const at::Tensor& rows) {
   const at::Tensor first = std::get<0>(at::linalg_cholesky_ex(products));
   const at::Tensor near = at::linalg_solve_triangular(first, unit, /*upper=*/false);
   const auto [second, failed] = at::linalg_cholesky_ex(at::matmul(near, near.mT()));
-  // What the shift left that short is made of rounding, and another pass would not make it orthogonal.
-  const at::Tensor dependent = failed.ne(0).logical_or_(second.diagonal(0, -2, -1).amin(-1).lt(0.1));
+  // What the shift left so short is made of rounding.
+  const at::Tensor dependent = failed.ne(0).logical_or_(second.diagonal(0, -2, -1).amin(-1).lt(0.03));
   return at::linalg_solve_triangular(second, near, /*upper=*/false)
       .masked_fill_(dependent.view({-1, 1, 1}), std::numeric_limits<double>::quiet_NaN());
 }

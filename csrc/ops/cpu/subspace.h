@@ -17,7 +17,7 @@ constexpr int64_t direct_rows = 24;
 
 // The orthonormalized rows of `rows` (Cholesky QR); nothing where they are dependent. The first pass shifts the
 // Cholesky factor, which makes it safe but leaves angles between rows that were nearly dependent; two passes leave
-// none.
+// none, with a third where the second says that it needs one.
 std::optional<at::Tensor> orthonormal(const at::Tensor& rows, int passes);
 
 // A A^T
