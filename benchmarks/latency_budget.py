@@ -24,6 +24,7 @@ import torch
 import torchvision
 from cctorch import _C, apply, batch_norm, collaborative, data, datasets, measure, models, repair
 from cctorch.config import Config, expand, load_config
+from cctorch.gradients import mean_gradients
 from cctorch.graph import ModelGraph, trace
 from cctorch.latency_budget import table_for
 from cctorch.store import Architecture, build
@@ -46,7 +47,7 @@ def gradients_of(model: nn.Module, graph: ModelGraph, images: data.Batches, file
         saved: dict[str, Tensor] = torch.load(file, weights_only=True)
         return saved
     layers = [spec.name for spec in _C.participants(graph.specs) if spec.name not in graph.left_alone]
-    gradients = collaborative.mean_gradients(model, images, layers)
+    gradients = mean_gradients(model, images, layers)
     if file is not None:
         torch.save(gradients, file)
     return gradients

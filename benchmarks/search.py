@@ -28,6 +28,7 @@ import torch
 import torchvision
 from cctorch import _C, collaborative, data
 from cctorch.config import load_config
+from cctorch.gradients import mean_gradients
 from cctorch.graph import trace
 from latency_budget import load
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def examine(name: str, target: float, images: int, exact: bool, device: torch.de
     batches = [(x.to(device), y.to(device)) for x, y in found_batches]
     graph = trace(model, example)
     searched = [spec.name for spec in _C.participants(graph.specs) if spec.name not in graph.left_alone]
-    gradients = collaborative.mean_gradients(model, batches, searched)
+    gradients = mean_gradients(model, batches, searched)
 
     def solve(basis: Literal["exact", "fixed"]) -> collaborative.Compression:
         options = _C.SolverOptions(target=target, basis=basis)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cctorch import collaborative, data, distributed, layer_choice
 from cctorch.config import Compress, ConfigError
+from cctorch.gradients import Progress
 from cctorch.graph import trace
 from cctorch.store import Folder
 
@@ -21,7 +22,7 @@ def search(
     *,
     target: float | None = None,
     gradients: Mapping[str, Tensor] | None = None,
-    progress: collaborative.Progress | None = None,
+    progress: Progress | None = None,
 ) -> collaborative.Compression:
     """`target` and `gradients` replace those of `settings` and of `images`, the training images.
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from cctorch import batch_norm
 from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
-from cctorch.collaborative import mean_gradients
 from cctorch.export import save_program
+from cctorch.gradients import mean_gradients
 from cctorch.graph import trace
 from cctorch.nn import FakeQuant, LowRankWeight, Mask
 from placed import CPU, DEVICE, assert_same, assert_same_state, needs_device, placed

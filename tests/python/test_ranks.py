@@ -19,6 +19,7 @@ from cctorch import apply, batch_norm, collaborative, distributed, measure, mode
 from cctorch import run as driver
 from cctorch.config import ConfigError, parse_config
 from cctorch.data import Batches, ImageSet
+from cctorch.gradients import mean_gradients
 from cctorch.interruption import Interrupted
 from cctorch.nn import BatchNorm2d
 from cctorch.report import page
@@ -110,8 +111,8 @@ def _sums_are_those_of_all() -> None:
     model, batches = _network(), _batches(31, 8)
     block, slices = _Double(batches.block(rank, RANKS)), _Double(batches.sliced(rank, RANKS))
     layers = ["conv1", "layer2.0.conv1", "linear"]
-    found = collaborative.mean_gradients(model, block, layers, across_ranks=True)
-    _assert_close(found, _alone(lambda: collaborative.mean_gradients(model, _Double(batches), layers)))
+    found = mean_gradients(model, block, layers, across_ranks=True)
+    _assert_close(found, _alone(lambda: mean_gradients(model, _Double(batches), layers)))
     assert measure.accuracy(model, block, across_ranks=True) == measure.accuracy(model, _Double(batches))
 
     one, several = copy.deepcopy(model), copy.deepcopy(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cctorch import apply, compress
-from cctorch.collaborative import mean_gradients
+from cctorch.gradients import mean_gradients
 from cctorch.graph import trace
 from cctorch.layer_choice import bounds_of
 from torch import Tensor, nn
