@@ -211,7 +211,7 @@ bool survive_two_steps(const at::Tensor& values, double total) {
   if (left < 16 * eps * total) return false;  // the difference itself is rounding
   double lost = 0;
   for (int64_t i = 0; i < wide.size(0); ++i) {
-    const double value = wide[i].item<double>();
+    const auto value = wide[i].item<double>();
     if (value > 0) lost += value * std::min(1.0, std::pow(eps * std::pow(largest / value, 2), 2));
   }
   return lost <= 0.002 * left;
@@ -288,7 +288,7 @@ std::optional<at::Tensor> orthonormal(const at::Tensor& rows, int passes) {
   at::Tensor q = solve_rows(*first, rows);
   for (int pass = 1; pass < passes; ++pass) {
     const auto [lower, failed] = at::linalg_cholesky_ex(gram(q));
-    const double shortest = lower.diagonal().min().item<double>();
+    const auto shortest = lower.diagonal().min().item<double>();
     // What the shift left so short is made of rounding.
     if (failed.item<int>() != 0 || shortest < 0.03) return std::nullopt;
     q = solve_rows(lower, q);
@@ -329,7 +329,7 @@ at::Tensor exact_basis(const at::Tensor& a, int64_t rank) {
 at::Tensor turned_towards(const at::Tensor& a, const at::Tensor& basis, Steps steps) {
   const int64_t rank = basis.size(0);
   if (a.scalar_type() == at::kDouble || a.size(0) <= direct_rows) return leading(a, rank);
-  const double norm = at::linalg_vector_norm(a).item<double>();
+  const auto norm = at::linalg_vector_norm(a).item<double>();
   if (!fits_float32(norm * norm)) return leading(a, rank);
   // Of more than a quarter of the rows, the lower half of a Gram matrix takes less than two products.
   const bool by_gram = a.size(0) <= a.size(1) && (steps == Steps::two || 4 * rank > a.size(0));
