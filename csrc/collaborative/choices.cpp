@@ -85,7 +85,7 @@ std::string left_alone(const std::string& layer, const std::vector<double>& loss
 LayerChoices removal_choices(const Layer& layer, const Options& options) {
   const LayerSpec& spec = layer.spec;
   const Cost cost(spec, layer.table);
-  RunningLayer dense(layer.weight, layer.gradient, options);
+  const RunningLayer dense(layer.weight, layer.gradient, options);
   LayerChoices found{spec.name, dense.largest_loss(), {}};
   found.choices.push_back(
       {cost.dense(), 0.0, LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels)});

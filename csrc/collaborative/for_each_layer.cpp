@@ -70,7 +70,7 @@ void for_each_layer(const std::vector<Layer>& layers, const Streams& streams, st
   auto next = on_processor;
   for (; next != order.end(); ++next) {
     const double cost = costs[*next];
-    if (!(ranking_share(cost, options) > 0 && cost * at::get_num_threads() > rest)) break;
+    if (ranking_share(cost, options) <= 0 || cost * at::get_num_threads() <= rest) break;
     largest_first({cost}, [&](size_t) { work(*next); });
     rest -= cost;
   }

@@ -75,7 +75,8 @@ struct Search::State {
     start = Clock::now();
     for_each_layer(layers, streams, "multi-step heuristic", options, progress, [&](size_t l) {
       if (!dense[l]) dense[l].emplace(layers[l].weight, layers[l].gradient, options);
-      paths[l] = removal_path(*std::exchange(dense[l], std::nullopt), highest[l].allocated, options);
+      paths[l] = removal_path(std::move(*dense[l]), highest[l].allocated, options);
+      dense[l].reset();
     });
     heuristic_seconds = seconds_since(start);
   }

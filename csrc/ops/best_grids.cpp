@@ -15,7 +15,7 @@ namespace {
 // Of sums over the elements of each row, the last of them over all: 0, or NaN where that is no number.
 at::Tensor nan_unless_finite(const at::Tensor& sums) {
   const at::Tensor all = sums.narrow(-1, sums.size(-1) - 1, 1);
-  return all - all;
+  return all.sub(all);
 }
 
 // Two scales give any two magnitudes a1 + a2 and a1 - a2, so the best of them are 2-means of |w|, found exactly:

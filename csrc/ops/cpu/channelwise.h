@@ -154,7 +154,7 @@ class Backward {
 
   void operator()(int64_t unit) {
     if (cut_.period) {
-      block(unit);
+      block(unit, *cut_.period);
     } else {
       const int64_t begin = cut_.pieces.begin(unit) * cut_.operand.x.element_size();
       sums_[unit] = cut_.run.backward(cut_.formula, to() + begin, grad() + begin, x() + begin, cut_.pieces.size(unit),
@@ -178,21 +178,21 @@ class Backward {
   const char* grad() const { return static_cast<const char*>(cut_.operand.grad.const_data_ptr()); }
   const char* x() const { return static_cast<const char*>(cut_.operand.x.const_data_ptr()); }
 
-  void block(int64_t unit) {
+  void block(int64_t unit, const Period<T, P>& period) {
     // Sums are kept in the formula's type over this many periods, then added up in double.
     constexpr int64_t kShortSum = 64;
-    std::vector<T> short_sums(cut_.period->numbers.size());
-    const formula::Columns<T, P> sums_of_elements{short_sums.data(), cut_.period->size};
-    const int64_t last = std::min(cut_.period->count(), (unit + 1) * per_block_);
-    auto* block_sums = sums_.data() + unit * cut_.period->size;
+    std::vector<T> short_sums(period.numbers.size());
+    const formula::Columns<T, P> sums_of_elements{short_sums.data(), period.size};
+    const int64_t last = std::min(period.count(), (unit + 1) * per_block_);
+    auto* block_sums = sums_.data() + unit * period.size;
     for (int64_t first = unit * per_block_; first < last; first += kShortSum) {
       std::fill(short_sums.begin(), short_sums.end(), T(0));
       for (int64_t i = first; i < std::min(last, first + kShortSum); ++i) {
-        const int64_t begin = i * cut_.period->size * cut_.operand.x.element_size();
-        cut_.run.backward_each(cut_.formula, to() + begin, grad() + begin, x() + begin, cut_.period->length(i),
-                               cut_.period->parameters(), sums_of_elements, cut_.stores);
+        const int64_t begin = i * period.size * cut_.operand.x.element_size();
+        cut_.run.backward_each(cut_.formula, to() + begin, grad() + begin, x() + begin, period.length(i),
+                               period.parameters(), sums_of_elements, cut_.stores);
       }
-      for (int64_t j = 0; j < cut_.period->size; ++j) block_sums[j] += formula::wide(sums_of_elements[j]);
+      for (int64_t j = 0; j < period.size; ++j) block_sums[j] += formula::wide(sums_of_elements[j]);
     }
   }
 

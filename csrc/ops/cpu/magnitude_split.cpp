@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "csrc/ops/cpu/isa.h"
@@ -58,7 +59,10 @@ struct TwoMagnitudesGain {
 };
 
 // Of a row of zeros, or of one with NaN or infinity.
-SignedLevels none_of(double sum) { return {0, sum - sum, sum - sum}; }
+SignedLevels none_of(double sum) {
+  const double level = std::isfinite(sum) ? 0 : std::numeric_limits<double>::quiet_NaN();
+  return {0, level, level};
+}
 
 Tail plus(const Tail& a, const Tail& b) { return {a.count + b.count, a.sum + b.sum}; }
 

@@ -62,7 +62,7 @@ class MagnitudeSplit {
   template <typename Gain>
   Split best(const RowOf& row, const simd::Magnitudes& all, const Ratios& to_mean, const Gain& gain);
   template <typename Gain>
-  Interval narrowed(const RowOf& row, const Interval& interval, const Ratios& at, double margin,
+  Interval narrowed(const RowOf& row, const Interval& interval, const Ratios& thresholds, double margin,
                     const Gain& gain) const;
   template <typename Gain>
   Split best_inside(const simd::Outside& outside, const Gain& gain);

@@ -54,7 +54,8 @@ void RowFit::binary_code(double* row, int64_t n, int64_t bits, std::optional<dou
   if (precision && is_code(row, n, bits, *precision)) return;
   if (bits <= 2) {
     const RowOf numbers{row, n, simd::Storage::kDouble};
-    return replace(numbers, row, bits == 1 ? scaled_signs(numbers) : split_.two_magnitudes(numbers));
+    replace(numbers, row, bits == 1 ? scaled_signs(numbers) : split_.two_magnitudes(numbers));
+    return;
   }
   sorted_.sort(row, n);
   fit_scales(row, n, bits);

@@ -26,11 +26,15 @@ double value_of(uint64_t key) { return std::bit_cast<double>(key ^ ((key & kSign
 // Digit by digit, the lowest first, of those bits in which keys differ: 32 at most where they were float32.
 void SortedRow::sort_keys() {
   const auto n = static_cast<int64_t>(keys_.size());
-  if (n <= kShort) return std::sort(keys_.begin(), keys_.end());
+  if (n <= kShort) {
+    std::sort(keys_.begin(), keys_.end());
+    return;
+  }
   uint64_t different = 0;
   for (const uint64_t key : keys_) different |= key ^ keys_[0];
   if (different == 0) return;
-  const int lowest = std::countr_zero(different), places = (std::bit_width(different) - lowest + 7) / 8;
+  const int lowest = std::countr_zero(different),
+            places = (static_cast<int>(std::bit_width(different)) - lowest + 7) / 8;
   const auto digit = [&](uint64_t key, int place) { return key >> (lowest + 8 * place) & (kValues - 1); };
   std::array<std::array<int64_t, kValues>, 8> counts;
   std::fill_n(counts.begin(), places, std::array<int64_t, kValues>{});

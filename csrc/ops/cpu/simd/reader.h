@@ -54,7 +54,7 @@ void stream(const S* from, S* to, int64_t n) {
   int64_t i = 0;
   for (; i < head && i < n; ++i) to[i] = from[i];
   for (; i + kLine <= n; i += kLine) {
-#if defined(__AVX512F__)
+#ifdef __AVX512F__
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
 #elif defined(__AVX__)
     for (int64_t part = 0; part < kLine; part += kLine / 2) {

@@ -18,9 +18,9 @@ constexpr double kLargestFactor = 1.7976931348623157e308;
 struct Grid {
   double reach;
   double q;
-  double factor;
+  double factor = 0;
 
-  Grid(double largest_level, double levels) : reach(largest_level), q(levels), factor(0) {
+  Grid(double largest_level, double levels) : reach(largest_level), q(levels) {
     if (reach > 0) factor = q / reach < kLargestFactor ? q / reach : kLargestFactor;
   }
   double code(double x) const {
