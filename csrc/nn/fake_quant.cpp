@@ -46,7 +46,7 @@ void FakeQuantImpl::reset() {
 
 void FakeQuantImpl::load(torch::serialize::InputArchive& archive) {
   Module::load(archive);
-  initialized_ = true;
+  initialized_ = has_scales();
 }
 
 void FakeQuantImpl::pretty_print(std::ostream& stream) const {
@@ -71,6 +71,10 @@ at::Tensor FakeQuantImpl::grouped(const at::Tensor& x) const {
   return x.reshape({log_scale.numel(), -1});
 }
 
+bool FakeQuantImpl::has_scales() const {
+  return log_scale.any().item<bool>() || (options.offset() && offset.any().item<bool>());
+}
+
 void FakeQuantImpl::initialize(const at::Tensor& input) {
   const torch::NoGradGuard no_grad;
   const at::Tensor x = grouped(input.detach().to(log_scale.scalar_type()));
@@ -92,6 +96,8 @@ void FakeQuantImpl::initialize(const at::Tensor& input) {
 
 at::Tensor FakeQuantImpl::forward(const at::Tensor& x) {
   // An empty input, as of a detector that finds nothing, says nothing about the range.
+  // Scales may be there already: copied, or averaged, from another module's parameters.
+  if (!initialized_ && x.numel() > 0 && has_scales()) initialized_ = true;
   if (!initialized_ && x.numel() > 0) initialize(x);
   const double elements = static_cast<double>(x.numel()) / static_cast<double>(log_scale.numel());
   const double grad_scale = 1.0 / std::sqrt(std::max(elements, 1.0) * static_cast<double>(qmax()));

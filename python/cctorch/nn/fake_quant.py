@@ -35,6 +35,9 @@ class FakeQuant(nn.Module):
         init: ``"lsq"``, ``"minmax"`` or ``"mse"``.
 
     Half precision is quantized with float32 scales. A module that is converted to half precision rounds those it has.
+
+    In data parallel training run the model once before DistributedDataParallel is made, which gives all ranks the scales
+    of rank 0. Ranks that start from inputs of their own keep scales of their own.
     """
 
     offset: nn.Parameter | None
@@ -93,6 +96,19 @@ class FakeQuant(nn.Module):
             self.offset.copy_(offset.view_as(self.offset))
         self.initialized = True
 
+    @torch.no_grad()
+    def _start(self, x: Tensor) -> None:
+        """From the first input, unless scales are there already: an average of models has them, but copies no flag."""
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "FakeQuant: no scale to export yet; run the model on a batch of data first, in training mode or not"
+            )
+        given = [parameter.detach().clone() for parameter in self.parameters()]
+        untouched = torch.stack([(value == 0).all() for value in given]).all()
+        self.initialize(x)
+        for parameter, value in zip(self.parameters(), given, strict=True):
+            parameter.copy_(torch.where(untouched, parameter, value))
+
     def _lsq(self, x: Tensor, counted: Tensor, axis: int | None) -> Tensor:
         magnitude = x.abs()
         if axis is None:
@@ -116,7 +132,7 @@ class FakeQuant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # An empty input, as of a detector that finds nothing, says nothing about the range.
         if not self.initialized and x.numel() > 0:
-            self.initialize(x)
+            self._start(x)
         grad_scale = 1.0
         if self.training:
             grad_scale = 1 / math.sqrt(max(x.numel() // self.log_scale.numel(), 1) * self.qmax)

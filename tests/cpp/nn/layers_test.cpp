@@ -237,6 +237,21 @@ TEST(FakeQuant, StartsFromTheDataAndKeepsALoadedScale) {
   EXPECT_THROW(FakeQuant(1), c10::Error);
 }
 
+TEST(FakeQuant, CopiedScalesAreKeptAndOnesThatNeverStartedStart) {
+  FakeQuant quant(FakeQuantOptions(4)), average(FakeQuantOptions(4)), loaded(FakeQuantOptions(4));
+  const at::Tensor x = doubles({5, 7}).to(torch::kFloat);
+  std::stringstream stream;
+  torch::save(quant, stream);
+  torch::load(loaded, stream);
+  const at::Tensor y = quant(x);
+  {
+    const torch::NoGradGuard no_grad;
+    average->log_scale.copy_(quant->log_scale);
+  }
+  EXPECT_TRUE(torch::equal(average(x * 100), quant(x * 100)));
+  EXPECT_TRUE(torch::equal(loaded(x), y));
+}
+
 TEST(FakeQuant, AnEmptyInputStartsNoScale) {
   FakeQuant quant(FakeQuantOptions(4)), expected(FakeQuantOptions(4));
   const at::Tensor x = doubles({5, 7}).to(torch::kFloat);

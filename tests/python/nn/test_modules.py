@@ -22,6 +22,7 @@ from cctorch.nn import (
 from cctorch.prepare import convert
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 
 def reloaded(module: nn.Module, fresh: nn.Module) -> nn.Module:
@@ -110,6 +111,30 @@ def test_first_call_initializes_and_a_checkpoint_remembers() -> None:
     torch.testing.assert_close(y, scale * (x / scale).round().clamp(-8, 7))
     other = reloaded(quant, FakeQuant(4))
     assert torch.equal(other(x * 100), quant(x * 100))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"offset": True, "init": "minmax"}, {"axis": 1, "channels": 7}], ids=str)
+def test_an_averaged_copy_keeps_the_scales_that_it_averaged(arguments: dict[str, Any]) -> None:
+    quant = FakeQuant(4, **arguments)
+    average = AveragedModel(quant)
+    started = []
+    for _ in range(2):
+        quant(torch.randn(5, 7))
+        with torch.no_grad():
+            quant.log_scale += 0.5
+        average.update_parameters(quant)
+        started.append(quant.log_scale.detach().clone())
+    average(100 * torch.randn(5, 7))
+    torch.testing.assert_close(average.module.log_scale.detach(), (started[0] + started[1]) / 2)
+
+
+def test_a_scale_that_has_not_started_is_not_exported() -> None:
+    quant, x = FakeQuant(4).eval(), torch.randn(5, 7)
+    for strict in (False, True):
+        with pytest.raises(Exception, match="run the model on a batch of data first"):
+            torch.export.export(quant, (x,), strict=strict)
+    quant(x)
+    assert torch.equal(torch.export.export(quant, (x,)).module()(3 * x), quant(3 * x))
 
 
 def test_an_empty_input_starts_no_scale() -> None:

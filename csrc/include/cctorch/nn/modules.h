@@ -26,8 +26,8 @@ struct FakeQuantOptions {
 };
 
 // cctorch::fake_quant, fake_quant_offset or fake_quant_groups with the scales as the parameter `log_scale` (`channels`
-// elements, or channels x groups) and the offsets as the parameter `offset`. The first call, unless initialize() or a
-// checkpoint came before it, sets them from x.
+// elements, or channels x groups) and the offsets as the parameter `offset`. The first call sets them from x, unless
+// they are no longer zeros: initialize(), a checkpoint or another module's parameters came before it.
 class FakeQuantImpl : public torch::nn::Cloneable<FakeQuantImpl> {
  public:
   explicit FakeQuantImpl(int64_t bits) : FakeQuantImpl(FakeQuantOptions(bits)) {}
@@ -50,6 +50,7 @@ class FakeQuantImpl : public torch::nn::Cloneable<FakeQuantImpl> {
  private:
   // Values that share a scale are a channel of what this returns, along axis() of it.
   at::Tensor grouped(const at::Tensor& x) const;
+  bool has_scales() const;
   std::optional<int64_t> axis() const { return options.groups() > 1 ? 0 : options.axis(); }
 
   bool initialized_ = false;
