@@ -57,8 +57,15 @@ def convert(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name, steps in _steps(module).items():
             if all(isinstance(step, _OURS) for step in steps):
+                _own_class(module)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return model
+
+
+def _own_class(module: nn.Module) -> None:
+    """PyTorch deletes the weight's property from the module's class, which copy.deepcopy shares with the original."""
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
 
 
 def _steps(module: nn.Module) -> dict[str, list[nn.Module]]:

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,22 @@ def test_compressed_model_is_prepared_through_its_factors() -> None:
     expected = model(x)
     convert(model)
     assert torch.equal(model(x), expected)
+
+
+def test_converting_a_copy_leaves_the_original_in_training() -> None:
+    x = torch.randn(5, 4, 3, 3, dtype=torch.float64)
+    model = prepare(two_layers(), plan_of(mask=MaskPlan("channel", sparsity=0.5), bits=3))
+    average = copy.deepcopy(model)
+    expected = model(x)
+    snapshot = convert(copy.deepcopy(model))
+    assert not any(parametrize.is_parametrized(module) for module in snapshot.modules())
+    for trained in (model, average, copy.deepcopy(average)):
+        assert torch.equal(trained(x), expected)
+        trained(x).sum().backward()
+    assert type(snapshot[0]) is nn.Conv2d
+    assert torch.equal(snapshot(x), expected)
+    for other in (model, average):
+        assert torch.equal(convert(other)(x), expected)
 
 
 def test_parametrizations_of_others_stay() -> None:
