@@ -36,8 +36,8 @@ class FakeQuant(nn.Module):
 
     Half precision is quantized with float32 scales. A module that is converted to half precision rounds those it has.
 
-    In data parallel training run the model once before DistributedDataParallel is made, which gives all ranks the scales
-    of rank 0. Ranks that start from inputs of their own keep scales of their own.
+    In data parallel training run the model once before DistributedDataParallel is made, which gives all ranks those of
+    rank 0. Ranks that start from inputs of their own keep scales of their own.
     """
 
     offset: nn.Parameter | None
