@@ -153,7 +153,7 @@ AsIfAtEvent::AsIfAtEvent(RegularizationEvents& events) : events_(events) {
     }
     write(projection);
   }
-  events.swapped_ = true;
+  inside_ = events.swapped_ = true;
 }
 
 AsIfAtEvent::~AsIfAtEvent() {
@@ -165,12 +165,12 @@ AsIfAtEvent::~AsIfAtEvent() {
 }
 
 void AsIfAtEvent::restore() {
-  if (!events_.swapped_) return;
+  if (!inside_) return;
   const c10::NoGradGuard no_grad;
   if (!parameters_.empty()) at::_foreach_copy_(parameters_, originals_);
   parameters_.clear();
   originals_.clear();
-  events_.swapped_ = false;
+  inside_ = events_.swapped_ = false;
 }
 
 }  // namespace cctorch::regularize

@@ -379,6 +379,7 @@ class AsIfAtEvent {
   RegularizationEvents& events_;
   std::vector<at::Tensor> parameters_, originals_;
   int64_t bits_ = 0;
+  bool inside_ = false;
 };
 
 // Ties a Q and a schedule to a training loop: call step() after every optimizer step and finish() at the end. Between

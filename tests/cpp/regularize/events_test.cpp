@@ -8,6 +8,7 @@
 
 #include <functional>
 #include <limits>
+#include <memory>
 #include <string>
 
 #include "tests/cpp/refusal.h"
@@ -163,6 +164,21 @@ TEST(RegularizationEvents, AsIfAtEventRestoresBitsAndState) {
   EXPECT_TRUE(weight.equal(inside)) << "the event draws the noise that the evaluation saw";
   const auto guard = events.as_if_at_event();
   EXPECT_TRUE(weight.equal(inside)) << "the weights are those of an event already";
+}
+
+TEST(RegularizationEvents, AScopeThatWasLeftDoesNotEndTheNextOne) {
+  const auto weight = at::randn({16, 8}).requires_grad_();
+  RegularizationEvents events({{"w", weight}}, pruning(), every(3));
+  const auto before = weight.detach().clone();
+  auto first = std::make_unique<AsIfAtEvent>(events);
+  first->restore();
+  {
+    const AsIfAtEvent second(events);
+    first.reset();
+    EXPECT_FALSE(weight.equal(before));
+    EXPECT_THROW(events.step(), c10::ValueError);
+  }
+  EXPECT_TRUE(weight.equal(before));
 }
 
 TEST(RegularizationEvents, ClearsTheMomentumOfWhatItChanges) {

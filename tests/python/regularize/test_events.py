@@ -139,6 +139,16 @@ def test_as_if_at_event_restores_weights_and_random_numbers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), plain.model.parameters(), strict=True))
 
 
+def test_one_context_can_be_entered_again() -> None:
+    run = Run(6)
+    before = run.model[0].weight.detach().clone()
+    context = run.events.as_if_at_event()
+    for _ in range(2):
+        with context:
+            assert int(run.model[0].weight.count_nonzero()) < before.numel()
+        assert torch.equal(run.model[0].weight, before)
+
+
 def test_training_is_refused_within_as_if_at_event() -> None:
     run = Run(6)
     with run.events.as_if_at_event():
