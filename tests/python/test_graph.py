@@ -55,6 +55,44 @@ def test_what_runs_once_for_a_batch_counts_once() -> None:
     assert _C.dense_macs(graph.specs) == counted_macs(model, EXAMPLE)
 
 
+class InRegions(nn.Module):
+    """Layers under autocast, one of them within a region of its own, and under enable_grad."""
+
+    def __init__(self, regions: bool) -> None:
+        super().__init__()
+        self.regions = regions
+        self.layers = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 8), (8, 12), (12, 16), (16, 8)))
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.regions):
+            x = F.relu(self.layers[1](F.relu(self.layers[0](x))))
+            with torch.autocast("cpu", enabled=False):
+                x = F.relu(self.layers[2](x.float()))
+                half = x * 0.5
+        with torch.set_grad_enabled(self.regions):
+            x = self.layers[3](x + half)
+        return self.linear(x.mean((2, 3)))
+
+
+def test_regions_of_autocast_and_grad_mode_are_followed() -> None:
+    torch.manual_seed(0)
+    model, plain = InRegions(regions=True), InRegions(regions=False)
+    plain.load_state_dict(model.state_dict())
+    graph = trace(model, EXAMPLE)
+    assert [spec.name for spec in graph.specs] == ["layers.0", "layers.1", "layers.2", "layers.3", "linear"]
+    assert _C.dense_macs(graph.specs) == counted_macs(plain, EXAMPLE)
+    assert not graph.warnings
+    plan = pruned(graph, "layers.2", [1, 4, 5])
+    assert kept_out(plan, "layers.1") == [1, 4, 5]
+    with torch.no_grad():
+        plain.layers[2].weight[:, [0, 2, 3, *range(6, 12)]] = 0
+    cctorch.apply(model, plan)
+    model.regions = False
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(x), plain(x))
+
+
 def test_first_convolution_and_classifier_take_no_part() -> None:
     graph = trace(PaddedResNet(), EXAMPLE)
     names = [spec.name for spec in graph.specs]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cctorch.graph.hooks import from_hooks
 from cctorch.graph.model_graph import ModelGraph
+from cctorch.graph.regions import inline_regions
 from cctorch.graph.rules import RULES
 from cctorch.graph.sizes import keep_what_sizes_count_on
 from cctorch.graph.walker import Walker
@@ -48,7 +49,7 @@ def _walked(model: nn.Module, example: Tensor) -> Walker | str:
 
     def exported(model: nn.Module) -> torch.export.ExportedProgram:
         with _quiet():
-            return torch.export.export(model, (example,), strict=False)
+            return inline_regions(torch.export.export(model, (example,), strict=False))
 
     try:
         program = exported(model)
