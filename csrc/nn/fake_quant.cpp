@@ -15,12 +15,15 @@ namespace cctorch::nn {
 
 namespace {
 
-at::Tensor mean_magnitude(const at::Tensor& x, std::optional<int64_t> axis, int64_t channels) {
-  if (!axis) return x.abs().mean();
+// Of the values where `counted` is 1; the others are 0.
+at::Tensor mean_magnitude(const at::Tensor& x, const at::Tensor& counted, std::optional<int64_t> axis,
+                          int64_t channels) {
+  if (!axis) return x.abs().sum() / counted.sum().clamp_min(1);
   const int64_t kept = *axis < 0 ? *axis + x.dim() : *axis;
   TORCH_CHECK_VALUE(kept >= 0 && kept < x.dim() && x.size(kept) == channels, "x of shape ", x.sizes(), ": expected ",
                     channels, " channels along axis ", *axis);
-  return x.abs().movedim(kept, 0).reshape({channels, -1}).mean(1);
+  const auto sums = [&](const at::Tensor& values) { return values.movedim(kept, 0).reshape({channels, -1}).sum(1); };
+  return sums(x.abs()) / sums(counted).clamp_min(1);
 }
 
 }  // namespace
@@ -77,11 +80,12 @@ bool FakeQuantImpl::has_scales() const {
 
 void FakeQuantImpl::initialize(const at::Tensor& input) {
   const torch::NoGradGuard no_grad;
-  const at::Tensor x = grouped(input.detach().to(log_scale.scalar_type()));
+  const at::Tensor given = grouped(input.detach().to(log_scale.scalar_type()));
+  const at::Tensor finite = given.isfinite(), x = at::where(finite, given, at::zeros({}, given.options()));
   at::Tensor logarithm, start = torch::zeros_like(log_scale);
   if (options.init() == "lsq") {
-    const at::Tensor scale =
-        mean_magnitude(x, axis(), log_scale.numel()) * (2.0 / std::sqrt(static_cast<double>(qmax())));
+    const at::Tensor scale = mean_magnitude(x, finite.to(x.scalar_type()), axis(), log_scale.numel()) *
+                             (2.0 / std::sqrt(static_cast<double>(qmax())));
     // A channel of zeros has no scale of its own.
     logarithm = torch::where(scale > 0, scale, torch::ones_like(scale)).log();
   } else if (options.offset()) {

@@ -78,11 +78,12 @@ class FakeQuant(nn.Module):
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Sets scales and offsets from ``x``; with a boolean ``mask`` of its shape, from the values where it is True.
 
-        ``"minmax"`` and ``"mse"`` take the others for zeros.
+        Values that are not finite, as of a first batch that overflows in float16, do not count either. ``"minmax"`` and
+        ``"mse"`` take what does not count for zeros.
         """
-        x = x.detach().to(_kind(self.log_scale))
-        counted = torch.ones_like(x) if mask is None else mask.to(x.dtype)
-        x, axis = x * counted, self.axis
+        x, axis = x.detach().to(_kind(self.log_scale)), self.axis
+        finite = x.isfinite() if mask is None else mask & x.isfinite()
+        x, counted = torch.where(finite, x, 0), finite.to(x.dtype)
         if self.groups > 1:
             x, counted, axis = self._grouped(x), self._grouped(counted), 0
         if self.init == "lsq":

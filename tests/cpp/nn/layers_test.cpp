@@ -4,6 +4,7 @@
 #include <torch/types.h>
 
 #include <cmath>
+#include <limits>
 #include <sstream>
 
 namespace cctorch::nn {
@@ -250,6 +251,21 @@ TEST(FakeQuant, CopiedScalesAreKeptAndOnesThatNeverStartedStart) {
   }
   EXPECT_TRUE(torch::equal(average(x * 100), quant(x * 100)));
   EXPECT_TRUE(torch::equal(loaded(x), y));
+}
+
+TEST(FakeQuant, ValuesThatAreNotFiniteSetNoScale) {
+  for (const bool per_channel : {false, true}) {
+    auto options = FakeQuantOptions(4);
+    if (per_channel) options = options.axis(1).channels(7);
+    FakeQuant quant(options), expected(options);
+    const at::Tensor x = doubles({5, 7}).to(torch::kFloat);
+    at::Tensor overflowed = torch::cat({x, x});
+    overflowed.narrow(0, 5, 5).fill_(std::numeric_limits<float>::infinity());
+    overflowed[6] = std::numeric_limits<float>::quiet_NaN();
+    quant(overflowed);
+    expected(x);
+    EXPECT_LT(difference(quant->log_scale, expected->log_scale), 1e-6);
+  }
 }
 
 TEST(FakeQuant, AnEmptyInputStartsNoScale) {

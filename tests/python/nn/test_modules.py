@@ -137,6 +137,16 @@ def test_a_scale_that_has_not_started_is_not_exported() -> None:
     assert torch.equal(torch.export.export(quant, (x,)).module()(3 * x), quant(3 * x))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("arguments", [{}, {"init": "mse"}, {"axis": 1, "channels": 7, "init": "minmax"}], ids=str)
+def test_a_first_batch_that_overflows_leaves_a_scale_to_go_on_from(arguments: dict[str, Any], bad: float) -> None:
+    x = torch.randn(5, 7, dtype=torch.float64)
+    quant, expected = (FakeQuant(4, dtype=torch.float64, **arguments) for _ in range(2))
+    quant(torch.cat([x, torch.full((1, 7), bad, dtype=torch.float64)]))
+    expected(x)
+    torch.testing.assert_close(quant.log_scale, expected.log_scale)
+
+
 def test_an_empty_input_starts_no_scale() -> None:
     x = torch.randn(5, 7)
     quant, expected = FakeQuant(4), FakeQuant(4)

@@ -40,7 +40,7 @@ class FakeQuantImpl : public torch::nn::Cloneable<FakeQuantImpl> {
   int64_t qmax() const;
 
   // "lsq": s = 2 mean|input| / sqrt(qmax) (LSQ, section 2.1), the offsets 0; else as quant_range() and
-  // quant_range_offset() find them.
+  // quant_range_offset() find them. Values that are not finite do not count; those two take them for zeros.
   void initialize(const at::Tensor& input);
   at::Tensor forward(const at::Tensor& x);
 
