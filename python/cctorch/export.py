@@ -65,6 +65,7 @@ def _decompositions() -> dict[Any, Callable[..., Tensor]]:
         library.fake_quant_offset.default: _fake_quant_offset,
         library.fake_quant_groups.default: _fake_quant_groups,
         library.pact.default: _pact,
+        library.fp8_quant.default: _fp8_quant,
         library.apply_mask.default: _apply_mask,
         library.channel_gate.default: _channel_gate,
         library.soft_threshold.default: _soft_threshold,
@@ -128,6 +129,19 @@ def _pact(x: Tensor, log_alpha: Tensor, bits: int, axis: int | None = None) -> T
     levels = 2**bits - 1
     scale: Tensor = (_along(x, _positive(log_alpha), axis) / levels).clamp_min(torch.finfo(log_alpha.dtype).tiny)
     return ((x / scale).round().clamp(0, levels) * scale).to(x.dtype)
+
+
+def _fp8_quant(
+    x: Tensor,
+    log_scale: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    axis: int | None = None,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    scale = _along(x, _positive(log_scale), axis)
+    largest = torch.finfo(dtype).max
+    v = (x / scale).clamp(-largest, largest)
+    return (v.to(dtype).to(v.dtype) * scale).to(x.dtype)
 
 
 def _apply_mask(weight: Tensor, mask: Tensor) -> Tensor:

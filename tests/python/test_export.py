@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
 from cctorch.apply import apply
 from cctorch.export import save_program
 from cctorch.graph import trace
 from cctorch.nn import ChannelGate, FakeQuant, HardConcreteGate, LowRankConv2d, LowRankLinear, SoftThreshold
-from cctorch.ops import pact, sigmoid_gate
+from cctorch.ops import fp8_quant, pact, sigmoid_gate
 from cctorch.prepare import prepare
 from networks import PaddedResNet, Vgg, random_plan, randomized
 from torch import Tensor, nn
@@ -104,6 +105,33 @@ def test_every_layout_of_a_low_rank_convolution(layout: Any, padding: Any, tmp_p
     x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
     program = save_program(conv, x, tmp_path / "model.pt2")
     torch.testing.assert_close(program.module()(x), conv(x), rtol=1e-10, atol=1e-10)
+
+
+class Eighths(nn.Module):
+    """Activations in 8-bit floating point, some beyond its range, and layers whose weights are as well."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.log_scales = nn.Parameter(torch.tensor([-9.0, 0.0, 3.0]))
+        self.linear = nn.Linear(3, 4)
+        self.log_scale = nn.Parameter(torch.tensor([-5.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = fp8_quant(self.linear.weight, self.log_scale, self.dtype)
+        x = fp8_quant(x, self.log_scales, self.dtype, axis=1)
+        return F.linear(x, weight.to(x.dtype), self.linear.bias.to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_floating_point_of_eight_bits_runs_without_cctorch(
+    format: torch.dtype, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, path = Eighths(format), tmp_path / "model.pt2"
+    x = (100 * torch.randn(50, 3)).to(dtype)
+    save_program(model, x[:2], path)
+    assert torch.equal(run_elsewhere(path, x), model(x))
 
 
 class Outputs(nn.Module):
