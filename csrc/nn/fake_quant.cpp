@@ -15,6 +15,9 @@ namespace cctorch::nn {
 
 namespace {
 
+// The type of the scales of `x`.
+at::ScalarType kind(const at::Tensor& x) { return c10::promoteTypes(x.scalar_type(), at::kFloat); }
+
 // Of the values where `counted` is 1; the others are 0.
 at::Tensor mean_magnitude(const at::Tensor& x, const at::Tensor& counted, std::optional<int64_t> axis,
                           int64_t channels) {
@@ -80,7 +83,7 @@ bool FakeQuantImpl::has_scales() const {
 
 void FakeQuantImpl::initialize(const at::Tensor& input) {
   const torch::NoGradGuard no_grad;
-  const at::Tensor given = grouped(input.detach().to(log_scale.scalar_type()));
+  const at::Tensor given = grouped(input.detach().to(kind(log_scale)));
   const at::Tensor finite = given.isfinite(), x = at::where(finite, given, at::zeros({}, given.options()));
   at::Tensor logarithm, start = torch::zeros_like(log_scale);
   if (options.init() == "lsq") {
@@ -99,19 +102,22 @@ void FakeQuantImpl::initialize(const at::Tensor& input) {
 }
 
 at::Tensor FakeQuantImpl::forward(const at::Tensor& x) {
-  // An empty input, as of a detector that finds nothing, says nothing about the range.
-  // Scales may be there already: copied, or averaged, from another module's parameters.
-  if (!initialized_ && x.numel() > 0 && has_scales()) initialized_ = true;
-  if (!initialized_ && x.numel() > 0) initialize(x);
+  // An empty input, as of a detector that finds nothing, says nothing about the range. Scales may be there already:
+  // copied, or averaged, from another module's parameters.
+  if (!initialized_ && x.numel() > 0) {
+    if (!has_scales()) initialize(x);
+    initialized_ = true;
+  }
   const double elements = static_cast<double>(x.numel()) / static_cast<double>(log_scale.numel());
   const double grad_scale = 1.0 / std::sqrt(std::max(elements, 1.0) * static_cast<double>(qmax()));
+  const at::Tensor scales = log_scale.to(kind(x));
+  const auto offsets = options.offset() ? std::optional(offset.to(kind(x))) : std::nullopt;
   if (options.groups() > 1) {
     const auto size = grouped(x).size(1);
-    const auto offsets = options.offset() ? std::optional(offset) : std::nullopt;
-    return fake_quant_groups(x, log_scale, qmin(), qmax(), size, grad_scale, offsets);
+    return fake_quant_groups(x, scales, qmin(), qmax(), size, grad_scale, offsets);
   }
-  if (options.offset()) return fake_quant_offset(x, log_scale, offset, qmin(), qmax(), options.axis(), grad_scale);
-  return fake_quant(x, log_scale, qmin(), qmax(), options.axis(), grad_scale);
+  if (offsets) return fake_quant_offset(x, scales, *offsets, qmin(), qmax(), options.axis(), grad_scale);
+  return fake_quant(x, scales, qmin(), qmax(), options.axis(), grad_scale);
 }
 
 }  // namespace cctorch::nn

@@ -54,6 +54,14 @@ ChannelGraph::Channels ChannelGraph::create(int64_t count) {
   return made;
 }
 
+void ChannelGraph::expect_own(const Channels& channels) const {
+  const auto size = static_cast<int64_t>(parent_.size());
+  for (const int64_t channel : channels) {
+    TORCH_CHECK_VALUE(channel >= 0 && channel < size, "channel graph: channel ", channel, " is none of this graph's ",
+                      size, ", expected what its input() and layer() gave");
+  }
+}
+
 ChannelGraph::Channels ChannelGraph::input(int64_t channels) {
   Channels made = create(channels);
   pin(made);
@@ -63,6 +71,7 @@ ChannelGraph::Channels ChannelGraph::input(int64_t channels) {
 ChannelGraph::Channels ChannelGraph::layer(const std::string& name, LayerKind kind, const Channels& in,
                                            int64_t out_channels) {
   TORCH_CHECK_VALUE(!in.empty(), "channel graph: layer '", name, "' reads no channels");
+  expect_own(in);
   const bool passes = passes_channels_on(kind);
   TORCH_CHECK_VALUE(!passes || std::cmp_equal(in.size(), out_channels), "channel graph: layer '", name, "' (",
                     to_string(kind), ") passes its channels on, but reads ", in.size(), " and writes ", out_channels);
@@ -78,6 +87,8 @@ ChannelGraph::Channels ChannelGraph::layer(const std::string& name, LayerKind ki
 
 ChannelGraph::Channels ChannelGraph::join(const Channels& a, const Channels& b) {
   TORCH_CHECK_VALUE(a.size() == b.size(), "channel graph: cannot join ", a.size(), " channels with ", b.size());
+  expect_own(a);
+  expect_own(b);
   for (size_t i = 0; i < a.size(); ++i) unite(a[i], b[i]);
   return a;
 }
@@ -97,6 +108,7 @@ ChannelGraph::Channels ChannelGraph::concat(const std::vector<Channels>& parts) 
 }
 
 void ChannelGraph::pin(const Channels& channels) {
+  expect_own(channels);
   for (const int64_t channel : channels) pinned_[root(channel)] = 1;
 }
 

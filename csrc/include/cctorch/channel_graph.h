@@ -23,7 +23,7 @@ namespace cctorch {
 class ChannelGraph {
  public:
   // One entry per channel of an activation. Opaque to callers, except that slicing and concatenating it mean what they
-  // say.
+  // say. Those of another graph are refused with c10::ValueError where this one has no such channel.
   using Channels = std::vector<int64_t>;
 
   // Channels that cannot be removed: the network's input, or the output of something that is not followed.
@@ -63,6 +63,7 @@ class ChannelGraph {
   int64_t root(int64_t channel) const;
   void unite(int64_t a, int64_t b);
   Channels create(int64_t count);
+  void expect_own(const Channels& channels) const;
 
   using Planned = std::unordered_map<std::string_view, LayerPlan*>;
   // By root: whether the channel stays: some layer reads it, it is pinned, or it is the last of its layer.

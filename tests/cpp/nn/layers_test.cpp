@@ -268,6 +268,26 @@ TEST(FakeQuant, ValuesThatAreNotFiniteSetNoScale) {
   }
 }
 
+TEST(FakeQuant, AModuleInHalfPrecisionQuantizesWithScalesOfFloat32) {
+  // 200,000 magnitudes of 2 add up to more than float16 holds.
+  const at::Tensor x = torch::rand({4, 50000}) * 4;
+  for (const auto type : {at::kHalf, at::kBFloat16}) {
+    for (const auto& options : {FakeQuantOptions(4), FakeQuantOptions(4).offset(true).init("minmax"),
+                                FakeQuantOptions(4).axis(0).channels(4).groups(2)}) {
+      FakeQuant quant(options), reference(options);
+      quant->to(type);
+      const at::Tensor y = quant(x.to(type));
+      reference(x.to(type).to(at::kFloat));
+      EXPECT_TRUE(torch::equal(quant->log_scale, reference->log_scale.to(type)));
+      const torch::NoGradGuard no_grad;
+      reference->log_scale.copy_(quant->log_scale);
+      if (options.offset()) reference->offset.copy_(quant->offset);
+      EXPECT_EQ(y.scalar_type(), type);
+      EXPECT_TRUE(torch::equal(y, reference(x.to(type).to(at::kFloat)).to(type)));
+    }
+  }
+}
+
 TEST(FakeQuant, AnEmptyInputStartsNoScale) {
   FakeQuant quant(FakeQuantOptions(4)), expected(FakeQuantOptions(4));
   const at::Tensor x = doubles({5, 7}).to(torch::kFloat);

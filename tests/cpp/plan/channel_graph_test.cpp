@@ -116,6 +116,18 @@ TEST(ChannelGraph, RefusesAPlanOfAnotherModel) {
   EXPECT_THROW(graph.join(graph.input(2), graph.input(3)), c10::Error);
 }
 
+TEST(ChannelGraph, RefusesChannelsOfAnotherGraph) {
+  ChannelGraph graph, other;
+  const auto own = graph.input(2);
+  other.input(1000000);
+  for (const auto& foreign : {other.input(2), ChannelGraph::Channels{0, -1}}) {
+    EXPECT_THROW(graph.pin(foreign), c10::ValueError);
+    EXPECT_THROW(graph.join(own, foreign), c10::ValueError);
+    EXPECT_THROW(graph.join(foreign, own), c10::ValueError);
+    EXPECT_THROW(graph.layer("a", LayerKind::conv2d, foreign, 8), c10::ValueError);
+  }
+}
+
 TEST(ChannelGraph, ProducersAreWhoLosesFiltersWithTheInputs) {
   using Names = std::vector<std::string>;
   ChannelGraph graph;

@@ -27,7 +27,8 @@ struct FakeQuantOptions {
 
 // cctorch::fake_quant, fake_quant_offset or fake_quant_groups with the scales as the parameter `log_scale` (`channels`
 // elements, or channels x groups) and the offsets as the parameter `offset`. The first call sets them from x, unless
-// they are no longer zeros: initialize(), a checkpoint or another module's parameters came before it.
+// they are no longer zeros: initialize(), a checkpoint or another module's parameters came before it. Half precision is
+// quantized with scales of float32.
 class FakeQuantImpl : public torch::nn::Cloneable<FakeQuantImpl> {
  public:
   explicit FakeQuantImpl(int64_t bits) : FakeQuantImpl(FakeQuantOptions(bits)) {}
