@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cctorch.checkpoint.codec import CODECS, LOSSY, Codec
 
-# Optimizer state, masks and indices, by the names that they usually have.
-EXACT = ("optimizer*", "momentum*", "*exp_avg*", "*mask*", "*index", "*indices", "*running_*")
+# Optimizer state, masks, indices and the logarithms of scales, by the names that they usually have.
+EXACT = ("optimizer*", "momentum*", "*exp_avg*", "*mask*", "*index", "*indices", "*running_*", "*log_scale")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ import pytest
 import torch
 from cctorch import CompressionPlan, LayerPlan, checkpoint, cli, prepare
 from cctorch.checkpoint import Rule, pack
+from cctorch.nn import FakeQuant
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 DTYPES = [getattr(torch, name) for name in pack.STORED_AS]
 
@@ -177,6 +179,16 @@ def test_plan_and_metadata_are_carried_along(tmp_path: Path) -> None:
     assert loaded.compression_plan() == plan
     assert loaded.metadata == {"who": "ü"}
     assert saved(tmp_path, {}).plan is None
+
+
+def test_scales_of_groups_are_not_moved_by_the_bound_of_weights(tmp_path: Path) -> None:
+    layer = nn.Linear(256, 256, bias=False)
+    parametrize.register_parametrization(layer, "weight", FakeQuant(4, axis=0, channels=256, groups=8))
+    scales = layer.parametrizations.weight[0].log_scale.detach().exp()
+    name = "parametrizations.weight.0.log_scale"
+    loaded = saved(tmp_path, layer.state_dict(), codec="sz3", error_bound=0.05)
+    torch.testing.assert_close(loaded.tensors[name].exp(), scales, rtol=1e-6, atol=0)
+    assert bits(loaded.tensors["parametrizations.weight.original"]) != bits(layer.parametrizations.weight.original)
 
 
 def test_some_tensors_are_read_without_the_others(tmp_path: Path) -> None:
