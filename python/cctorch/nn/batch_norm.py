@@ -3,13 +3,14 @@ from torch import Tensor, nn
 
 from cctorch import distributed, ops
 from cctorch.nn.synchronized import synchronized_batch_norm
+from cctorch.nn.transforms import within_transform
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """``torch.nn.BatchNorm2d``, fast on CPU in channels_last whatever the number of channels.
 
-    `cctorch.apply` makes it of every ``nn.BatchNorm2d`` of a model. On other devices, in other layouts and in an
-    exported program it is PyTorch's own. Parameters, buffers and state dict are the same.
+    `cctorch.apply` makes it of every ``nn.BatchNorm2d`` of a model. On other devices, in other layouts, in an exported
+    program and under ``torch.func`` it is PyTorch's own. Parameters, buffers and state dict are the same.
 
     Where ``synchronized`` is set, and torch.distributed has more than one rank, it trains on the statistics of all
     ranks' examples, as if one process had them: ``torch.nn.SyncBatchNorm``, on CPU too.
@@ -48,6 +49,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             and x.is_contiguous(memory_format=torch.channels_last)
             and x.numel() > x.size(1)
             and not torch.compiler.is_exporting()
+            and not within_transform()
         )
 
     @torch.no_grad()

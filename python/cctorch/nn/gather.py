@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cctorch.nn.low_rank import LowRankLinear
+from cctorch.nn.transforms import within_transform
 from cctorch.ops import gather_channels
 
 
@@ -28,7 +29,8 @@ class GatherChannels(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         # A compiler does without the copy; an exported program runs without cctorch.
-        pick = torch.index_select if torch.compiler.is_compiling() else _gather
+        plain = torch.compiler.is_compiling() or within_transform()
+        pick = torch.index_select if plain else _gather
         y: Tensor = self.layer(pick(input, self.dim, self.index))
         return y
 
