@@ -66,10 +66,10 @@ class EveryModule(nn.Module):
 def test_compressed_and_prepared_model_runs_without_cctorch_at_any_batch_size(tmp_path: Path) -> None:
     model = EveryModule().double().train()
     x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    model(x)
     graph = trace(model, x)
     plan = random_plan(graph, 1)
     apply(model, plan)
-    model(x)
     prepare(
         model,
         CompressionPlan(

@@ -13,6 +13,7 @@ from cctorch.graph.rules import RULES
 from cctorch.graph.sizes import keep_what_sizes_count_on
 from cctorch.graph.walker import Walker
 from cctorch.modes import evaluating, modes_restored
+from cctorch.nn.fake_quant import NoScaleError
 
 _LOUD = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
@@ -31,13 +32,14 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
         example: an input of the model, e.g. 1 x 3 x 32 x 32, on its device.
 
     Raises:
-        ValueError: the model does not run on ``example``.
+        ValueError: the model does not run on ``example``, or has a :class:`~cctorch.nn.FakeQuant` without a scale.
     """
     if example.dim() < 2 or example.shape[0] < 1:
         raise ValueError(f"trace: example has shape {tuple(example.shape)}, expected a batch, e.g. (1, 3, 32, 32)")
     # torch.export treats sizes of 1 as broadcasting; two examples keep the batch apart.
     example = torch.cat([example, example]) if example.shape[0] == 1 else example
-    with evaluating(model):
+    # Dynamo would compile the modes that look on, of a model that is compiled.
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
         walker = _walked(model, example)
         if isinstance(walker, Walker) and walker.unseen() is not None:
             walker = _with_heads_for_training(model, example, walker)
@@ -53,6 +55,9 @@ def _walked(model: nn.Module, example: Tensor) -> Walker | str:
 
     try:
         program = exported(model)
+    except NoScaleError:
+        # The layers could be seen in a run, but the scale would start from the example.
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         return f"it cannot be exported ({type(error).__name__}: {reason})"

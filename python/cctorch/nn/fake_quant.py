@@ -11,6 +11,10 @@ def _kind(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+class NoScaleError(ValueError):
+    """An export of a module that has yet to see the data that its scale starts from."""
+
+
 class FakeQuant(nn.Module):
     r"""Learned-scale fake-quantization of weights or activations (LSQ, Esser et al. 2020; LSQ+, Bhalgat et al. 2020).
 
@@ -101,9 +105,7 @@ class FakeQuant(nn.Module):
     def _start(self, x: Tensor) -> None:
         """From the first input, unless scales are there already: an average of models has them, but copies no flag."""
         if torch.compiler.is_exporting():
-            raise ValueError(
-                "FakeQuant: no scale to export yet; run the model on a batch of data first, in training mode or not"
-            )
+            raise NoScaleError("FakeQuant: no scale yet, to export or trace; run the model on a batch of data first")
         given = [parameter.detach().clone() for parameter in self.parameters()]
         untouched = torch.stack([(value == 0).all() for value in given]).all()
         self.initialize(x)
