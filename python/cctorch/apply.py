@@ -59,7 +59,7 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
         for name, child in parent._modules.items():
             if child in replaced:
                 parent._modules[name] = replaced[child]
-    _without_fused_encoders(model, set(replaced.values()))
+    without_fused_encoders(model, set(replaced.values()))
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             # Same parameters, buffers and hooks; PyTorch's own is slow to train with channels that don't fill vectors.
@@ -69,7 +69,7 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
     return replaced.get(model, model)
 
 
-def _without_fused_encoders(model: nn.Module, replacements: set[nn.Module]) -> None:
+def without_fused_encoders(model: nn.Module, replacements: set[nn.Module]) -> None:
     """PyTorch's fused Transformer layer reads the weights of its linear layers itself, and has to leave those alone."""
     fused: set[nn.Module] = set()
     for module in model.modules():

@@ -8,6 +8,7 @@ from torch.utils import _pytree
 
 from cctorch._C import ChannelGraph, LayerSpec
 from cctorch.graph.model_graph import ModelGraph, is_hooked, owners, runs_its_own_forward
+from cctorch.graph.strangers import READ, UNCOPIED, Twin
 
 if TYPE_CHECKING:
     from cctorch._C import LayerKind
@@ -51,9 +52,16 @@ def from_hooks(model: nn.Module, example: Tensor, reason: str) -> ModelGraph:
         alone = spec.groups > 1 or len(seen) > 1 or name in unbatched
         if alone or tied or is_hooked(layer) or not runs_its_own_forward(layer):
             graph.left_alone.add(name)
-        else:
+    twin = Twin.of(model, example)
+    if twin is None:
+        graph.warnings.append(f"{type(model).__name__} {UNCOPIED}")
+    read = twin.reads([name for name in sizes if name and name not in graph.left_alone]) if twin else []
+    graph.warnings += [f"layer '{name}' is left alone: {READ}" for name in read]
+    graph.left_alone.update(read)
+    for spec in graph.specs:
+        if spec.name not in graph.left_alone:
             inputs = graph.channels.input(spec.in_channels)
-            graph.channels.pin(graph.channels.layer(name, spec.kind, inputs, spec.out_channels))
+            graph.channels.pin(graph.channels.layer(spec.name, spec.kind, inputs, spec.out_channels))
     return graph
 
 

@@ -4,68 +4,46 @@
 the network runs differently, or not at all, once channels are gone. A narrower copy tells.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from cctorch._C import CompressionPlan, LayerPlan
+from cctorch.graph.strangers import READ, UNCOPIED, Twin, copied
 from cctorch.graph.walker import Walker, op_of, path_of
 from cctorch.nn import GatherChannels
 
-_ATTRIBUTES = ("in_channels", "out_channels", "in_features", "out_features", "num_features")
+_SIZES = (Tensor.size, Tensor.shape.__get__, Tensor.numel)  # type: ignore[attr-defined]
 
 Export = Callable[[nn.Module], torch.export.ExportedProgram]
 
 
 def keep_what_sizes_count_on(model: nn.Module, example: Tensor, walker: Walker, export: Export) -> None:
     """Pins the channels in modules that compute something else when there are fewer of them."""
-    try:
-        narrow = copy.deepcopy(model)
-    except Exception:  # A user's class may refuse; then there is nothing to compare with.
+    twin = Twin.of(model, example)
+    if twin is None:
+        walker.warnings.append(f"{type(model).__name__} {UNCOPIED}")
+        return
+    for names in walker.replaceable():
+        walker.leave_alone(dict.fromkeys(twin.reads(names), READ))
+    if not twin.calls_any(_SIZES):  # as in few networks of convolutions
         return
     with torch.random.fork_rng([example.device] if example.is_cuda else []):  # heads for training have dropout
-        if not _reads_sizes(narrow, example):
-            return
         while (module := _differing(model, example, walker, export)) is not None:
             kinds = dict.fromkeys([type(module), type(model)])
-            if not any(walker.keep_within(kind) or walker.leave_alone_within(kind) for kind in kinds):
+            if not any(walker.keep_within(kind) for kind in kinds):
                 return
-
-
-class _SizesRead(TorchFunctionMode):
-    seen = False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen = self.seen or func in (Tensor.size, Tensor.shape.__get__, Tensor.numel)  # type: ignore[attr-defined]
-        return func(*args, **(kwargs or {}))
-
-
-def _reads_sizes(model: nn.Module, example: Tensor) -> bool:
-    """Whether there is anything to look for, as in few networks of convolutions. `model` is of no use afterwards."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
-            for attribute in _ATTRIBUTES:  # their own forward functions do without
-                module.__dict__.pop(attribute, None)
-    sizes = _SizesRead()
-    try:
-        with sizes:
-            model(example)
-    except AttributeError:
-        return True
-    return sizes.seen
 
 
 def _differing(model: nn.Module, example: Tensor, walker: Walker, export: Export) -> nn.Module | None:
     """A module of `model` that differs when most of all input channels are gone."""
     from cctorch.apply import apply  # which needs this package
 
-    narrow = copy.deepcopy(model)
+    narrow = copied(model, lambda tensor: tensor.detach().clone())
     apply(narrow, _narrowed(walker))
     try:
         narrow(example)

@@ -22,8 +22,9 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
     """Lists the layers of ``model`` and follows its channels from layer to layer.
 
     An operation that is not known keeps all channels that it reads, and a warning names it. So does a module that
-    computes with the number of its channels, as ``x / x.shape[1]``: a narrower copy is compared. A model that cannot be
-    exported gets a graph in which no filter can be removed, and one warning. Where layers run in training mode only, as
+    computes with the number of its channels, as ``x / x.shape[1]``: a narrower copy is compared. A layer whose type or
+    attributes the model reads, as ``isinstance(m, nn.Conv2d)``, is left alone. A model that cannot be exported gets a
+    graph in which no filter can be removed, and one warning. Where layers run in training mode only, as
     GoogLeNet's auxiliary heads, the channels are those of training mode, so that these layers go on working; what runs
     in evaluation mode is listed. The model and its mode stay as they are.
 
@@ -76,7 +77,7 @@ def _with_heads_for_training(model: nn.Module, example: Tensor, evaluated: Walke
         detail = f", and in training {walker}" if isinstance(walker, str) else ", nor in training"
         return f"layer '{unseen}' does not run in evaluation mode{detail}"
     walker.specs = evaluated.specs
-    walker.left_alone = {**evaluated.left_alone, **walker.left_alone}
+    walker.leave_alone(evaluated.left_alone)
     return walker
 
 

@@ -53,6 +53,7 @@ class Walker:
         self.left_alone: dict[str, str] = {}
         self.not_followed: dict[str, list[str]] = {}
         self.counting: dict[type[nn.Module], list[str]] = {}
+        self.warnings: list[str] = []
 
     def run(self, rules: "Mapping[str, Rule]") -> None:
         for node in self.program.graph.nodes:
@@ -83,12 +84,18 @@ class Walker:
                 self.pin_inputs(node)
         return True
 
-    def leave_alone_within(self, kind: type[nn.Module]) -> bool:
-        """For modules that read attributes of their layers, which smaller layers have others of or lack."""
-        found = [name for name in self.specs if name not in self.left_alone and _within(self.counting[kind], name)]
-        for name in found:
-            self.left_alone[name] = f"{kind.__name__} reads its attributes"
-        return bool(found)
+    def replaceable(self) -> tuple[list[str], list[str]]:
+        """In whose place `apply` may put other modules: layers, and normalizations, which stay ones."""
+        layers = [name for name in self.specs if name and name not in self.left_alone]
+        return layers, [name for name, module in self.modules.items() if name and type(module) is nn.BatchNorm2d]
+
+    def leave_alone(self, reasons: Mapping[str, str]) -> None:
+        """Pins the channels that layers read and write which were followed."""
+        for node in self.program.graph.nodes:
+            if node.op == "call_function" and path_of(node) in reasons:
+                self.pin(node)
+                self.pin_inputs(node)
+        self.left_alone = {**reasons, **self.left_alone}
 
     def unseen(self) -> str | None:
         """A layer that the graph does not contain, so that nothing is known of its place."""
@@ -110,7 +117,7 @@ class Walker:
             places = ", ".join(f"'{path}'" for path in paths if path)
             place = f"{kind.__name__} in {places}" if places else kind.__name__
             warnings.append(f"{place} computes with numbers of channels: all channels in it stay")
-        return ModelGraph(list(self.specs.values()), self.graph, warnings, set(self.left_alone))
+        return ModelGraph(list(self.specs.values()), self.graph, warnings + self.warnings, set(self.left_alone))
 
     def pin(self, node: Node) -> bool:
         activation = self.values.get(node)
