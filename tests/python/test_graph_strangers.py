@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from cctorch.apply import apply
 from cctorch.graph import trace
+from cctorch.nn import FakeQuant
 from networks import projected, random_plan
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -141,6 +142,13 @@ def test_what_every_layer_has_keeps_none() -> None:
     graph = trace(Harmless().double(), x)
     assert all("self_attn" in name for name in graph.left_alone)
     assert {"first", "conv", "last", "encoder.layers.0.linear1"} <= {spec.name for spec in graph.specs}
+
+
+def test_what_a_first_run_sets_up_keeps_none() -> None:
+    model, x = Net(lambda net, x: net.quant(net.conv(x)), True), torch.randn(2, 3, 6, 6)
+    model.quant = FakeQuant(8)
+    assert trace(model, x).left_alone == set()
+    assert not model.quant.initialized
 
 
 def test_tracing_leaves_the_model_as_it_was() -> None:

@@ -56,12 +56,17 @@ class Twin:
 
     def reads(self, names: Sequence[str]) -> list[str]:
         """Those of the layers ``names`` that, alone or together, cannot be other modules that compute the same."""
+        if names and self._changes(names):
+            self._calls = self._run()  # That what a first run sets up is missing is not the strangers' doing.
+        return self._reads(names)
+
+    def _reads(self, names: Sequence[str]) -> list[str]:
         if not names or not self._changes(names):
             return []
         if len(names) == 1:
             return list(names)
         middle = len(names) // 2
-        found = self.reads(names[:middle]) + self.reads(names[middle:])
+        found = self._reads(names[:middle]) + self._reads(names[middle:])
         rest = [name for name in names if name not in found]
         return found if found and not self._changes(rest) else list(names)
 
