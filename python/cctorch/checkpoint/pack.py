@@ -45,8 +45,10 @@ def check(name: str, tensor: Tensor) -> None:
     """Raises ValueError, TypeError for what can't be stored."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensors[{name!r}] is a {type(tensor).__name__}, expected a tensor")
-    if not name or "\0" in name:
-        raise ValueError(f"tensors: {name!r} can't name a dataset, expected at least one character, and no NUL")
+    if not isinstance(name, str) or not name or any(c == "\0" or "\ud800" <= c <= "\udfff" for c in name):
+        raise ValueError(
+            f"tensors: {name!r} can't name a dataset, expected at least one character, and no NUL, nor a surrogate"
+        )
     if dtype_name(tensor) not in STORED_AS or tensor.layout != torch.strided or tensor.is_meta:
         raise ValueError(
             f"tensors[{name!r}] is {tensor.dtype}, {tensor.layout}, on {tensor.device}: expected a dense tensor with "

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Rule:
     relative: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise ValueError(f"pattern = {self.pattern!r}: expected a text such as 'layer3.*.weight'")
         check(self.codec, self.error_bound)
 
 
@@ -50,6 +53,8 @@ class Choice:
 def check(codec: str, error_bound: float) -> None:
     if codec not in CODECS:
         raise ValueError(f"codec = {codec!r}: expected one of {', '.join(CODECS)}")
+    if not isinstance(error_bound, Real):
+        raise ValueError(f"error_bound = {error_bound!r}: expected a number")
     if codec in LOSSY and not 0 < error_bound < math.inf:
         raise ValueError(f"error_bound = {error_bound}: {codec} loses something, expected a positive, finite bound")
 

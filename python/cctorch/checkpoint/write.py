@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -79,18 +80,8 @@ def save(
     """
     begin = time.perf_counter()
     default = Rule("*", codec, error_bound, relative)
-    finite = math.isfinite(head_room) and math.isfinite(bandwidth)
-    if not finite or head_room < 0 or bandwidth <= 0 or (workers is not None and workers < 1):
-        raise ValueError(
-            f"head_room = {head_room}, bandwidth = {bandwidth}, workers = {workers}: expected at least 0, a positive "
-            "number, both finite, and at least 1"
-        )
-    if not isinstance(plan, CompressionPlan | str | None):
-        raise ValueError(f"plan is a {type(plan).__name__}, expected a CompressionPlan or its JSON")
-    if not isinstance(tensors, Mapping):
-        raise ValueError(f"tensors is a {type(tensors).__name__}, expected names and tensors: model.state_dict()")
-    for name, tensor in tensors.items():
-        pack.check(name, tensor)
+    _check_numbers(head_room, bandwidth, workers)
+    _check_contents(tensors, plan, metadata or {}, rules)
     text = plan.to_json() if isinstance(plan, CompressionPlan) else plan
     ranks = Ranks(across_ranks)
     saving = Saving(Arrays(tensors, default, rules), ranks, head_room, bandwidth, workers or torch.get_num_threads())
@@ -101,3 +92,33 @@ def save(
         size = ranks.on_main(lambda: temporary.stat().st_size)
         ranks.on_main(stack.close)
     return saving.report(size, time.perf_counter() - begin)
+
+
+def _check_numbers(head_room: object, bandwidth: object, workers: object) -> None:
+    rates = all(isinstance(rate, Real) and math.isfinite(rate) for rate in (head_room, bandwidth))
+    threads = workers is None or (isinstance(workers, int) and workers >= 1)
+    if not rates or not threads or head_room < 0 or bandwidth <= 0:  # type: ignore[operator]
+        raise ValueError(
+            f"head_room = {head_room!r}, bandwidth = {bandwidth!r}, workers = {workers!r}: expected at least 0, a "
+            "positive number, both finite, and an integer of at least 1"
+        )
+
+
+def _check_contents(tensors: object, plan: object, metadata: object, rules: object) -> None:
+    if not isinstance(plan, CompressionPlan | str | None):
+        raise ValueError(f"plan is a {type(plan).__name__}, expected a CompressionPlan or its JSON")
+    if isinstance(plan, str):
+        try:
+            CompressionPlan.from_json(plan)
+        except ValueError as error:
+            raise ValueError(f"plan is no plan's JSON: {error}") from error
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"tensors is a {type(tensors).__name__}, expected names and tensors: model.state_dict()")
+    for name, tensor in tensors.items():
+        pack.check(name, tensor)
+    if not isinstance(metadata, Mapping) or not all(
+        isinstance(text, str) for pair in metadata.items() for text in pair
+    ):
+        raise ValueError(f"metadata = {metadata!r}, expected texts by name; json.dumps makes one of anything else")
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
+        raise ValueError(f"rules = {rules!r}, expected a list such as [Rule('*.weight', 'zfp', error_bound=0.1)]")

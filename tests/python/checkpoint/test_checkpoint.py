@@ -221,7 +221,21 @@ def test_a_prepared_model_comes_back(tmp_path: Path) -> None:
         ({"plan": {"layers": []}}, "plan is a dict, expected a CompressionPlan or its JSON"),
         ({"tensors": torch.nn.Linear(2, 2)}, r"tensors is a Linear, expected names and tensors: model.state_dict\(\)"),
         ({"rules": [Rule("x", "zfp", 0.1)], "tensors": {"x": torch.arange(5)}}, "gives zfp to 'x' of torch.int64"),
+        ({"error_bound": "0.1"}, "error_bound = '0.1': expected a number"),
+        ({"head_room": None}, "head_room = None, .* expected at least 0"),
+        ({"bandwidth": "5"}, "bandwidth = '5', .* a positive number"),
+        ({"workers": 1.5}, "workers = 1.5: .* an integer of at least 1"),
+        ({"plan": "nonsense"}, "plan is no plan's JSON: "),
+        ({"plan": '{"layers": 5}'}, "plan is no plan's JSON: "),
+        ({"metadata": {"epoch": 5}}, "metadata = {'epoch': 5}, expected texts by name"),
+        ({"metadata": {5: "epoch"}}, "metadata = {5: 'epoch'}, expected texts by name"),
+        ({"metadata": "epoch"}, "metadata = 'epoch', expected texts by name"),
+        ({"rules": ["*"]}, r"rules = \['\*'\], expected a list such as \[Rule"),
+        ({"rules": Rule("*", "zstd")}, r"rules = Rule\(.*\), expected a list"),
+        ({"rules": None}, "rules = None, expected a list"),
         ({"tensors": {"": torch.ones(2)}}, "'' can't name a dataset"),
+        ({"tensors": {5: torch.ones(2)}}, "5 can't name a dataset, expected"),
+        ({"tensors": {"\ud800": torch.ones(2)}}, "can't name a dataset"),
         ({"tensors": {"x": torch.ones(2, dtype=torch.complex64)}}, r"'x'\] is torch.complex64"),
         ({"tensors": {"x": torch.eye(2).to_sparse()}}, "expected a dense tensor"),
         ({"tensors": {"x": torch.ones(2, device="meta")}}, "on meta: expected a dense tensor"),
@@ -235,6 +249,13 @@ def test_what_can_not_be_stored_is_named_and_nothing_is_written(
     with pytest.raises(ValueError, match=message):
         checkpoint.save(tmp_path / "file.h5", tensors, **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rule_of_something_else_is_refused() -> None:
+    with pytest.raises(ValueError, match="pattern = 5: expected a text such as"):
+        Rule(5, "zstd")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"error_bound = '0\.1': expected a number"):
+        Rule("*", "sz3", "0.1")  # type: ignore[arg-type]
 
 
 def test_something_else_than_a_tensor_is_named(tmp_path: Path) -> None:
