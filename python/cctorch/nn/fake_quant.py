@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class FakeQuant(nn.Module):
             (row-major) divided by this. Needs ``axis=0``.
         init: ``"lsq"``, ``"minmax"`` or ``"mse"``.
 
-    Half precision is quantized with float32 scales. A module that is converted to half precision rounds those it has.
+    Half precision is quantized with float32 scales, which stay float32 when the module is converted to half precision:
+    steps of training are too small for the logarithms that it has.
 
     In data parallel training run the model once before DistributedDataParallel is made, which gives all ranks those of
     rank 0. Ranks that start from inputs of their own keep scales of their own.
@@ -147,6 +149,14 @@ class FakeQuant(nn.Module):
         if offset is not None:
             return ops.fake_quant_offset(x, log_scale, offset, self.qmin, self.qmax, self.axis, grad_scale)
         return ops.fake_quant(x, log_scale, self.qmin, self.qmax, axis=self.axis, grad_scale=grad_scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FakeQuant":
+        def converted(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == _kind(result) else tensor.to(result.device, _kind(result))
+
+        super()._apply(converted, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.initialized)

@@ -173,7 +173,7 @@ def test_zeros_and_masked_values_give_finite_scales() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("arguments", [{}, {"offset": True}, {"axis": 0, "channels": 4, "groups": 2}])
-def test_a_module_in_half_precision_starts_and_quantizes_with_float32_scales(
+def test_a_module_in_half_precision_starts_and_goes_on_with_float32_scales(
     arguments: dict[str, Any], dtype: torch.dtype
 ) -> None:
     # 200,000 magnitudes of 2 add up to more than float16 holds.
@@ -182,12 +182,15 @@ def test_a_module_in_half_precision_starts_and_quantizes_with_float32_scales(
     reference = FakeQuant(4, **arguments)
     y = quant(x)
     reference(x.float())
-    torch.testing.assert_close(quant.log_scale, reference.log_scale.to(dtype))
-    reference.load_state_dict(quant.state_dict())
+    assert torch.equal(quant.log_scale, reference.log_scale)
     assert y.dtype == dtype
     assert torch.equal(y, reference(x.float()).to(dtype))
     y.sum().backward()
     assert quant.log_scale.grad.isfinite().all()
+    parameter = quant.log_scale
+    assert torch.equal(quant.to(dtype)(x), y)
+    assert quant.log_scale is parameter
+    assert quant.double().log_scale.dtype == torch.float64
 
 
 @pytest.mark.parametrize("init", ["lsq", "minmax", "mse"])
