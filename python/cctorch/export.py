@@ -14,6 +14,7 @@ from torch.utils import _pytree
 
 from cctorch import atomic
 from cctorch.modes import evaluating
+from cctorch.nn import FakeQuant
 
 
 def save_program(model: nn.Module, example: Tensor, path: str | Path) -> ExportedProgram:
@@ -29,8 +30,10 @@ def save_program(model: nn.Module, example: Tensor, path: str | Path) -> Exporte
         path: conventionally ends in ``.pt2``.
 
     Raises:
-        ValueError: an operator is left that is not PyTorch's, or the reloaded program computes something else.
+        ValueError: an operator is left that is not PyTorch's, a :class:`~cctorch.nn.FakeQuant` has no scale yet, or the
+            reloaded program computes something else.
     """
+    _check_scales(model)
     with evaluating(model):
         program: ExportedProgram = _exported(model, example).run_decompositions(_decompositions())
         foreign = _foreign(program)
@@ -42,6 +45,18 @@ def save_program(model: nn.Module, example: Tensor, path: str | Path) -> Exporte
         _check_reloaded(data, example, model(example))
     atomic.write(Path(path), data)
     return program
+
+
+def _check_scales(model: nn.Module) -> None:
+    """Without one, each call of the program would take the scale of its own input."""
+    waiting = [
+        name for name, module in model.named_modules() if isinstance(module, FakeQuant) and not module.initialized
+    ]
+    if waiting:
+        raise ValueError(
+            f"save_program: FakeQuant {', '.join(map(repr, waiting))} has no scale yet; run the model on a batch of "
+            "data, or call initialize(x)"
+        )
 
 
 def _exported(model: nn.Module, example: Tensor) -> ExportedProgram:

@@ -210,3 +210,18 @@ def test_operator_of_another_library_is_named(tmp_path: Path) -> None:
 
         with pytest.raises(ValueError, match="needs cctorch_test::double, which is not part of PyTorch"):
             save_program(Foreign(), torch.zeros(2, 3), tmp_path / "model.pt2")
+
+
+def test_a_scale_that_has_not_started_is_refused_and_stays_so(tmp_path: Path) -> None:
+    """Each call of the program took the scale of its own input."""
+    model, x = nn.Sequential(nn.Linear(4, 4), FakeQuant(8)), torch.randn(2, 4)
+    with pytest.raises(
+        ValueError, match="save_program: FakeQuant '1' has no scale yet; run the model on a batch of data"
+    ):
+        save_program(model, x, tmp_path / "model.pt2")
+    assert not model[1].initialized
+    assert not list(tmp_path.iterdir())
+    model(x)
+    expected = model(4 * x)
+    program = save_program(model, x, tmp_path / "model.pt2")
+    torch.testing.assert_close(program.module()(4 * x), expected)
