@@ -28,7 +28,8 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
 
     Raises:
         ValueError: the plan names a layer that the model lacks, that has no weight, another kind or more channels, that
-            shares its weight with another layer, is a transposed convolution, or is already prepared.
+            shares its weight with another layer, is a transposed convolution, or is already prepared; or a weight is
+            not finite.
         TypeError: ``plan`` is no plan.
     """
     check_plan(plan, "prepare")
@@ -84,8 +85,6 @@ def _weights(model: nn.Module, layer: LayerPlan) -> list[_Weight]:
         raise ValueError(f"plan: {type(model).__name__} has no layer '{layer.name}' to mask or quantize") from None
     if isinstance(module, GatherChannels):
         module = module.layer
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        _check_sizes(module, layer)
     names: tuple[str, ...] = ("weight",)
     if isinstance(module, LowRankConv2d | LowRankLinear):
         names = tuple(name for name in ("first", "core", "second") if hasattr(module, name))
@@ -102,6 +101,16 @@ def _weights(model: nn.Module, layer: LayerPlan) -> list[_Weight]:
             )
         if any(isinstance(step, Mask | FakeQuant) for step in _steps(module).get(name, [])):
             raise ValueError(f"plan: layer '{layer.name}' is prepared already; run cctorch.convert(model) first")
+        if name not in module._parameters and not parametrize.is_parametrized(module, name):
+            raise ValueError(
+                f"plan: layer '{layer.name}' has a {name} that is no parameter, as of the older weight_norm, "
+                "spectral_norm and prune of torch.nn.utils; use those of torch.nn.utils.parametrizations, or remove it"
+            )
+        if not weight.is_meta and not weight.isfinite().all():
+            raise ValueError(
+                f"plan: layer '{layer.name}' has a {name} with NaN or infinity; restore it, or leave the layer out"
+            )
+    _check_sizes(module, layer)
     return [(module, name) for name in names]
 
 
@@ -121,16 +130,32 @@ def _check_unshared(model: nn.Module, targets: dict[str, list[_Weight]]) -> None
                 )
 
 
-def _check_sizes(module: nn.Conv2d | nn.Linear, layer: LayerPlan) -> None:
+def _check_sizes(module: nn.Module, layer: LayerPlan) -> None:
     """The plan's layer as it was dense, or a smaller one as :func:`cctorch.apply` leaves it; in groups too."""
-    if isinstance(module, nn.Conv2d):
-        kind, inputs, outputs = "conv2d", module.in_channels, module.out_channels
-    else:
-        kind, inputs, outputs = "linear", module.in_features, module.out_features
+    found = _sizes(module)
+    if found is None:
+        return
+    kind, inputs, outputs = found
     if kind not in layer.kind or inputs > layer.in_channels or outputs > layer.out_channels:
+        described = describe(module)
+        if described == type(module).__name__:
+            described += f", which a plan calls a {kind} of {inputs} -> {outputs} channels"
         raise ValueError(
-            f"plan: layer '{layer.name}' is a {describe(module)}; the plan expects a {describe_plan(layer)}, or of less"
+            f"plan: layer '{layer.name}' is a {described}; the plan expects a {describe_plan(layer)}, or of less"
         )
+
+
+def _sizes(module: nn.Module) -> tuple[str, int, int] | None:
+    """A layer's kind in a plan, and its inputs and outputs: the rows of its weight, which have a scale each."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | LowRankConv2d):
+        return "conv2d", module.in_channels, module.out_channels
+    if isinstance(module, nn.Linear | LowRankLinear):
+        return "linear", module.in_features, module.out_features
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "linear", module.embedding_dim, module.num_embeddings
+    if isinstance(module, nn.RNNCellBase):
+        return "linear", module.input_size, module.weight_ih.shape[0]
+    return None
 
 
 def _masks(plan: CompressionPlan, targets: dict[str, list[_Weight]]) -> dict[_Weight, Tensor]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
 from cctorch.apply import apply
 from cctorch.graph import trace
-from cctorch.nn import LowRankWeight
+from cctorch.nn import LowRankConv2d, LowRankLinear, LowRankWeight
 from cctorch.prepare import convert, prepare
 from networks import PaddedResNet, random_plan, randomized
 from torch import nn
@@ -209,6 +209,80 @@ def test_a_transposed_convolution_is_refused(kind: Callable[..., nn.Module], ask
     layer = LayerPlan("0", "conv2d", 4, 8, **asked)
     with pytest.raises(ValueError, match=r"layer '0' is a ConvTranspose.d; only convolutions and linear layers"):
         prepare(model, CompressionPlan(layers=[layer]))
+
+
+SIZES: list[tuple[Callable[[], nn.Module], str, int, int]] = [
+    (lambda: nn.Conv1d(4, 8, 3), "conv2d", 4, 8),
+    (lambda: nn.Conv3d(4, 8, 3), "conv2d", 4, 8),
+    (lambda: nn.Conv1d(4, 8, 3, groups=2), "conv2d", 4, 8),
+    (lambda: nn.Embedding(8, 4), "linear", 4, 8),
+    (lambda: nn.EmbeddingBag(8, 4), "linear", 4, 8),
+    (lambda: nn.GRUCell(4, 8), "linear", 4, 24),
+    (lambda: LowRankLinear(4, 8, 2), "linear", 4, 8),
+    (lambda: LowRankConv2d(4, 8, 2, 3), "conv2d", 4, 8),
+]
+
+
+@pytest.mark.parametrize(("made", "kind", "inputs", "outputs"), SIZES)
+def test_kind_and_sizes_are_those_of_all_kinds_of_layers(
+    made: Callable[[], nn.Module], kind: str, inputs: int, outputs: int
+) -> None:
+    model = nn.Sequential(made())
+    other = "linear" if kind == "conv2d" else "conv2d"
+    for wrong in [(other, inputs, outputs), (kind, inputs - 1, outputs), (kind, inputs, outputs - 1)]:
+        layer = LayerPlan("0", *wrong, bits=4)  # type: ignore[arg-type]
+        with pytest.raises(
+            ValueError, match=rf"'0' is a .*; the plan expects a {wrong[0]} of {wrong[1]} -> {wrong[2]}"
+        ):
+            prepare(model, CompressionPlan(layers=[layer]))
+    for right in [(inputs, outputs), (inputs + 1, outputs + 1)]:
+        prepare(nn.Sequential(made()), CompressionPlan(layers=[LayerPlan("0", kind, *right, bits=4)]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("asked", [{"bits": 4}, {"mask": MaskPlan("magnitude", sparsity=0.5)}], ids=["bits", "mask"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_before_anything_changes(asked: dict[str, Any], value: float) -> None:
+    model = two_layers()
+    with torch.no_grad():
+        model[3].weight[1, 2] = value
+    with pytest.raises(ValueError, match="layer '3' has a weight with NaN or infinity; restore it, or leave"):
+        prepare(model, plan_of(**asked))
+    assert not parametrize.is_parametrized(model[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_a_hook_computes_is_refused_by_name(norm: Callable[[nn.Module], nn.Module]) -> None:
+    model = two_layers()
+    norm(model[3])
+    with pytest.raises(ValueError, match="layer '3' has a weight that is no parameter, as of the older weight_norm"):
+        prepare(model, plan_of(bits=4))
+    assert not parametrize.is_parametrized(model[0])
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_weight_that_a_parametrization_computes_is_what_is_quantized(norm: Callable[[nn.Module], nn.Module]) -> None:
+    model = two_layers().eval()
+    norm(model[3])
+    model.eval()
+    computed = model[3].weight.detach().clone()
+    prepare(model, plan_of(bits=3))
+    scale = model[3].parametrizations.weight[-1].log_scale.detach().exp()
+    assert torch.equal(model[3].weight, quantized(computed, scale, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_prepared_model_is_converted_to_half_precision(dtype: torch.dtype) -> None:
+    """As the converted one is prepared: its scales learn, which in half precision are too coarse to."""
+    model, x = prepare(two_layers(), plan_of(bits=4)).to(dtype), torch.randn(2, 4, 3, 3).to(dtype)
+    scale = model[3].parametrizations.weight[0].log_scale
+    assert scale.dtype == torch.float32
+    before = scale.detach().clone()
+    optimizer = torch.optim.SGD([scale], lr=1e-3)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(scale.detach(), before - 1e-3 * scale.grad)
+    assert (scale != before).any()
 
 
 def test_a_depthwise_convolution_and_the_mode_of_the_model() -> None:
