@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from cctorch import sharding
 from cctorch.config import ConfigError, Regularize
@@ -18,6 +20,19 @@ from cctorch.sharded_events import ShardedEvents
 
 # Relative to the largest singular value: what rounding leaves of a weight that was multiplied out of its factors.
 _RANK_TOLERANCE = 1e-5
+
+
+class Described(TypedDict):
+    """Fraction of zeros, number of distinct values, and the rank of the size(0) x rest matrix, where there is one."""
+
+    sparsity: float
+    values: int
+    rank: int | None
+    full_rank: int | None
+
+
+class Parameter(Described):
+    name: str
 
 
 @dataclass(frozen=True)
@@ -31,9 +46,8 @@ class Regularized:
     bits: int
     dense_bits: int
     # (step, steps since the event before, ||Q(w) - w|| / ||w||, bits, dense_bits) of every event.
-    trace: list[list[float]]
-    # name, sparsity, rank, full_rank and number of distinct values of every parameter.
-    parameters: list[dict[str, Any]]
+    trace: Annotated[list[Annotated[list[float], Field(min_length=5, max_length=5)]], Field(min_length=1)]
+    parameters: list[Parameter]
 
 
 class RegularizeStage:
@@ -81,7 +95,9 @@ class RegularizeStage:
         return {"events": len(recent), "update": update, "bits": int(recent[-1][3]) if recent else None}
 
     def result(self, top1: float, top1_between: float) -> Regularized:
-        described = [{"name": name, **describe(sharding.whole(parameter))} for name, parameter in self.parameters]
+        described: list[Parameter] = [
+            {"name": name, **describe(sharding.whole(parameter))} for name, parameter in self.parameters
+        ]
         bits, dense_bits = (int(size) for size in self.trace[-1][3:])
         return Regularized(top1, top1_between, len(self.trace), bits, dense_bits, self.trace, described)
 
@@ -125,10 +141,9 @@ def located(model: nn.Module, names: list[str]) -> list[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def describe(parameter: Tensor) -> dict[str, Any]:
-    """Fraction of zeros, number of distinct values, and the rank of the size(0) x rest matrix."""
+def describe(parameter: Tensor) -> Described:
     values = parameter.detach().double().cpu()
-    described: dict[str, Any] = {
+    described: Described = {
         "sparsity": float((values == 0).double().mean()),
         "values": int(torch.unique(values).numel()),
         "rank": None,

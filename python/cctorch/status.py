@@ -79,7 +79,7 @@ def status(folder: Path) -> Status:
         stage, epoch = _reached(config, events)
         epochs = _epochs(config, stage)
     writer = Folder(folder).writer()
-    finished = (folder / "summary.json").exists() and writer is None
+    finished = Folder(folder).summary() is not None and writer is None
     failure = folder / "failure.txt"
     failed = failure.read_text().strip() if failure.exists() and writer is None else None
     step = _last_step(folder / "steps.jsonl", stage, epoch + 1)

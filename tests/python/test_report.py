@@ -158,6 +158,12 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
         report.write(folder)
 
 
+REGULARIZED = {
+    **{"top1": 50.0, "top1_between": 60.0, "events": 1, "bits": 8, "dense_bits": 64},
+    **{"trace": [[4, 4, 0.5, 8, 64]], "parameters": []},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -166,6 +172,19 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
         ("summary.json", {"before": {"top1": "high"}}, "before.top1: Input should be a valid number"),
         ("summary.json", {"layers": [{"name": "conv"}]}, "layers.0.kind: Field required"),
         ("summary.json", {"regularized": {"events": 3}}, "top1: Field required"),
+        ("summary.json", {"regularized": {**REGULARIZED, "parameters": 3}}, "parameters: Input should be a valid list"),
+        (
+            "summary.json",
+            {"regularized": {**REGULARIZED, "parameters": [3]}},
+            "parameters.0: Input should be a valid dict",
+        ),
+        ("summary.json", {"regularized": {**REGULARIZED, "parameters": [{}]}}, "parameters.0.sparsity: Field required"),
+        ("summary.json", {"regularized": {**REGULARIZED, "trace": []}}, "trace: List should have at least 1 item"),
+        (
+            "summary.json",
+            {"regularized": {**REGULARIZED, "trace": [[1]]}},
+            "trace.0: List should have at least 5 items",
+        ),
         ("summary.json", {"latency_budget": {"batch": 3}}, "dense_seconds: Field required"),
         ("metrics.jsonl", 3, "0: Input should be a valid dictionary"),
         ("metrics.jsonl", {"event": "epoch"}, "0.epoch.stage: Field required"),

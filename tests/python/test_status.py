@@ -91,6 +91,7 @@ def test_a_folder_without_a_run_has_no_status(tmp_path: Path, capsys: pytest.Cap
         ("metrics.jsonl", '{"event": "epo'),
         ("metrics.jsonl", "[1]"),
         ("metrics.jsonl", '{"event": "epoch", "stage": "train"}'),
+        ("summary.json", "{}"),
         ("steps.jsonl", "3"),
         ("steps.jsonl", '{"stage": "train"}'),
     ],
