@@ -522,6 +522,50 @@ class Places(nn.Module):
         return torch.add(x, self.shared_bn(self.other(x)))
 
 
+class PreActivated(nn.Module):
+    """He et al. 2016b: what the stem gives is normalized, and added as it is; what `branch` gives is pooled too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn1, self.conv1 = nn.Conv2d(6, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), _conv()
+        self.bn2, self.conv2 = nn.BatchNorm2d(8), _conv()
+        self.branch, self.bn3, self.last = _conv(), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.conv1(F.relu(self.bn1(x)))
+        x = self.branch(F.relu(self.conv2(F.relu(self.bn2(y))) + x))
+        return self.last(F.relu(self.bn3(x)) + F.avg_pool2d(x, 3, 1, 1))
+
+
+def _conv() -> nn.Conv2d:
+    return nn.Conv2d(8, 8, 3, padding=1, bias=False)
+
+
+@torch.no_grad()
+def test_an_output_that_is_normalized_and_used_as_it_is_is_fitted_as_it_is() -> None:
+    """A norm behind it would take the intercept, which the other use does not see."""
+    torch.manual_seed(0)
+    dense = networks.randomized(PreActivated(), 0).eval()
+    assert find(dense, torch.randn(2, 6, 6, 6, dtype=torch.float64)) == [
+        *(Place("stem"), Place("conv1", "bn2"), Place("conv2", joins=True), Place("branch"), Place("last"))
+    ]
+    layers = [LayerPlan("stem", "conv2d", 6, 8, rank=3), LayerPlan("branch", "conv2d", 8, 8, rank=3)]
+    plan = CompressionPlan(layers=layers)
+    data = batches((6, 6, 6))
+    x = torch.cat([inputs for inputs, _ in data])
+    model = cctorch.apply(copy.deepcopy(dense), plan).eval()
+    outputs: list[Tensor] = []
+    for network in (dense, model):
+        network.stem.register_forward_hook(lambda _, __, y: outputs.append(y.clone()))
+        network(x)
+    cctorch.repair(model, dense, plan, data, step=1)
+    outputs = outputs[:2]
+    model(x)
+    wanted, before, after = outputs
+    assert (after - wanted).square().sum() < (before - wanted).square().sum()
+
+
 def test_places_are_found_by_what_happens_to_the_outputs() -> None:
     assert find(Places().eval(), torch.randn(2, 4, 3, 3)) == [
         # An activation lies between this one's norm and the addition.

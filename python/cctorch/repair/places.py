@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cctorch.graph.model_graph import owners, runs_its_own_forward
@@ -54,22 +55,24 @@ def find(model: nn.Module, example: Tensor) -> list[Place]:
     order: list[str] = []
     normed: list[tuple[str, str]] = []
     joined: list[tuple[str, str | None]] = []
+    used: list[str] = []
     with watching(
         layers,
         norms,
         on_output=lambda layer, _: order.append(layer),
         on_norm=lambda layer, norm, _: normed.append((layer, norm)),
         on_join=lambda layer, norm, *_: joined.append((layer, norm)),
+        on_use=used.append,
     ):
         model(example)
-    return [_place(layer, normed, joined) for layer in order if order.count(layer) == 1]
+    return [_place(layer, normed, joined, used) for layer in order if order.count(layer) == 1]
 
 
-def _place(layer: str, normed: list[tuple[str, str]], joined: list[tuple[str, str | None]]) -> Place:
+def _place(layer: str, normed: list[tuple[str, str]], joined: list[tuple[str, str | None]], used: list[str]) -> Place:
     norms = [norm for source, norm in normed if source == layer]
     joins = [norm for source, norm in joined if source == layer]
     # A norm that runs for others too, one of several, or one beside which the output is used as it is.
-    shared = len(norms) != 1 or [norm for _, norm in normed].count(norms[0]) != 1 or None in joins
+    shared = len(norms) != 1 or [norm for _, norm in normed].count(norms[0]) != 1 or layer in used
     norm = None if shared else norms[0]
     # A norm would have read the output that the fit, at the addition, replaces.
     return Place(layer, norm, joins=joins == [norm] and (norm is not None or not norms))
@@ -93,12 +96,14 @@ def watching(
     on_norm: Callable[[str, str, Tensor], None] = _ignore,
     on_join: Callable[[str, str | None, Tensor, Tensor], None] = _ignore,
     on_joined: Callable[[str, Tensor], None] = _ignore,
+    on_use: Callable[[str], None] = _ignore,
 ) -> Iterator[None]:
     """Reports what happens to the layers' outputs while a model runs.
 
     on_input(layer, x) before a layer runs, on_output(layer, y) after; on_norm(layer, norm, y) after a norm that read a
     layer's output; on_join(layer, norm, y, other) before y, which came out of the norm, or of the layer if that is
-    None, is added to a tensor of the same shape, and on_joined(layer, sum) after.
+    None, is added to a tensor of the same shape, and on_joined(layer, sum) after; on_use(layer) where something else
+    than a norm makes a tensor of the layer's own output.
     """
     sources = WeakTensorKeyDictionary()
     executed: dict[str, int] = {}
@@ -113,6 +118,10 @@ def watching(
         # Changed in place since (an activation, another addition): no longer what they gave.
         return (layer, norm) if version == x._version else (None, None)
 
+    def own_outputs(values: object) -> list[str]:
+        found = [source(leaf) for leaf in _pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+        return [layer for layer, norm in found if layer is not None and norm is None]
+
     def entered(layer: str) -> Callable[..., None]:
         return lambda _, inputs: on_input(layer, inputs[0])
 
@@ -124,8 +133,12 @@ def watching(
 
         return hook
 
+    def normalizing(_: nn.Module, __: object) -> None:
+        calls.in_norm = True
+
     def normalized(norm: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            calls.in_norm = False
             layer, _before = source(inputs[0])
             if layer is not None:
                 mark(y, layer, norm)
@@ -136,12 +149,22 @@ def watching(
     def latest(tensors: Sequence[Tensor]) -> int:
         return max((0, 1), key=lambda i: executed.get(source(tensors[i])[0] or "", -1))
 
-    class Additions(TorchFunctionMode):
+    class Calls(TorchFunctionMode):
+        in_norm = False
+
         def __torch_function__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
+            uses = [] if self.in_norm else own_outputs((args, kwargs))
+            result = self.called(func, args, kwargs or {})
+            if any(isinstance(leaf, Tensor) for leaf in _pytree.tree_leaves(result)):
+                for layer in uses:
+                    on_use(layer)
+            return result
+
+        def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if func not in _ADDITIONS or kwargs or not _same_shape(args):
-                return func(*args, **(kwargs or {}))
+                return func(*args, **kwargs)
             mine = latest(args)
             layer, norm = source(args[mine])
             if layer is None:
@@ -151,11 +174,13 @@ def watching(
             on_joined(layer, total)
             return total
 
+    calls = Calls()
     handles = [module.register_forward_pre_hook(entered(name)) for name, module in layers.items()]
     handles += [module.register_forward_hook(left(name)) for name, module in layers.items()]
+    handles += [module.register_forward_pre_hook(normalizing) for module in norms.values()]
     handles += [module.register_forward_hook(normalized(name)) for name, module in norms.items()]
     try:
-        with Additions():
+        with calls:
             yield
     finally:
         for handle in handles:
