@@ -56,8 +56,9 @@ class Twin:
 
     def reads(self, names: Sequence[str]) -> list[str]:
         """Those of the layers ``names`` that, alone or together, cannot be other modules that compute the same."""
-        if names and self._changes(names):
-            self._calls = self._run()  # That what a first run sets up is missing is not the strangers' doing.
+        if not names or not self._changes(names):
+            return []
+        self._calls = self._run()  # That what a first run sets up is missing is not the strangers' doing.
         return self._reads(names)
 
     def _reads(self, names: Sequence[str]) -> list[str]:
