@@ -65,7 +65,9 @@ at::Tensor codebook_indices(const at::Tensor& x, const at::Tensor& codebook) {
   check_codebook("codebook_indices", x, codebook);
   const auto [ascending, order] = at::sort(codebook);
   const at::Tensor dense = x.to(codebook.scalar_type()).contiguous();
-  return order.index({at::searchsorted(bounds_between(ascending), dense)});
+  const at::Tensor unknown = codebook.isnan();
+  const at::Tensor places = at::where(unknown.any(), unknown.to(at::kByte).argmax(), order);
+  return places.index({at::searchsorted(bounds_between(ascending), dense)});
 }
 
 at::Tensor codebook_quant(const at::Tensor& x, const at::Tensor& codebook) {
@@ -79,8 +81,11 @@ at::Tensor codebook_update(const at::Tensor& x, const at::Tensor& codebook) {
   const auto [ascending, order] = at::sort(codebook.to(at::kDouble));
   const SortedRows sorted(x.reshape({1, -1}).to(at::kDouble));
   const at::Tensor updated = kmeans_step(sorted, ascending.unsqueeze(0)).squeeze(0);
-  return at::empty_like(codebook, at::MemoryFormat::Contiguous)
-      .index_copy_(0, order, updated.to(codebook.scalar_type()));
+  const at::Tensor moved =
+      at::empty_like(codebook, at::MemoryFormat::Contiguous).index_copy_(0, order, updated.to(codebook.scalar_type()));
+  const at::Tensor unknown = codebook.isnan(), mean = x.mean(at::kDouble).to(codebook.scalar_type());
+  const at::Tensor first = unknown.logical_and(unknown.cumsum(0) == 1);
+  return at::where(unknown.any(), at::where(first, mean, codebook), moved);
 }
 
 at::Tensor member_sums(const at::Tensor& values, const at::Tensor& x, const at::Tensor& codebook) {

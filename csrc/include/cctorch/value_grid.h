@@ -32,7 +32,8 @@ std::vector<at::Tensor> binary_code_quant(at::TensorList x, int64_t bits, std::s
                                           std::optional<int64_t> axis = std::nullopt);
 
 // The nearest of the codebook's values, the lower of two as near; codebook is one-dimensional in any order, float32 for
-// half-precision x and of x's type otherwise. Backward: straight-through to x, to each value the sum over its members.
+// half-precision x and of x's type otherwise. A NaN in it is the nearest for every x, as for argmin. Backward:
+// straight-through to x, to each value the sum over its members.
 at::Tensor codebook_quant(const at::Tensor& x, const at::Tensor& codebook);
 
 // Which value that is: int64, of the shape of x.

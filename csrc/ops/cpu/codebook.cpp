@@ -39,7 +39,7 @@ T bound_between(T below, T above) {
   return too_high ? std::nextafter(bound, -std::numeric_limits<T>::infinity()) : bound;
 }
 
-// A codebook in ascending order; NaN comes last.
+// A codebook in ascending order. NaN comes first, and all is below its bounds: as for argmin it is the nearest.
 template <typename T>
 struct Ascending {
   std::vector<T> values, bounds;
@@ -50,10 +50,11 @@ struct Ascending {
     const T* from = dense.const_data_ptr<T>();
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-      return from[a] < from[b] || (std::isnan(from[b]) && !std::isnan(from[a]));
+      return from[a] < from[b] || (std::isnan(from[a]) && !std::isnan(from[b]));
     });
     for (const int64_t place : order) values.push_back(from[place]);
     bounds.assign(std::bit_ceil(values.size()), std::numeric_limits<T>::infinity());
+    if (std::isnan(values[0])) return;
     for (size_t i = 0; i + 1 < values.size(); ++i) bounds[i] = bound_between(values[i], values[i + 1]);
   }
   simd::Codebook book() const { return {values.data(), bounds.data(), static_cast<int64_t>(values.size())}; }

@@ -145,6 +145,8 @@ def codebook_quant(x: Tensor | Sequence[Tensor], codebook: Tensor | Sequence[Ten
 
     .. math:: y = c_{k}, \quad k = \arg\min_j |x - c_j|
 
+    A NaN in the codebook is the nearest for all of ``x``, as for ``torch.argmin``: a codebook that went wrong shows.
+
     Backward: straight-through to ``x``; :math:`\partial / \partial c_j` is the sum of the gradients of the members of
     :math:`j`, in no fixed order on CUDA unless ``torch.use_deterministic_algorithms`` asks for one.
 

@@ -139,3 +139,28 @@ def test_bad_lists(arguments: Any, message: str) -> None:
     for op in (codebook_quant, codebook_update):
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("count", [1, 2, 16, 97, 1000])
+@pytest.mark.parametrize("places", [[0], [-1], [-1, 0]])
+def test_a_codebooks_nan_is_the_nearest_as_for_argmin(count: int, places: list[int], dtype: torch.dtype) -> None:
+    """On CPU, and in what other devices run."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(3000), torch.tensor([50.0, -50.0])]).to(dtype)
+    book = torch.randn(count).to(scale_type(dtype))
+    book[places] = torch.nan
+    nearest = (x.double().unsqueeze(-1) - book.double()).abs().argmin(-1)
+    means = book.clone()
+    means[nearest[0]] = x.double().mean()
+    beyond = torch.tensor([torch.inf, -torch.inf]).to(dtype)
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    for name, expected in [("indices", nearest), ("quant", book[nearest].to(dtype)), ("update", means)]:
+        op = getattr(torch.ops.cctorch, f"codebook_{name}").default
+        for found in (op(x, book), op.redispatch(key, x, book)):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+    for found in (codebook_quant(beyond, book), torch.ops.cctorch.codebook_quant.default.redispatch(key, beyond, book)):
+        assert found.isnan().all()
+    book.requires_grad_()
+    (gradient,) = torch.autograd.grad(codebook_quant(x, book), book, torch.ones_like(x))
+    assert torch.equal(gradient, torch.zeros(count, dtype=book.dtype).index_fill(0, nearest[:1], len(x)))
