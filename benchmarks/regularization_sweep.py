@@ -2,10 +2,11 @@
 
     CCTORCH_DATA=... CCTORCH_WEIGHTS=... python benchmarks/regularization_sweep.py OUT [--steps 400] [--batch 32]
 
-Every run starts from the published weights, trains for the same number of steps at one cycle of the learning rate, ends
-on an event, and is measured once on the test set. OUT/runs.jsonl gets a line for each finished run; runs that are in it
-are not repeated, so the same command goes on where it stopped, and draws OUT/sweep.svg and OUT/sweep.md anew. Several
-processes share the work with --part 0/4 to --part 3/4 and one OUT; the same command without --part then draws.
+Every run starts from the published weights, trains for the same number of steps (at most an epoch) at one cycle of the
+learning rate, ends on an event, and is measured once on the test set. OUT/runs.jsonl gets a line for each finished run;
+runs that are in it are not repeated, so the same command goes on where it stopped, and draws OUT/sweep.svg and
+OUT/sweep.md anew. Several processes share the work with --part 0/4 to --part 3/4 and one OUT; the same command without
+--part then draws.
 
 Schedules are compared at an equal budget: "inverse" has as many events as a constant period, by the mean of the
 learning rate, and "adaptive" holds the update per mini-batch that the constant period's runs had on average. "early" is
