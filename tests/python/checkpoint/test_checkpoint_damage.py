@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
-from cctorch import checkpoint
+from cctorch import CompressionPlan, checkpoint
 from cctorch.checkpoint import CheckpointError, codec, index, overlap, parts
 from cctorch.checkpoint.predict import Prediction
 from torch import Tensor
@@ -31,7 +31,7 @@ def _tensors() -> dict[str, Tensor]:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    checkpoint.save(tmp_path / "file.h5", _tensors(), plan='{"cctorch_plan":1}', error_bound=0.05)
+    checkpoint.save(tmp_path / "file.h5", _tensors(), plan=CompressionPlan("by hand"), error_bound=0.05)
     return tmp_path / "file.h5"
 
 
