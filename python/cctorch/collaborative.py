@@ -7,6 +7,7 @@ parameters or measured latency. The solver is in C++ (`csrc/collaborative`); thi
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal, get_args
 
 import torch.nn.functional as F
@@ -243,7 +244,7 @@ def compress(
     Raises:
         ValueError: a bad argument, a pattern that names no layer, weights or gradients that are not finite, or a target
             that cannot be reached.
-        TypeError: `batches` gives something else than pairs, or `example` is no tensor.
+        TypeError: `batches` gives something else than pairs, `example` is no tensor, or `target` no number.
 
     Example:
         >>> import cctorch, torch
@@ -257,6 +258,7 @@ def compress(
         True
     """
     _check_arguments(example, budget, count)
+    _check_numbers(target=target, gamma=gamma, step_fraction=step_fraction, max_rate=max_rate)
     counted: Literal["macs", "parameters"] = "macs" if budget == "latency" else budget
     if multiple is None:
         multiple = 8 if example.is_cuda else 1
@@ -310,6 +312,12 @@ def _check_arguments(example: object, budget: str, count: str) -> None:
     for name, value, known in (("budget", budget, get_args(Budget)), ("count", count, get_args(Count))):
         if value not in known:
             raise ValueError(f"compress: {name} = {value!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def _check_numbers(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"compress: {name} = {value!r}, expected a number")
 
 
 def _of_main(graph: ModelGraph, search: Callable[[], Compression], gradient_seconds: float) -> Compression:

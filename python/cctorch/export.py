@@ -36,9 +36,7 @@ def save_program(model: nn.Module, example: Tensor, path: str | Path) -> Exporte
     _check_scales(model)
     with evaluating(model):
         program: ExportedProgram = _exported(model, example).run_decompositions(_decompositions())
-        foreign = _foreign(program)
-        if foreign:
-            raise ValueError(f"save_program: the program needs {', '.join(foreign)}, which is not part of PyTorch")
+        _check_operators(program)
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         data = buffer.getvalue()
@@ -223,14 +221,20 @@ def _tucker2_conv2d(
     return _low_rank_conv2d(F.conv2d(x, first), core, second, bias, stride, padding, dilation)
 
 
-def _foreign(program: ExportedProgram) -> list[str]:
+def _check_operators(program: ExportedProgram) -> None:
     names = set()
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
                 if isinstance(node.target, torch._ops.OpOverload):
                     names.add(node.target._schema.name)
-    return sorted(name for name in names if not name.startswith(("aten::", "prim::", "higher_order")))
+    foreign = sorted(name for name in names if not name.startswith(("aten::", "prim::", "higher_order")))
+    if foreign:
+        way_out = "; on weights, write them in with remove_parametrizations of torch.nn.utils.parametrize"
+        raise ValueError(
+            f"save_program: the program needs {', '.join(foreign)}, which is not part of PyTorch"
+            + (way_out if any(name.startswith("cctorch::") for name in foreign) else "")
+        )
 
 
 def _check_reloaded(data: bytes, example: Tensor, expected: object) -> None:

@@ -13,7 +13,7 @@ from cctorch.apply import apply
 from cctorch.export import save_program
 from cctorch.graph import trace
 from cctorch.nn import ChannelGate, FakeQuant, HardConcreteGate, LowRankConv2d, LowRankLinear, SoftThreshold
-from cctorch.ops import fp8_quant, pact, sigmoid_gate
+from cctorch.ops import binary_quant, fp8_quant, pact, sigmoid_gate
 from cctorch.prepare import prepare
 from networks import PaddedResNet, Vgg, random_plan, randomized
 from torch import Tensor, nn
@@ -196,6 +196,20 @@ def test_program_that_computes_something_else_is_not_written(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="the reloaded program differs from the model by"):
         save_program(Random(), torch.zeros(4, 3), path)
     assert path.read_bytes() == b"older"
+
+
+def test_weights_on_a_grid_that_is_not_exported_say_the_way_out(tmp_path: Path) -> None:
+    class Signs(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return binary_quant(weight)
+
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    parametrize.register_parametrization(model, "weight", Signs())
+    with pytest.raises(ValueError, match=r"needs cctorch::binary_quant.* remove_parametrizations"):
+        save_program(model, x, tmp_path / "model.pt2")
+    expected = model(x)
+    parametrize.remove_parametrizations(model, "weight")
+    torch.testing.assert_close(save_program(model, x, tmp_path / "model.pt2").module()(x), expected)
 
 
 def test_operator_of_another_library_is_named(tmp_path: Path) -> None:

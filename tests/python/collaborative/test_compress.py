@@ -212,6 +212,8 @@ def test_the_smallest_of_several_bounds_holds() -> None:
     [
         ({"budget": "table"}, ValueError, "budget = 'table', expected one of 'macs', 'parameters', 'latency'"),
         ({"count": "finl"}, ValueError, "count = 'finl', expected one of 'final', 'nominal'"),
+        ({"target": "0.5"}, TypeError, "target = '0.5', expected a number"),
+        ({"gamma": None}, TypeError, "gamma = None, expected a number"),
         ({"example": (torch.zeros(1),)}, TypeError, "example is a tuple, expected the one tensor"),
     ],
 )
