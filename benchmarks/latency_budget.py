@@ -26,6 +26,7 @@ from cctorch import _C, apply, batch_norm, collaborative, data, datasets, measur
 from cctorch.config import Config, expand, load_config
 from cctorch.gradients import mean_gradients
 from cctorch.graph import ModelGraph, trace
+from cctorch.importance import Head
 from cctorch.latency_budget import table_for
 from cctorch.store import Architecture, build
 from torch import Tensor, nn
@@ -87,6 +88,10 @@ class Budgets:
             training = self.batches.head(arguments.images, config.seed)
         self.model.eval()
         self.gradients = gradients_of(self.model, self.graph(), training, arguments.gradients)
+        self.importance = None
+        if not arguments.keep_branches:
+            head = Head(training).read()
+            self.importance = collaborative.measure_importance(self.model, self.graph(), head, list(self.gradients))
         self.peer = TorchPruning(self.model, self.examples[:2], training)
         found = collaborative.solve(self.model, self.graph(), self.gradients, self.options())
         self.by_macs = self.carried_out(found)
@@ -103,6 +108,7 @@ class Budgets:
     def carried_out(self, found: collaborative.Compression) -> tuple[nn.Module, Row]:
         model = apply(copy.deepcopy(self.model), found.plan)
         row: Row = {"final_reduction": found.final_reduction, **self.reestimated(model)}
+        row["constants"] = sum(not layer.kept_in and bool(layer.kept_out) for layer in found.plan.layers)
         row["factored"] = sum(layer.rank is not None for layer in found.plan.layers)
         row["gathers"] = sum(bool(layer.gather) for layer in found.plan.layers)
         if self.test:
@@ -125,6 +131,7 @@ class Budgets:
                 self.options(),
                 example,
                 table_for(self.model, example, len(example)),
+                importance=self.importance,
             )
         except ValueError as error:
             return None, {"error": str(error)}
@@ -189,6 +196,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.4, help="share of the budget to remove")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 128])
     parser.add_argument("--images", type=int, default=10_000, help="training images for the mean gradient")
+    parser.add_argument("--keep-branches", action="store_true", help="no whole residual branch is removed")
     parser.add_argument("--gradients", type=Path, help="read them from this file, or write them to it")
     parser.add_argument("--rounds", type=int, default=5, help="of 20 turns each")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))

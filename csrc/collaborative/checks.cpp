@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <cmath>
 #include <utility>
 
 namespace cctorch::collaborative {
@@ -29,6 +30,8 @@ void check_layer(const Layer& layer) {
                     " groups, expected 1; leave grouped convolutions out");
   TORCH_CHECK_VALUE(layer.max_rate >= 0 && layer.max_rate <= 1, "compress: layer '", spec.name,
                     "': max_rate = ", layer.max_rate, ", expected 0 to 1");
+  TORCH_CHECK_VALUE(std::isfinite(layer.importance) && layer.importance >= 0, "compress: layer '", spec.name,
+                    "': importance = ", layer.importance, ", expected a finite number of at least 0");
   TORCH_CHECK_VALUE(layer.weight.size(0) == spec.out_channels && layer.weight.size(1) == spec.in_channels &&
                         layer.weight.numel() == spec.parameters() && spec.positions > 0,
                     "compress: layer '", spec.name, "' has a weight of shape ", layer.weight.sizes(), ", expected ",

@@ -86,7 +86,7 @@ LayerChoices removal_choices(const Layer& layer, const Options& options) {
   const LayerSpec& spec = layer.spec;
   const Cost cost(spec, layer.table);
   const RunningLayer dense(layer.weight, layer.gradient, options);
-  LayerChoices found{spec.name, dense.largest_loss(), {}};
+  LayerChoices found{spec.name, dense.largest_loss(), layer.importance, {}};
   found.choices.push_back(
       {cost.dense(), 0.0, LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels)});
   if (!(found.largest_loss > 0)) return found;
@@ -99,6 +99,11 @@ LayerChoices removal_choices(const Layer& layer, const Options& options) {
     Options along = options;
     along.units = way;
     walk_down(layer, dense, cost, along, found.choices);
+  }
+  if (layer.table.removed && layer.max_rate == 1) {
+    LayerPlan none = found.choices.front().plan;
+    none.kept_in.clear();
+    found.choices.push_back({*layer.table.removed, found.largest_loss, std::move(none)});
   }
   keep_unbeaten(found.choices);
   return found;

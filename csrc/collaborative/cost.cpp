@@ -26,6 +26,9 @@ void check(const LayerSpec& spec, const CostTable& table) {
                     "compress: the cost table of layer '", spec.name, "' has ", table.pruned.size(), " pruned and ",
                     table.factored.size(), " factored costs, expected ", table.channels.size(), " and ",
                     table.channels.size() * table.ranks.size());
+  TORCH_CHECK_VALUE(!table.removed || (std::isfinite(*table.removed) && *table.removed >= 0),
+                    "compress: the cost table of layer '", spec.name, "': removed = ", table.removed.value_or(0),
+                    ", expected a finite cost of at least 0");
   for (const auto* costs : {&table.pruned, &table.factored}) {
     for (const double cost : *costs) {
       TORCH_CHECK_VALUE(std::isfinite(cost) && cost > 0, "compress: the cost table of layer '", spec.name, "' holds ",

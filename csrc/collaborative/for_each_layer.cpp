@@ -28,15 +28,15 @@ void load_linear_algebra(const at::Device& device) {
 Streams streams_of(const std::vector<Layer>& layers, const Options& options) {
   Streams streams;
   bool loaded = false;
-  for (const auto& [spec, weight, gradient, table, max_rate] : layers) {
+  for (const Layer& layer : layers) {
     std::optional<c10::Stream>& stream = streams.emplace_back();
-    if (!weight.is_cuda() || !(ranking_share(ranking_macs(spec), options) > 0)) continue;
-    const c10::impl::VirtualGuardImpl device(weight.device().type());
-    for (const at::Tensor* read : {&weight, &gradient}) {
+    if (!layer.weight.is_cuda() || !(ranking_share(ranking_macs(layer.spec), options) > 0)) continue;
+    const c10::impl::VirtualGuardImpl device(layer.weight.device().type());
+    for (const at::Tensor* read : {&layer.weight, &layer.gradient}) {
       if (read->is_cuda()) device.getStream(read->device()).synchronize();
     }
-    if (!std::exchange(loaded, true)) load_linear_algebra(weight.device());
-    stream = device.getStreamFromGlobalPool(weight.device());
+    if (!std::exchange(loaded, true)) load_linear_algebra(layer.weight.device());
+    stream = device.getStreamFromGlobalPool(layer.weight.device());
   }
   return streams;
 }

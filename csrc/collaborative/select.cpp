@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "csrc/collaborative/choices.h"
@@ -16,10 +17,12 @@ using Selection = std::vector<size_t>;  // the index of each layer's choice
 
 double dense_cost(const LayerChoices& layer) { return layer.choices.front().cost; }
 
+double weight(const LayerChoices& layer) { return layer.importance > 0 ? layer.importance : dense_cost(layer); }
+
 // The layer's term of the objective.
 double objective(const LayerChoices& layer, size_t choice) {
   if (!(layer.largest_loss > 0)) return 0.0;
-  return dense_cost(layer) * layer.choices[choice].loss / layer.largest_loss;
+  return weight(layer) * layer.choices[choice].loss / layer.largest_loss;
 }
 
 double removed(const std::vector<LayerChoices>& layers, const Selection& selection) {
@@ -75,6 +78,10 @@ RateCurve curve_of(const LayerChoices& layer, size_t chosen) {
 
 Solution select(const std::vector<LayerChoices>& layers, double model_cost, double target) {
   double reachable = 0, total = 0;
+  const auto has_importance = [](const LayerChoices& layer) { return layer.importance > 0; };
+  const auto weighed = std::ranges::count_if(layers, has_importance);
+  TORCH_CHECK_VALUE(weighed == 0 || std::cmp_equal(weighed, layers.size()), "compress: ", weighed, " of the ",
+                    layers.size(), " layers have an importance above 0, expected all or none");
   for (const LayerChoices& layer : layers) {
     TORCH_CHECK_VALUE(!layer.choices.empty(), "compress: layer '", layer.name, "' has no choices");
     total += dense_cost(layer);

@@ -93,13 +93,21 @@ void check_optimizer(torch::optim::Optimizer& optimizer, const std::vector<Plann
 // What takes the place of each old parameter.
 using Replacements = std::map<const void*, std::vector<at::Tensor>>;
 
+// Of a weight that is gone: factors, or the bias that a layer without one gets where it reads nothing any more.
+std::vector<at::Tensor> instead_of(const Parameters& before, const Parameters& after) {
+  std::vector<at::Tensor> fresh;
+  for (const auto& parameter : after) {
+    if (before.find(parameter.key()) == nullptr) fresh.push_back(parameter.value());
+  }
+  return fresh;
+}
+
 void replace_state(torch::optim::Optimizer& optimizer, const LayerPlan& plan, const Parameters& before,
                    const Parameters& after, Replacements& replacements) {
   for (const auto& parameter : before) {
     void* const key = parameter.value().unsafeGetTensorImpl();
     const at::Tensor* const successor = after.find(parameter.key());
-    replacements[key] = successor != nullptr ? std::vector<at::Tensor>{*successor}
-                                             : std::vector<at::Tensor>{after["first"], after["second"]};
+    replacements[key] = successor != nullptr ? std::vector<at::Tensor>{*successor} : instead_of(before, after);
     const auto state = optimizer.state().find(key);
     if (state == optimizer.state().end()) continue;
     auto carried = std::move(state->second);

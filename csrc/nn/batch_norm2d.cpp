@@ -26,6 +26,9 @@ LayerSpec BatchNorm2dImpl::spec(const std::string& name) const {
 }
 
 at::Tensor BatchNorm2dImpl::forward(const at::Tensor& x) {
+  if (plan_ && plan_->reads_nothing()) {
+    return constant_of(bias, x, x.sizes().vec(), 1);
+  }
   if (observing_) positions_ = x.size(-2) * x.size(-1);
   if (is_training() && ranks_.count() > 1) return synchronized_forward(x);
   return BatchNormImplBase::forward(x);
@@ -49,6 +52,21 @@ at::Tensor BatchNorm2dImpl::synchronized_forward(const at::Tensor& x) {
 
 void BatchNorm2dImpl::check_structure(const LayerPlan&) const {}
 
+void BatchNorm2dImpl::reset() {
+  BatchNormImplBase::reset();
+  if (plan_ && plan_->reads_nothing()) leave_bias_only();
+}
+
+void BatchNorm2dImpl::leave_bias_only() {
+  // A weight that nothing uses would wait for a gradient. The statistics stay: a module cannot give its buffers up.
+  const bool requires_grad = !bias.defined() || bias.requires_grad();
+  const at::TensorOptions like = running_mean.defined() ? running_mean.options() : at::TensorOptions();
+  const at::Tensor left = bias.defined() ? bias.detach() : at::zeros(options.num_features(), like);
+  parameters_.clear();
+  weight = bias = at::Tensor();
+  if (options.num_features() > 0) bias = register_parameter("bias", left, requires_grad);
+}
+
 void BatchNorm2dImpl::carry_out(const LayerPlan& plan) {
   const torch::NoGradGuard no_grad;
   plan_ = plan;
@@ -62,6 +80,7 @@ void BatchNorm2dImpl::carry_out(const LayerPlan& plan) {
   for (at::Tensor* statistic : {&running_mean, &running_var}) {
     if (statistic->defined()) statistic->set_data(narrow(*statistic, plan));
   }
+  if (plan.reads_nothing()) leave_bias_only();
 }
 
 }  // namespace cctorch::nn

@@ -3,6 +3,8 @@
 #include <cctorch/nn/layers.h>
 
 #include <ostream>
+#include <utility>
+#include <vector>
 
 #include "csrc/nn/layer_parts.h"
 
@@ -27,9 +29,10 @@ bool Conv2dImpl::depthwise() const {
 
 void Conv2dImpl::reset() {
   const int64_t out = plan_ ? static_cast<int64_t>(plan_->kept_out.size()) : options.out_channels();
-  const int64_t in = depthwise() ? 1
-                     : plan_     ? static_cast<int64_t>(plan_->kept_in.size()) / options.groups()
-                                 : options.in_channels() / options.groups();
+  const int64_t in = reads_nothing() ? 0
+                     : depthwise()   ? 1
+                     : plan_         ? static_cast<int64_t>(plan_->kept_in.size()) / options.groups()
+                                     : options.in_channels() / options.groups();
   const auto& kernel = *options.kernel_size();
   register_parameters(out, in, kernel, options.bias());
   reset_parameters();
@@ -55,7 +58,20 @@ LayerSpec Conv2dImpl::spec(const std::string& name) const {
           .groups = options.groups()};
 }
 
+at::Tensor Conv2dImpl::constant(const at::Tensor& x) const {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  TORCH_CHECK_VALUE(sizes.size() == 4, "Conv2d: x has ", sizes.size(),
+                    " dimensions, expected 4 (batch x channels x height x width)");
+  const torch::ExpandingArray<2> padding = numeric_padding(options);
+  for (size_t side = 0; side < 2; ++side) {
+    const int64_t reach = (*options.dilation())[side] * ((*options.kernel_size())[side] - 1) + 1;
+    sizes[2 + side] = (sizes[2 + side] + 2 * (*padding)[side] - reach) / (*options.stride())[side] + 1;
+  }
+  return constant_of(bias, x, std::move(sizes), 1);
+}
+
 at::Tensor Conv2dImpl::forward(const at::Tensor& x) {
+  if (reads_nothing()) return constant(x);
   const at::Tensor input = gathered(x, 1);
   const torch::ExpandingArray<2> padding = numeric_padding(options);
   at::Tensor y;
@@ -73,8 +89,8 @@ at::Tensor Conv2dImpl::forward(const at::Tensor& x) {
 void Conv2dImpl::check_structure(const LayerPlan& plan) const {
   const auto& kernel = *options.kernel_size();
   check_rank(plan, kernel[0] * kernel[1]);
-  TORCH_CHECK_VALUE(options.groups() == 1 || depthwise() || plan.is_unchanged(), "layer '", plan.name,
-                    "' is a convolution with groups = ", options.groups(),
+  TORCH_CHECK_VALUE(options.groups() == 1 || depthwise() || plan.is_unchanged() || plan.reads_nothing(), "layer '",
+                    plan.name, "' is a convolution with groups = ", options.groups(),
                     ", which stays as it is, but the plan removes channels or factors it: leave it out of the plan");
 }
 

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <variant>
+#include <vector>
 
 // What the layers and the low-rank modules share.
 namespace cctorch::nn {
@@ -28,6 +29,16 @@ inline void initialize_uniform(at::Tensor& weight, at::Tensor* bias) {
   const int64_t fan_in = weight.numel() / weight.size(0);
   const double bound = 1.0 / std::sqrt(static_cast<double>(fan_in));
   torch::nn::init::uniform_(*bias, -bound, bound);
+}
+
+// `bias` at every position of a tensor of `sizes` along `dimension`; no channels at all where it is undefined.
+inline at::Tensor constant_of(const at::Tensor& bias, const at::Tensor& x, std::vector<int64_t> sizes,
+                              int64_t dimension) {
+  sizes[dimension] = bias.defined() ? bias.size(0) : 0;
+  if (!bias.defined()) return x.new_empty(sizes);
+  std::vector<int64_t> broadcast(sizes.size(), 1);
+  broadcast[dimension] = sizes[dimension];
+  return bias.view(broadcast).expand(sizes);
 }
 
 // The matrix that `plan` would factor has rows out_channels and kept_in x kernel_size columns.

@@ -35,6 +35,10 @@ LayerSpec LinearImpl::spec(const std::string& name) const {
 }
 
 at::Tensor LinearImpl::forward(const at::Tensor& x) {
+  if (reads_nothing()) {
+    TORCH_CHECK_VALUE(x.dim() > 0, "Linear: x has no dimension, expected at least 1 (... x features)");
+    return constant_of(bias, x, x.sizes().vec(), x.dim() - 1);
+  }
   const at::Tensor input = gathered(x, -1);
   const auto optional_bias = bias.defined() ? std::optional(bias) : std::nullopt;
   at::Tensor y = weight.defined() ? at::linear(input, weight, optional_bias)

@@ -28,7 +28,9 @@ void WeightedLayer<Derived>::register_parameters(int64_t out, int64_t in, at::In
   };
   for (at::Tensor* parameter : {&weight, &first, &second, &bias}) *parameter = at::Tensor();
   const std::optional<int64_t> rank = plan_ ? plan_->rank : std::nullopt;
-  if (rank) {
+  if (in == 0) {
+    with_bias = out > 0;
+  } else if (rank) {
     first = this->register_parameter("first", torch::empty(shape(*rank, in, false)));
     second = this->register_parameter("second", torch::empty(shape(out, *rank, true)));
   } else {
@@ -41,6 +43,9 @@ template <typename Derived>
 void WeightedLayer<Derived>::reset_parameters() {
   if (weight.defined()) {
     initialize_uniform(weight, &bias);
+  } else if (!first.defined()) {
+    const torch::NoGradGuard no_grad;
+    if (bias.defined()) bias.zero_();
   } else {
     initialize_uniform(first, nullptr);
     initialize_uniform(second, &bias);
@@ -54,6 +59,7 @@ void WeightedLayer<Derived>::carry_out(const LayerPlan& plan) {
   const at::Tensor dense = weight.detach();
   const at::MemoryFormat format = dense.suggest_memory_format();
   at::Tensor narrowed, outer, inner;
+  if (plan.reads_nothing()) return leave_bias_only(plan);
   if (plan.rank) {
     std::tie(inner, outer) = collaborative::factorize(dense, plan.kept_in, *plan.rank);
     const at::Tensor kept_out = torch::tensor(plan.kept_out, torch::dtype(torch::kLong)).to(outer.device());
@@ -75,6 +81,19 @@ void WeightedLayer<Derived>::carry_out(const LayerPlan& plan) {
     weight = this->register_parameter("weight", narrowed, requires_grad);
   }
   if (bias.defined()) bias = this->register_parameter("bias", narrowed_bias, bias.requires_grad());
+}
+
+template <typename Derived>
+void WeightedLayer<Derived>::leave_bias_only(const LayerPlan& plan) {
+  const at::Tensor& source = bias.defined() ? bias : weight;
+  const bool requires_grad = source.requires_grad();
+  const at::Tensor left = bias.defined() ? narrow(bias, plan)
+                                         : torch::zeros({static_cast<int64_t>(plan.kept_out.size())},
+                                                        weight.options().requires_grad(false));
+  plan_ = plan;
+  this->parameters_.clear();
+  weight = bias = at::Tensor();
+  if (!plan.kept_out.empty()) bias = this->register_parameter("bias", left, requires_grad);
 }
 
 template <typename Derived>

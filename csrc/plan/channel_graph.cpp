@@ -17,8 +17,10 @@ bool passes_channels_on(LayerKind kind) {
 // The layer once only the channels `arriving` reach it, and only the filters `leaving` are read.
 LayerPlan resolved(LayerPlan layer, LayerKind kind, const std::vector<int64_t>& arriving,
                    std::vector<int64_t> leaving) {
+  if (layer.reads_nothing() && layer.kept_out.empty()) return layer;
   layer.kept_out = std::move(leaving);
   layer.gather.clear();
+  if (layer.reads_nothing()) return layer;
   if (passes_channels_on(kind)) {
     layer.kept_in = arriving;
   } else if (layer.kept_in != arriving) {
@@ -129,6 +131,8 @@ std::vector<char> ChannelGraph::live_roots(const Planned& planned) const {
     for (const int64_t kept : found->second->kept_in) live[root(node.in[kept])] = 1;
   }
   for (const Node& node : nodes_) {
+    const auto found = planned.find(node.name);
+    if (found != planned.end() && found->second->kept_out.empty()) continue;
     const auto lives = [&](int64_t channel) { return live[root(channel)] != 0; };
     // Nobody reads the layer at all: it keeps one filter, which arrives wherever its filters did.
     if (std::none_of(node.out.begin(), node.out.end(), lives)) live[root(node.out.front())] = 1;
@@ -155,8 +159,7 @@ void ChannelGraph::resolve(CompressionPlan& plan) const {
     const auto found = planned.find(node.name);
     LayerPlan layer = found != planned.end()
                           ? *found->second
-                          : LayerPlan::unchanged(node.name, node.kind, static_cast<int64_t>(node.in.size()),
-                                                 static_cast<int64_t>(node.out.size()));
+                          : LayerPlan::unchanged(node.name, node.kind, std::ssize(node.in), std::ssize(node.out));
     layer = resolved(std::move(layer), node.kind, survivors(node.in), survivors(node.out));
     if (found != planned.end()) {
       *found->second = std::move(layer);
@@ -167,20 +170,30 @@ void ChannelGraph::resolve(CompressionPlan& plan) const {
   plan.layers.insert(plan.layers.end(), std::make_move_iterator(added.begin()), std::make_move_iterator(added.end()));
 }
 
+const ChannelGraph::Node& ChannelGraph::node(const std::string& layer) const {
+  const auto found = std::find_if(nodes_.begin(), nodes_.end(), [&](const Node& node) { return node.name == layer; });
+  TORCH_CHECK_VALUE(found != nodes_.end(), "channel graph: there is no layer '", layer, "'");
+  return *found;
+}
+
+LayerPlan ChannelGraph::unchanged(const std::string& layer) const {
+  const Node& found = node(layer);
+  return LayerPlan::unchanged(found.name, found.kind, std::ssize(found.in), std::ssize(found.out));
+}
+
 std::vector<std::string> ChannelGraph::producers(const std::string& layer) const {
-  const auto reader = std::find_if(nodes_.begin(), nodes_.end(), [&](const Node& node) { return node.name == layer; });
-  TORCH_CHECK_VALUE(reader != nodes_.end(), "channel graph: there is no layer '", layer, "'");
+  const Node* const reader = &node(layer);
   std::unordered_set<int64_t> inputs;
   for (const int64_t channel : reader->in) {
     if (pinned_[root(channel)] || !inputs.insert(root(channel)).second) return {};
   }
   const auto carries = [&](int64_t channel) { return inputs.contains(root(channel)); };
   std::vector<std::string> names;
-  for (auto node = nodes_.begin(); node != nodes_.end(); ++node) {
-    if (node == reader) continue;
-    const bool reads = std::any_of(node->in.begin(), node->in.end(), carries);
-    if (reads && !passes_channels_on(node->kind)) return {};
-    if (std::any_of(node->out.begin(), node->out.end(), carries)) names.push_back(node->name);
+  for (const Node& node : nodes_) {
+    if (&node == reader) continue;
+    const bool reads = std::any_of(node.in.begin(), node.in.end(), carries);
+    if (reads && !passes_channels_on(node.kind)) return {};
+    if (std::any_of(node.out.begin(), node.out.end(), carries)) names.push_back(node.name);
   }
   return names;
 }

@@ -21,8 +21,6 @@ std::vector<int64_t> all(int64_t count) {
 }
 
 void check_indices(const LayerPlan& layer, const char* field, const std::vector<int64_t>& indices, int64_t channels) {
-  TORCH_CHECK_VALUE(!indices.empty(), "plan: layer '", layer.name, "': ", field,
-                    " is empty, at least one must be kept");
   for (size_t i = 0; i < indices.size(); ++i) {
     TORCH_CHECK_VALUE(indices[i] >= 0 && indices[i] < channels, "plan: layer '", layer.name, "': ", field, "[", i,
                       "] = ", indices[i], ", expected 0 to ", channels - 1);
@@ -31,11 +29,19 @@ void check_indices(const LayerPlan& layer, const char* field, const std::vector<
   }
 }
 
+void check_reads_nothing(const LayerPlan& layer) {
+  TORCH_CHECK_VALUE(layer.gather.empty() && !layer.rank && !layer.mask && !layer.bits, "plan: layer '", layer.name,
+                    "' keeps none of its inputs, and so takes no gather, rank, mask or bits");
+}
+
 void check_layer(const LayerPlan& layer) {
   TORCH_CHECK_VALUE(layer.in_channels > 0 && layer.out_channels > 0, "plan: layer '", layer.name,
                     "': ", layer.in_channels, " -> ", layer.out_channels, " channels, expected at least 1 -> 1");
   check_indices(layer, "kept_in", layer.kept_in, layer.in_channels);
   check_indices(layer, "kept_out", layer.kept_out, layer.out_channels);
+  if (layer.reads_nothing()) return check_reads_nothing(layer);
+  TORCH_CHECK_VALUE(!layer.kept_out.empty(), "plan: layer '", layer.name,
+                    "': kept_out is empty, but it reads inputs: keep at least one, or empty kept_in too");
   if (!layer.gather.empty()) {
     TORCH_CHECK_VALUE(layer.gather.size() == layer.kept_in.size(), "plan: layer '", layer.name, "': gather has ",
                       layer.gather.size(), " entries, expected one for each of the ", layer.kept_in.size(), " kept_in");
@@ -68,6 +74,7 @@ void check_layer(const LayerPlan& layer) {
 std::string summary(const LayerPlan& layer) {
   std::string text = fmt::format("  {:<32} {:>5} -> {:<5} in {:>5}  out {:>5}", layer.name, layer.in_channels,
                                  layer.out_channels, layer.kept_in.size(), layer.kept_out.size());
+  if (layer.reads_nothing()) return text + (layer.kept_out.empty() ? "  removed" : "  constant");
   if (layer.rank) text += fmt::format("  rank {}", *layer.rank);
   if (!layer.gather.empty()) text += "  gather";
   if (layer.mask) text += fmt::format("  mask {}", to_string(layer.mask->kind));
@@ -155,6 +162,7 @@ std::ostream& operator<<(std::ostream& out, const CompressionPlan& plan) {
 
 int64_t layer_macs(const LayerSpec& spec, const LayerPlan* plan, bool narrowed) {
   if (!plan || spec.kind == LayerKind::batch_norm2d) return spec.macs();
+  if (plan->reads_nothing()) return 0;
   const int64_t in = size(plan->kept_in);
   const int64_t out = narrowed ? size(plan->kept_out) : spec.out_channels;
   if (spec.kind == LayerKind::depthwise_conv2d) return out * spec.kernel_size() * spec.positions;

@@ -96,15 +96,18 @@ void bind_options(py::module_& module) {
 void bind_choices(py::module_& module) {
   py::class_<CostTable>(module, "CostTable")
       .def(py::init([](std::vector<int64_t> channels, std::vector<int64_t> ranks, std::vector<double> pruned,
-                       std::vector<double> factored, int64_t multiple) {
-             return CostTable{std::move(channels), std::move(ranks), std::move(pruned), std::move(factored), multiple};
+                       std::vector<double> factored, int64_t multiple, std::optional<double> removed) {
+             return CostTable{std::move(channels), std::move(ranks), std::move(pruned),
+                              std::move(factored), multiple,         removed};
            }),
-           py::arg("channels"), py::arg("ranks"), py::arg("pruned"), py::arg("factored"), py::arg("multiple") = 1)
+           py::arg("channels"), py::arg("ranks"), py::arg("pruned"), py::arg("factored"), py::arg("multiple") = 1,
+           py::arg("removed") = py::none())
       .def_readonly("channels", &CostTable::channels)
       .def_readonly("ranks", &CostTable::ranks)
       .def_readonly("pruned", &CostTable::pruned)
       .def_readonly("factored", &CostTable::factored)
-      .def_readonly("multiple", &CostTable::multiple);
+      .def_readonly("multiple", &CostTable::multiple)
+      .def_readonly("removed", &CostTable::removed);
   py::class_<collaborative::Choice>(module, "Choice")
       .def_readonly("cost", &collaborative::Choice::cost)
       .def_readonly("loss", &collaborative::Choice::loss)
@@ -112,6 +115,7 @@ void bind_choices(py::module_& module) {
   py::class_<collaborative::LayerChoices>(module, "LayerChoices")
       .def_readonly("name", &collaborative::LayerChoices::name)
       .def_readonly("largest_loss", &collaborative::LayerChoices::largest_loss)
+      .def_readonly("importance", &collaborative::LayerChoices::importance)
       .def_readonly("choices", &collaborative::LayerChoices::choices);
   module.def("layer_choices", &layer_choices, py::arg("layers"), py::arg("options"), py::arg("progress") = py::none());
   module.def("select", &collaborative::select, py::arg("layers"), py::arg("model_cost"), py::arg("target"),
@@ -125,17 +129,19 @@ void bind_collaborative(py::module_& module) {
   bind_choices(module);
   py::class_<collaborative::Layer>(module, "SolverLayer")
       .def(py::init([](LayerSpec spec, at::Tensor weight, at::Tensor gradient, std::optional<CostTable> table,
-                       double max_rate) {
-             return collaborative::Layer{std::move(spec), std::move(weight), std::move(gradient),
-                                         std::move(table).value_or(CostTable{}), max_rate};
+                       double max_rate, double importance) {
+             return collaborative::Layer{
+                 std::move(spec), std::move(weight), std::move(gradient), std::move(table).value_or(CostTable{}),
+                 max_rate,        importance};
            }),
            py::arg("spec"), py::arg("weight"), py::arg("gradient"), py::arg("table") = py::none(),
-           py::arg("max_rate") = 1.0)
+           py::arg("max_rate") = 1.0, py::arg("importance") = 0.0)
       .def_readwrite("spec", &collaborative::Layer::spec)
       .def_readwrite("weight", &collaborative::Layer::weight)
       .def_readwrite("gradient", &collaborative::Layer::gradient)
       .def_readwrite("table", &collaborative::Layer::table)
-      .def_readwrite("max_rate", &collaborative::Layer::max_rate);
+      .def_readwrite("max_rate", &collaborative::Layer::max_rate)
+      .def_readwrite("importance", &collaborative::Layer::importance);
   py::class_<collaborative::RateCurve>(module, "RateCurve")
       .def_readonly("name", &collaborative::RateCurve::name)
       .def_readonly("rate", &collaborative::RateCurve::rate)

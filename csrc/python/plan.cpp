@@ -162,6 +162,7 @@ void bind_channel_graph(py::module_& module) {
       .def_static("flatten", &ChannelGraph::flatten, py::arg("channels"), py::arg("features"))
       .def_static("concat", &ChannelGraph::concat, py::arg("parts"))
       .def("pin", &ChannelGraph::pin, py::arg("channels"))
+      .def("unchanged", &ChannelGraph::unchanged, py::arg("layer"))
       .def("producers", &ChannelGraph::producers, py::arg("layer"))
       .def("resolve", &ChannelGraph::resolve, py::arg("plan"));
 }

@@ -103,6 +103,7 @@ class ChannelGraph:
     @staticmethod
     def concat(parts: Sequence[Sequence[int]]) -> list[int]: ...
     def pin(self, channels: Sequence[int]) -> None: ...
+    def unchanged(self, layer: str) -> LayerPlan: ...
     def producers(self, layer: str) -> list[str]: ...
     def resolve(self, plan: CompressionPlan) -> None: ...
 
@@ -135,6 +136,7 @@ class CostTable:
     pruned: list[float]
     factored: list[float]
     multiple: int
+    removed: float | None
     def __init__(
         self,
         channels: Sequence[int],
@@ -142,6 +144,7 @@ class CostTable:
         pruned: Sequence[float],
         factored: Sequence[float],
         multiple: int = 1,
+        removed: float | None = None,
     ) -> None: ...
 
 class SolverLayer:
@@ -150,6 +153,7 @@ class SolverLayer:
     gradient: Tensor
     table: CostTable
     max_rate: float
+    importance: float
     def __init__(
         self,
         spec: LayerSpec,
@@ -157,6 +161,7 @@ class SolverLayer:
         gradient: Tensor,
         table: CostTable | None = None,
         max_rate: float = 1.0,
+        importance: float = 0.0,
     ) -> None: ...
 
 class Choice:
@@ -167,6 +172,7 @@ class Choice:
 class LayerChoices:
     name: str
     largest_loss: float
+    importance: float
     choices: list[Choice]
 
 class RateCurve:

@@ -10,7 +10,7 @@ from cctorch import _C
 from cctorch._C import CompressionPlan, LayerPlan
 from cctorch.described import describe, describe_plan
 from cctorch.graph.model_graph import is_hooked, owners, runs_its_own_forward
-from cctorch.nn import BatchNorm2d, GatherChannels, LowRankConv2d, LowRankLinear
+from cctorch.nn import BatchNorm2d, Constant, GatherChannels, LowRankConv2d, LowRankLinear
 from cctorch.plan import check_plan
 
 _KINDS: dict[str, type[nn.Conv2d] | type[nn.Linear] | type[nn.BatchNorm2d]] = {
@@ -26,9 +26,10 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
 
     A layer keeps the rows ``kept_out`` and the columns ``kept_in`` of its weight; one with a ``rank`` becomes a
     :class:`~cctorch.nn.LowRankConv2d` or :class:`~cctorch.nn.LowRankLinear` of the truncated SVD; one with a ``gather``
-    is wrapped in :class:`~cctorch.nn.GatherChannels`; every ``nn.BatchNorm2d`` becomes a
-    :class:`~cctorch.nn.BatchNorm2d`. Masks and bits are left to :func:`cctorch.prepare`. What the
-    modules are depends on the plan alone, so a compressed checkpoint loads into ``apply(dense_model, plan)``.
+    is wrapped in :class:`~cctorch.nn.GatherChannels`; one without ``kept_in``, of a removed residual branch, becomes a
+    :class:`~cctorch.nn.Constant` of its bias; every ``nn.BatchNorm2d`` becomes a :class:`~cctorch.nn.BatchNorm2d`.
+    Masks and bits are left to :func:`cctorch.prepare`. What the modules are depends on the plan alone, so a compressed
+    checkpoint loads into ``apply(dense_model, plan)``.
 
     Args:
         model: the dense model that the plan was made for.
@@ -111,6 +112,8 @@ class _Edit:
 
 def _edit(model: nn.Module, layer: LayerPlan, paths: dict[int, list[str]]) -> _Edit:
     module = _checked_module(model, layer, paths)
+    if not layer.kept_in:
+        return _empty(module, layer)
     if layer.rank is not None:
         return _decompose(module, layer, layer.rank)
     kept: dict[str, Sequence[Sequence[int]]] = {"bias": [layer.kept_out]}
@@ -135,6 +138,27 @@ def _edit(model: nn.Module, layer: LayerPlan, paths: dict[int, list[str]]) -> _E
             successors[old] = _Successor([tensors[name]], indices)  # type: ignore[list-item]
     replacement = GatherChannels(layer.gather, module) if layer.gather else module
     return _Edit(module, replacement, tensors, attributes, successors)
+
+
+def _empty(module: nn.Module, layer: LayerPlan) -> _Edit:
+    assert isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
+    weight, old = module.weight, module.bias
+    successors = {parameter: _Successor([]) for parameter in (weight, old) if parameter is not None}
+    bias = None
+    if old is not None and layer.kept_out:
+        bias = _parameter(_pick(old, [layer.kept_out]), old)
+        successors[old] = _Successor([bias], [layer.kept_out])
+    elif layer.kept_out:
+        like = next((tensor for tensor in (weight, module._buffers.get("running_mean")) if tensor is not None), None)
+        zeros = torch.zeros(len(layer.kept_out)) if like is None else like.new_zeros(len(layer.kept_out))
+        bias = nn.Parameter(zeros, requires_grad=weight is None or weight.requires_grad)
+        if weight is not None:
+            successors[weight] = _Successor([bias])
+    statistics = {
+        name: _pick(buffer, [layer.kept_out]) if buffer.dim() else buffer
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+    return _Edit(module, Constant(module, bias, statistics), {}, {}, successors)
 
 
 def _decompose(module: nn.Module, layer: LayerPlan, rank: int) -> _Edit:

@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cctorch import _C, distributed, latency_budget, layer_choice
+from cctorch import _C, branches, distributed, latency_budget, layer_choice
 from cctorch.gradients import LossFunction, Progress, mean_gradients, weight_of
-from cctorch.graph import ModelGraph, trace
+from cctorch.graph import Branch, ModelGraph, trace
+from cctorch.importance import Head, importances
 from cctorch.latency import LatencyTable
 from cctorch.latency_budget import Latency
 from cctorch.plan import CompressionPlan, LayerSpec
@@ -131,11 +132,15 @@ def solve_latency(
     example: Tensor,
     table: LatencyTable,
     *,
+    importance: Mapping[str, float] | None = None,
     bounds: Mapping[str, float] | None = None,
     progress: Progress | None = None,
     gradient_seconds: float = 0.0,
 ) -> Compression:
     """Turns the gradients of a traced model's layers into a plan that removes ``options.target`` of the measured time.
+
+    With the `importance` of each layer, its loss is weighed by that in place of its cost (E2), and whole residual
+    branches may go: those of which all layers are searched, and none has a bound.
 
     Raises:
         ValueError: a weight or gradient is not finite, or no plan is that fast; the message states what was reached.
@@ -143,7 +148,12 @@ def solve_latency(
     start = time.perf_counter()
     options.budget = "table"
     layers = _solver_layers(model, graph, gradients, bounds or {})
-    found = latency_budget.search(model, graph, layers, options, example, table, progress)
+    removable: list[Branch] = []
+    if importance:
+        for layer in layers:
+            layer.importance = importance[layer.spec.name]
+        removable = branches.removable(model, graph, _unbounded(graph, layers), example)
+    found = latency_budget.search(model, graph, layers, options, example, table, progress, removable)
     found.solution.plan.target = options.target
     nominal_macs = _C.nominal_macs(graph.specs, found.solution.plan)
     compression = _compression(graph, found.solution, nominal_macs, gradient_seconds)
@@ -151,6 +161,29 @@ def solve_latency(
     compression.warnings += found.warnings
     compression.latency = found.latency
     return compression
+
+
+def _unbounded(graph: ModelGraph, layers: Sequence[_C.SolverLayer]) -> list[Branch]:
+    free = {layer.spec.name for layer in layers if layer.max_rate == 1}
+    weighted = {spec.name for spec in graph.specs if spec.kind != "depthwise_conv2d"}
+    return [branch for branch in graph.branches if free.issuperset(weighted.intersection(branch.layers))]
+
+
+def measure_importance(
+    model: nn.Module,
+    graph: ModelGraph,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    layers: Sequence[str],
+    **options: Any,
+) -> dict[str, float]:
+    """The importance of each of `layers`, for `solve_latency`: of its residual branch, if it is in one.
+
+    The options are those of :func:`cctorch.importance.importances`.
+    """
+    ends = {name: branch.end for branch in graph.branches for name in branch.layers}
+    removed = [ends.get(name, name) for name in layers]
+    found = importances(model, batches, list(dict.fromkeys(removed)), **options)
+    return {name: found[end] for name, end in zip(layers, removed, strict=True)}
 
 
 def _solver_layers(
@@ -196,6 +229,7 @@ def compress(
     multiple: int | None = None,
     latency_batch: int = 1,
     latency_table: LatencyTable | None = None,
+    residual_branches: bool = True,
     exclude: Sequence[str] = (),
     bounds: Mapping[str, float] | None = None,
     gradients: Mapping[str, Tensor] | None = None,
@@ -233,6 +267,9 @@ def compress(
             possible, not from fitted curves. A budget of latency has its own, from the times.
         latency_batch: examples in the forward pass whose latency counts.
         latency_table: times of layers made before, in place of `latency_batch`.
+        residual_branches: with a budget of latency, whole residual branches may go too: `apply` leaves the bias of
+            their last layer, and `repair` makes it the branch's mean. Layers are then weighed by how much the loss of
+            the first 256 images rises when all of the layer, or of its branch, is replaced by its mean.
         exclude: patterns of names, such as ``layer1.*``, of layers that keep their inputs and rank.
         bounds: for patterns of names, the largest share of a layer's budget that is taken from it; where several
             patterns fit, the smallest holds. 0 is `exclude`.
@@ -269,11 +306,17 @@ def compress(
     start = time.perf_counter()
     bounded = layer_choice.bounds_of(graph, bounds or {})
     searched = layer_choice.candidates(graph, exclude)
+    head = Head(batches)
     found = (
-        mean_gradients(model, batches, searched, loss=loss, progress=progress, across_ranks=across_ranks)
+        mean_gradients(model, head, searched, loss=loss, progress=progress, across_ranks=across_ranks)
         if gradients is None
         else _given(gradients, searched)
     )
+    importance = None
+    if budget == "latency" and residual_branches:
+        importance = measure_importance(
+            model, graph, head.read(), searched, loss=loss, progress=progress, across_ranks=across_ranks
+        )
     seconds = time.perf_counter() - start
 
     def search() -> Compression:
@@ -288,6 +331,7 @@ def compress(
             options,
             example,
             latency_table,
+            importance=importance,
             bounds=bounded,
             progress=progress,
             gradient_seconds=seconds,

@@ -44,6 +44,7 @@ def search(
         count=settings.count,
         multiple=settings.multiple,
         latency_batch=settings.latency_batch,
+        residual_branches=settings.residual_branches,
         exclude=settings.exclude,
         bounds=settings.bounds,
         gradients=gradients,

@@ -140,6 +140,8 @@ class Compress(Section):
     # Of kept channels and ranks. Absent: 8 on CUDA, 1 elsewhere.
     multiple: int | None = Field(default=None, ge=1)
     latency_batch: int = Field(default=1, ge=1)
+    # With a budget of latency, whole residual branches may be removed.
+    residual_branches: bool = True
     # Patterns of names of layers that are left alone, such as layer1.*.
     exclude: list[str] = Field(default=[])
     # The largest share that layers give up, by patterns of their names: {layer3.*: 0.4}.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cctorch import _C, atomic, measure
-from cctorch.nn import BatchNorm2d, GatherChannels, LowRankConv2d, LowRankLinear
+from cctorch.nn import BatchNorm2d, Constant, GatherChannels, LowRankConv2d, LowRankLinear
 
 __all__ = ["LatencyTable", "LayerShape"]
 
@@ -100,11 +100,17 @@ class LayerShape:
         return json.dumps(changed, separators=(",", ":"))
 
     def example_shape(self, batch: int) -> tuple[int, ...]:
-        channels = self.gathered_from or self.inputs
+        channels = self.inputs if self.gathered_from is None else self.gathered_from
         return (batch, *self.size, channels) if self.kind == "linear" else (batch, channels, *self.size)
+
+    @property
+    def reads_nothing(self) -> bool:
+        return self.inputs == 0
 
     def build(self) -> nn.Module:
         """A module of this shape. A normalization comes with the ReLU that follows it."""
+        if self.reads_nothing:
+            return self._constant()
         layer: nn.Module
         if self.kind == "batch_norm2d":
             return nn.Sequential(BatchNorm2d(self.inputs), nn.ReLU())
@@ -115,6 +121,15 @@ class LayerShape:
         else:
             layer = self._convolution()
         return layer if self.gathered_from is None else GatherChannels(self._picked(), layer)
+
+    def _constant(self) -> nn.Module:
+        narrow = dataclasses.replace(self, inputs=1, outputs=1, groups=1)
+        bias = nn.Parameter(torch.zeros(self.outputs)) if self.outputs else None
+        if self.kind == "batch_norm2d":
+            return nn.Sequential(Constant(nn.BatchNorm2d(1), bias), nn.ReLU())
+        dense = narrow.build()
+        assert isinstance(dense, nn.Conv2d | nn.Linear)
+        return Constant(dense, bias)
 
     def _convolution(self) -> nn.Module:
         arguments: dict[str, Any] = {
@@ -239,7 +254,13 @@ class LatencyTable:
         return channels, ranks, cells
 
     def cost_table(
-        self, shape: LayerShape, producers: Sequence[LayerShape] = (), units: Units = "both"
+        self,
+        shape: LayerShape,
+        producers: Sequence[LayerShape] = (),
+        units: Units = "both",
+        *,
+        beside: Sequence[LayerShape] = (),
+        left: Sequence[LayerShape] | None = None,
     ) -> _C.CostTable:
         """Seconds of a layer by its kept inputs and its rank, for the solver.
 
@@ -248,12 +269,16 @@ class LatencyTable:
             producers: layers whose filters go when the layer gives up inputs; their time at as many filters is part of
                 the cost. Without any, giving up inputs costs a gather.
             units: what may be removed, as for :func:`cctorch.compress`.
+            beside: layers that stay as they are, unless all of the layer goes with the branch that it is in.
+            left: what is left then. None: it can't go.
         """
         channels, ranks, cells = self.cost_shapes(shape, producers, units)
-        cost = {cell: sum(self.seconds(part) for part in parts) for cell, parts in cells.items()}
+        always = sum(map(self.seconds, beside))
+        cost = {cell: always + sum(map(self.seconds, parts)) for cell, parts in cells.items()}
+        removed = None if left is None else sum(map(self.seconds, left))
         pruned = [cost[count, None] for count in channels]
         factored = [cost[count, rank] for count in channels for rank in ranks]
-        return _C.CostTable(channels, ranks, pruned, factored, self._multiple_in(shape))
+        return _C.CostTable(channels, ranks, pruned, factored, self._multiple_in(shape), removed)
 
     def example(self, shape: Sequence[int]) -> Tensor:
         x = torch.randn(tuple(shape), device=self.device, dtype=self.dtype)

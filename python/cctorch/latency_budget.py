@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from cctorch import _C
+from cctorch import _C, branches
 from cctorch.apply import apply
-from cctorch.graph import ModelGraph
+from cctorch.graph import Branch, ModelGraph
 from cctorch.latency import LatencyTable, LayerShape
 from cctorch.modes import evaluating
 
@@ -75,6 +75,17 @@ class Predictor:
     def producers(self, layer: str) -> list[LayerShape]:
         return [self.shapes[name] for name in self.graph.channels.producers(layer) if name in self.shapes]
 
+    def beside(self, branch: Branch) -> list[LayerShape]:
+        """What else goes with a branch than its key and the layers that make the key's inputs."""
+        counted = {branch.key, *self.graph.channels.producers(branch.key)}
+        return [self.shapes[name] for name in branch.layers if name not in counted]
+
+    def removed(self, branch: Branch) -> list[LayerShape]:
+        """What is left of a branch."""
+        plan = _C.CompressionPlan()
+        branches.remove(plan, [branch], self.graph)
+        return [self.shapes[layer.name].under(layer) for layer in plan.layers]
+
     def ratio(self, plan: _C.CompressionPlan) -> float:
         return (self.rest + self._layers(plan)) / (self.rest + self.dense)
 
@@ -99,8 +110,8 @@ class Predictor:
 class _Targets:
     """Plans by predicted ratio: finds the share of the table's cost to remove that the final graph needs."""
 
-    def __init__(self, choices: list[_C.LayerChoices], predictor: Predictor) -> None:
-        self.choices, self.predictor = choices, predictor
+    def __init__(self, choices: list[_C.LayerChoices], predictor: Predictor, removable: Sequence[Branch]) -> None:
+        self.choices, self.predictor, self.removable = choices, predictor, removable
         self.cost = sum(layer.choices[0].cost for layer in choices)
         least = sum(layer.choices[-1].cost for layer in choices)
         self.highest = (1 - least / self.cost) * (1 - 1e-9)
@@ -122,8 +133,10 @@ class _Targets:
 
     def _at(self, target: float) -> tuple[_C.Solution, float]:
         solution = _C.select(self.choices, self.cost, target)
-        plan = solution.plan
-        self.predictor.graph.channels.resolve(plan)
+        plan, graph = solution.plan, self.predictor.graph
+        emptied = {layer.name for layer in plan.layers if not layer.kept_in}
+        branches.remove(plan, [branch for branch in self.removable if branch.key in emptied], graph)
+        graph.channels.resolve(plan)
         self.predictor.drop_idle_ranks(plan)
         return solution, self.predictor.ratio(plan)
 
@@ -136,11 +149,13 @@ def search(
     example: Tensor,
     table: LatencyTable,
     progress: Progress | None = None,
+    removable: Sequence[Branch] = (),
 ) -> Found:
     """The plan with which the model takes 1 - ``options.target`` of its dense time, measured.
 
     Every layer's cost is read from ``table``; the plan is carried out on a copy of the model, which takes turns with
-    the dense one; what the prediction was off by corrects the next plan, at most 4 times.
+    the dense one; what the prediction was off by corrects the next plan, at most 4 times. Of the branches `removable` a
+    plan may keep nothing but a constant.
 
     Raises:
         ValueError: no layer has a cheaper form on this device, or no plan is as fast as wanted; the message states the
@@ -150,7 +165,7 @@ def search(
     index = torch.arange(table.batch, device=example.device) % len(example)
     inputs = example[index].contiguous(memory_format=table.layout)
     predictor = Predictor(model, graph, inputs, table)
-    _add_tables(layers, predictor, options, progress)
+    _add_tables(layers, predictor, options, {branch.key: branch for branch in removable}, progress)
     [dense] = table.timer([model], inputs)
     predictor.include_rest(min(dense))
     choices = _C.layer_choices(layers, options, progress)
@@ -159,7 +174,7 @@ def search(
             "compress: no smaller form of any layer is faster than the dense one on this device at batch "
             f"{table.batch}; raise latency_batch, or use budget='macs'"
         )
-    targets = _Targets(choices, predictor)
+    targets = _Targets(choices, predictor, removable)
     rounds: list[tuple[_C.Solution, Latency]] = []
     aim = wanted
     for done in range(_ROUNDS):
@@ -179,7 +194,11 @@ def search(
 
 
 def _add_tables(
-    layers: Sequence[_C.SolverLayer], predictor: Predictor, options: _C.SolverOptions, progress: Progress | None
+    layers: Sequence[_C.SolverLayer],
+    predictor: Predictor,
+    options: _C.SolverOptions,
+    removable: Mapping[str, Branch],
+    progress: Progress | None,
 ) -> None:
     table = predictor.table
     parts = {layer.spec.name: predictor.producers(layer.spec.name) for layer in layers}
@@ -189,10 +208,16 @@ def _add_tables(
         for cell in table.cost_shapes(predictor.shapes[name], producers, options.units)[2].values()
         for shape in cell
     ]
+    for branch in removable.values():
+        needed += [*predictor.beside(branch), *predictor.removed(branch)]
     table.time(needed, progress)
     for layer in layers:
         name = layer.spec.name
-        layer.table = table.cost_table(predictor.shapes[name], parts[name], options.units)
+        beside: list[LayerShape] = []
+        left: list[LayerShape] | None = None
+        if name in removable:
+            beside, left = predictor.beside(removable[name]), predictor.removed(removable[name])
+        layer.table = table.cost_table(predictor.shapes[name], parts[name], options.units, beside=beside, left=left)
 
 
 def _measured(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from cctorch.nn import GatherChannels, LowRankConv2d
+from cctorch.nn import Constant, GatherChannels, LowRankConv2d
 from torch import Tensor, nn
 
 OVERHEAD = 2e-5
@@ -38,7 +38,7 @@ class FakeTimer:
         hooks = [
             part.register_forward_hook(lambda m, i, o: seconds.append(self._part(m, i[0], o)))
             for part in module.modules()
-            if isinstance(part, nn.Conv2d | LowRankConv2d | nn.Linear | nn.BatchNorm2d | GatherChannels)
+            if isinstance(part, nn.Conv2d | LowRankConv2d | nn.Linear | nn.BatchNorm2d | GatherChannels | Constant)
         ]
         with torch.no_grad():
             module.eval()(x)
@@ -48,6 +48,8 @@ class FakeTimer:
         return sum(seconds) * (self.friction if whole and _compressed(module) else 1) + (self.rest if whole else 0)
 
     def _part(self, layer: nn.Module, x: Tensor, y: Tensor) -> float:
+        if isinstance(layer, Constant):
+            return self.launch / 10
         positions = y.numel() / y.shape[1]
         if isinstance(layer, GatherChannels):
             return self.launch + 4e-9 * positions * layer.index.numel()

@@ -87,7 +87,7 @@ def test_inner_channels_go_without_a_gather_where_calls_are_dear() -> None:
 
 def test_what_the_prediction_was_off_by_corrects_the_next_plan() -> None:
     timer = FakeTimer(launch=1e-7, friction=1.08)
-    model, found = run(timer, target=0.4, units="singular_values")
+    model, found = run(timer, target=0.4, units="singular_values", residual_branches=False)
     assert found.latency is not None
     assert len(found.latency.rounds) > 1
     assert found.latency.rounds[0][1] > 0.6
@@ -139,7 +139,7 @@ def test_no_rank_is_kept_that_saves_no_time() -> None:
     model, found = run(timer, target=0.6)
     for layer in found.plan.layers:
         if layer.rank is not None:
-            exact = copy.deepcopy(found.plan.layers)
+            exact = CompressionPlan.from_json(found.plan.to_json()).layers
             next(other for other in exact if other.name == layer.name).rank = None
             without = apply(copy.deepcopy(model), CompressionPlan(layers=exact))
             assert seconds(timer, apply(copy.deepcopy(model), found.plan)) < seconds(timer, without), layer.name
@@ -186,7 +186,7 @@ def test_excluded_layers_keep_inputs_and_rank() -> None:
 
 def test_bounded_layers_are_no_faster_than_their_bound() -> None:
     timer = FakeTimer(launch=1e-6)
-    _, free = run(timer, target=0.4)
+    _, free = run(timer, target=0.4, residual_branches=False)
     _, bounded = run(timer, target=0.4, bounds={"blocks.*": 0.9, "blocks.2.conv?": 0.1})
     kept = [len(found.plan.find("blocks.2.conv2").kept_in) for found in (free, bounded)]
     assert kept[0] < 28 <= kept[1]

@@ -45,8 +45,12 @@ class ChannelGraph {
   void pin(const Channels& channels);
 
   // Fills kept_out and gather of every layer of the graph. Layers that the plan does not name read all their inputs;
-  // they are added to the plan where they lose filters or need a gather.
+  // they are added to the plan where they lose filters or need a gather. One that the plan leaves neither inputs nor
+  // outputs stays without.
   void resolve(CompressionPlan& plan) const;
+
+  // The plan of a layer that keeps everything.
+  LayerPlan unchanged(const std::string& layer) const;
 
   // The layers that would lose filters with the inputs that `layer` gives up, in order of execution: those that make
   // its inputs, and the normalizations and depthwise convolutions on the way. Empty where giving up an input costs a
@@ -60,6 +64,7 @@ class ChannelGraph {
     Channels in, out;
   };
 
+  const Node& node(const std::string& layer) const;
   int64_t root(int64_t channel) const;
   void unite(int64_t a, int64_t b);
   Channels create(int64_t count);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -25,6 +26,8 @@ struct CostTable {
   std::vector<double> pruned;     // one layer that reads channels[i] inputs
   std::vector<double> factored;   // reads channels[i] inputs, rank ranks[j]: at i * ranks.size() + j
   int64_t multiple = 1;
+  // Without any input, where the network works without the layer, which then gives its bias. Absent: it does not.
+  std::optional<double> removed = {};
 };
 
 struct Layer {
@@ -33,6 +36,9 @@ struct Layer {
   at::Tensor gradient;   // same shape: gradient of the mean loss over the training set
   CostTable table = {};  // for Budget::table
   double max_rate = 1;   // the largest share of its own budget to take from it; Options::max_rate holds too
+  // What removing all of the layer does to the network, in any unit, the same for all layers: weighs its loss in
+  // select(). 0: its cost does, as in (E2).
+  double importance = 0;
 };
 
 enum class Units { both, channels, singular_values };
@@ -90,6 +96,7 @@ struct Choice {
 struct LayerChoices {
   std::string name;
   double largest_loss = 0.0;  // all of the weight removed
+  double importance = 0.0;    // of the Layer
   std::vector<Choice> choices;
 };
 
@@ -130,6 +137,7 @@ int64_t remaining(const std::vector<LayerSpec>& model, const CompressionPlan& pl
 
 // solve() for Budget::table in two steps, so that one search serves several targets. `select` minimizes the objective
 // of eq. (E2), sum_l F_l loss_l / largest_loss_l, over the choices under sum_l (F_l - cost_l) >= target * model_cost.
+// A layer's importance, which all of them have or none, takes the place of its cost F_l in the objective.
 std::vector<LayerChoices> layer_choices(const std::vector<Layer>& layers, const Options& options,
                                         const Progress& progress = {});
 Solution select(const std::vector<LayerChoices>& layers, double model_cost, double target);

@@ -41,7 +41,9 @@ struct MaskPlan {
 
 std::string_view to_string(MaskPlan::Kind kind);
 
-// What happens to one layer. Channel indices refer to the dense model and are sorted.
+// What happens to one layer. Channel indices refer to the dense model and are sorted. A layer without kept_in reads
+// nothing: it gives its bias everywhere, zeros if it has none. Without kept_out too it gives a tensor of no channels.
+// Both are what is left of a residual branch that is removed.
 struct LayerPlan {
   std::string name;
   LayerKind kind = LayerKind::conv2d;
@@ -57,6 +59,7 @@ struct LayerPlan {
 
   static LayerPlan unchanged(std::string name, LayerKind kind, int64_t in_channels, int64_t out_channels);
   bool is_unchanged() const;
+  bool reads_nothing() const { return kept_in.empty(); }
   bool operator==(const LayerPlan&) const = default;
 };
 

@@ -7,6 +7,24 @@ from cctorch._C import LayerSpec
 from cctorch.nn import BatchNorm2d
 
 
+@dataclass(frozen=True)
+class Branch:
+    """Layers on which one operand of an addition depends, and nothing else does.
+
+    Attributes:
+        layers: in order of execution. The operand depends on them through the last one alone: where that one gives a
+            constant, the network works without the others.
+        key: the last convolution or linear layer.
+    """
+
+    layers: tuple[str, ...]
+    key: str
+
+    @property
+    def end(self) -> str:
+        return self.layers[-1]
+
+
 @dataclass
 class ModelGraph:
     """What :func:`cctorch.graph.trace` found.
@@ -16,12 +34,14 @@ class ModelGraph:
         channels: which filters are read by nobody once a plan has chosen the input channels of every layer.
         warnings: one for each thing that was not followed, naming it.
         left_alone: names of the specs that a plan must not change: shared, grouped, with a computed weight...
+        branches: residual branches, of which a plan may keep nothing but a constant; no two share a layer.
     """
 
     specs: list[LayerSpec]
     channels: _C.ChannelGraph
     warnings: list[str] = field(default_factory=list)
     left_alone: set[str] = field(default_factory=set)
+    branches: list[Branch] = field(default_factory=list)
 
 
 def runs_its_own_forward(module: nn.Module) -> bool:

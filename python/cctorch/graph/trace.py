@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from cctorch.graph import branches
 from cctorch.graph.hooks import from_hooks
 from cctorch.graph.model_graph import ModelGraph
 from cctorch.graph.regions import inline_regions
@@ -44,7 +45,7 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
         walker = _walked(model, example)
         if isinstance(walker, Walker) and walker.unseen() is not None:
             walker = _with_heads_for_training(model, example, walker)
-        return from_hooks(model, example, walker) if isinstance(walker, str) else walker.finish()
+        return from_hooks(model, example, walker) if isinstance(walker, str) else walker.finish(branches.find(walker))
 
 
 def _walked(model: nn.Module, example: Tensor) -> Walker | str:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from cctorch import _C
 from cctorch._C import LayerSpec
-from cctorch.graph.model_graph import ModelGraph, is_hooked, owners, runs_its_own_forward
+from cctorch.graph.model_graph import Branch, ModelGraph, is_hooked, owners, runs_its_own_forward
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Walker:
                     return path
         return None
 
-    def finish(self) -> ModelGraph:
+    def finish(self, branches: list[Branch]) -> ModelGraph:
         warnings = [f"layer '{name}' is left alone: {reason}" for name, reason in self.left_alone.items()]
         for op, paths in self.not_followed.items():
             places = ", ".join(f"'{path}'" for path in dict.fromkeys(paths))
@@ -117,7 +117,8 @@ class Walker:
             places = ", ".join(f"'{path}'" for path in paths if path)
             place = f"{kind.__name__} in {places}" if places else kind.__name__
             warnings.append(f"{place} computes with numbers of channels: all channels in it stay")
-        return ModelGraph(list(self.specs.values()), self.graph, warnings + self.warnings, set(self.left_alone))
+        specs, left_alone = list(self.specs.values()), set(self.left_alone)
+        return ModelGraph(specs, self.graph, warnings + self.warnings, left_alone, branches)
 
     def pin(self, node: Node) -> bool:
         activation = self.values.get(node)

@@ -2,6 +2,7 @@
 
 from cctorch.nn.batch_norm import BatchNorm2d
 from cctorch.nn.channel_gate import ChannelGate
+from cctorch.nn.constant import Constant
 from cctorch.nn.fake_quant import FakeQuant
 from cctorch.nn.gather import GatherChannels
 from cctorch.nn.hard_concrete_gate import HardConcreteGate
@@ -12,6 +13,7 @@ from cctorch.nn.soft_threshold import SoftThreshold
 __all__ = [
     "BatchNorm2d",
     "ChannelGate",
+    "Constant",
     "FakeQuant",
     "GatherChannels",
     "HardConcreteGate",

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cctorch._C import CompressionPlan
 from cctorch.graph.model_graph import owners, runs_its_own_forward
 from cctorch.nn import LowRankConv2d, LowRankLinear
 
@@ -30,6 +31,14 @@ class Place:
     layer: str
     norm: str | None = None
     joins: bool = False
+
+    def under(self, plan: CompressionPlan) -> Place | None:
+        """The place in the compressed model, where a constant may stand for the norm, or for the layer; or nothing."""
+        layer, norm = plan.find(self.layer), plan.find(self.norm or "")
+        if norm is not None and not norm.kept_in and norm.kept_out:
+            assert self.norm is not None
+            return Place(self.norm, None, self.joins)
+        return None if layer is not None and not layer.kept_out else self
 
 
 def is_repairable(module: nn.Module) -> bool:

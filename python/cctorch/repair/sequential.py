@@ -14,25 +14,16 @@ from cctorch import _C, distributed
 from cctorch._C import CompressionPlan
 from cctorch.described import describe, describe_plan
 from cctorch.modes import evaluating
+from cctorch.nn import Constant
 from cctorch.nn.gather import unwrapped
 from cctorch.pairs import pairs
 from cctorch.plan import check_plan
 from cctorch.repair.affine import Affine, as_image, as_map
+from cctorch.repair.constant import fit_constant
+from cctorch.repair.layer_fit import LayerFit
 from cctorch.repair.places import Layer, Place, find, is_repairable, watching
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class LayerFit:
-    """How far a layer is from what the dense model gives at its place: mean square error over that of a constant."""
-
-    name: str
-    samples: int
-    unknowns: int
-    """Weights of one output."""
-    before: float
-    after: float
 
 
 @dataclass(frozen=True)
@@ -63,8 +54,9 @@ def repair(
     where x are the unfolded inputs that the compressed and already repaired layers before it give, y the outputs of the
     dense layer, both behind the BatchNorm if there is one, which then also takes the intercept b. Where the output is
     added to a shortcut, y is the dense model's sum minus the compressed shortcut, so that errors do not add up along
-    the blocks. BatchNorm statistics become those of the new outputs. Convolutions and linear layers from the first
-    that the plan changes on take part; grouped, shared and repeatedly executed ones are left alone.
+    the blocks. Of a removed residual branch, b alone is fitted: it becomes the mean of y. BatchNorm statistics become
+    those of the new outputs. Convolutions and linear layers from the first that the plan changes on take part; grouped,
+    shared and repeatedly executed ones are left alone.
 
     Args:
         model: `apply(copy of dense, plan)`.
@@ -100,10 +92,12 @@ def repair(
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         with evaluating(dense) as device:
-            places = _from_first_change(find(dense, parts[0][:1].to(device)), plan)
+            found = _from_first_change(find(dense, parts[0][:1].to(device)), plan)
+            places = [(place, left) for place in found if (left := place.under(plan)) is not None]
             targets = _targets(dense, places, [part.to(device) for part in parts], plan, sampling, shortcuts)
         with evaluating(model) as device:
-            pass_ = _Pass(model, places, targets, sampling, ridge, shortcuts, progress, across_ranks)
+            compressed = [place for _, place in places]
+            pass_ = _Pass(model, compressed, targets, sampling, ridge, shortcuts, progress, across_ranks)
             pass_.run(torch.cat(parts).to(device))
     except BaseException:
         model.load_state_dict(state)
@@ -150,24 +144,28 @@ def _from_first_change(places: list[Place], plan: CompressionPlan) -> list[Place
 
 def _targets(
     dense: nn.Module,
-    places: list[Place],
+    places: list[tuple[Place, Place]],
     parts: list[Tensor],
     plan: CompressionPlan,
     sampling: _Sampling,
     shortcuts: bool,
 ) -> dict[str, Tensor]:
-    """For each place, what the dense model gives behind it at the samples: kept outputs x samples."""
-    samples: dict[str, list[Tensor]] = {place.layer: [] for place in places}
-    by_layer = {place.layer: place for place in places}
-    layers = {place.layer: dense.get_submodule(place.layer) for place in places}
+    """For each place, in the dense and in the compressed model, what the dense one gives there: kept outputs x samples.
+
+    By the name of the layer in the compressed one.
+    """
+    samples: dict[str, list[Tensor]] = {place.layer: [] for _, place in places}
+    by_layer = {place.layer: place for place, _ in places}
+    fitted = {place.layer: left.layer for place, left in places}
+    layers = {layer: dense.get_submodule(layer) for layer in by_layer}
     images = sampling.first_image
 
     def record(layer: str, y: Tensor) -> None:
-        kept = plan.find(layer)
+        kept = plan.find(fitted[layer])
         y = as_map(layers[layer], y)
         if kept is not None and len(kept.kept_out) < kept.out_channels:
             y = y[:, kept.kept_out]
-        samples[layer].append(_C.output_samples(y, sampling.step, images))
+        samples[fitted[layer]].append(_C.output_samples(y, sampling.step, images))
 
     def on_output(layer: str, y: Tensor) -> None:
         place = by_layer[layer]
@@ -183,7 +181,7 @@ def _targets(
         if by_layer[layer].joins and shortcuts:
             record(layer, total)
 
-    norms = {place.norm: dense.get_submodule(place.norm) for place in places if place.norm is not None}
+    norms = {place.norm: dense.get_submodule(place.norm) for place, _ in places if place.norm is not None}
     with watching(layers, norms, on_output=on_output, on_norm=on_norm, on_joined=on_joined):
         for part in parts:
             dense(part)
@@ -212,7 +210,7 @@ class _Pass:
         self.layers = {place.layer: unwrapped(model, place.layer) for place in places}
         self.norms = {place.norm: model.get_submodule(place.norm) for place in places if place.norm is not None}
         for name, layer in self.layers.items():
-            if not is_repairable(layer):
+            if not is_repairable(layer) and not isinstance(layer, Constant):
                 raise ValueError(f"repair: layer '{name}' of the compressed model is a {type(layer).__name__}")
         self.waiting: dict[str, Tensor] = {}
         self.fits: list[LayerFit] = []
@@ -236,14 +234,26 @@ class _Pass:
         behind = as_map(self.layers[layer], shortcut)
         target.sub_(_C.output_samples(behind, self.sampling.step, self.sampling.first_image))
         self._fit(layer, x, target)
-        again = self.layers[layer].forward(x)
         norm = self.places[layer].norm
+        if isinstance(self.layers[layer], Constant) and norm is None:
+            return  # y shows the bias, as it is now.
+        again = self.layers[layer].forward(x)
         y.copy_(again if norm is None else self.norms[norm].forward(again))
 
     def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
-        layer: Layer = self.layers[name]  # type: ignore[assignment]
         norm = self.places[name].norm
         batch_norm: _BatchNorm | None = None if norm is None else self.norms[norm]  # type: ignore[assignment]
+        layer = self.layers[name]
+        if isinstance(layer, Constant):
+            self.fits.append(fit_constant(name, layer, batch_norm, target, self.across_ranks))
+        else:
+            self.fits.append(self._fit_affine(name, layer, batch_norm, x, target))  # type: ignore[arg-type]
+        if self.progress:
+            self.progress("repair", len(self.fits), len(self.layers))
+
+    def _fit_affine(
+        self, name: str, layer: Layer, batch_norm: _BatchNorm | None, x: Tensor, target: Tensor
+    ) -> LayerFit:
         affine = Affine(layer, batch_norm)
         image, window = as_image(layer, x)
         moments = _C.Moments(affine.weight.shape[1], affine.weight.shape[0])
@@ -257,6 +267,4 @@ class _Pass:
             raise ValueError(f"repair: layer '{name}': {message}") from None
         if fit.after < fit.before:
             affine.set(fit, moments)
-        self.fits.append(LayerFit(name, moments.samples, affine.weight.shape[1], fit.before, fit.after))
-        if self.progress:
-            self.progress("repair", len(self.fits), len(self.layers))
+        return LayerFit(name, moments.samples, affine.weight.shape[1], fit.before, fit.after)

@@ -64,6 +64,28 @@ TEST(Plan, RefusesUnsortedRepeatedEmptyAndDuplicateNames) {
   EXPECT_TRUE(refused([](CompressionPlan& p) { p.layers[1].mask->sparsity = 1.0; }));
 }
 
+TEST(Plan, ALayerThatReadsNothingHasNothingElse) {
+  const auto refused = [](const auto& change) {
+    CompressionPlan plan;
+    plan.layers = {LayerPlan::unchanged("conv", LayerKind::conv2d, 4, 6)};
+    plan.layers[0].kept_in.clear();
+    change(plan.layers[0]);
+    return refusal([&] { plan.validate(); });
+  };
+  EXPECT_EQ(refused([](LayerPlan&) {}), "");
+  EXPECT_EQ(refused([](LayerPlan& layer) { layer.kept_out.clear(); }), "");
+  EXPECT_EQ(refused([](LayerPlan& layer) { layer.kind = LayerKind::batch_norm2d; }), "");
+  EXPECT_NE(refused([](LayerPlan& layer) { layer.rank = 1; }), "");
+  EXPECT_NE(refused([](LayerPlan& layer) { layer.bits = 4; }), "");
+  EXPECT_NE(refused([](LayerPlan& layer) { layer.mask = MaskPlan{}; }), "");
+  EXPECT_NE(refused([](LayerPlan& layer) { layer.kept_out = {6}; }), "");
+  const LayerSpec spec{"conv", LayerKind::conv2d, 4, 6, 3, 3, 100, 1};
+  LayerPlan plan = LayerPlan::unchanged("conv", LayerKind::conv2d, 4, 6);
+  plan.kept_in.clear();
+  EXPECT_EQ(layer_macs(spec, &plan, true), 0);
+  EXPECT_EQ(layer_macs(spec, &plan, false), 0);
+}
+
 TEST(Plan, CountsMultiplyAccumulatesByHand) {
   const std::vector<LayerSpec> model = {{"conv", LayerKind::conv2d, 4, 6, 3, 3, 100, 1},
                                         {"head", LayerKind::linear, 8, 3, 1, 1, 1, 1},

@@ -16,7 +16,7 @@
 namespace cctorch::nn {
 
 // A layer with a weight that can be narrowed and factored: the parameters are `weight` and `bias`, or, once factored,
-// `first`, `second` and `bias`. Those that it does not have are undefined.
+// `first`, `second` and `bias`; just `bias` once the layer reads nothing. Those that it does not have are undefined.
 template <typename Derived>
 class WeightedLayer : public torch::nn::Cloneable<Derived>, public Compressible {
  public:
@@ -31,6 +31,8 @@ class WeightedLayer : public torch::nn::Cloneable<Derived>, public Compressible 
   // Empty parameters: `kernel` is the shape of the weight beyond its first two dimensions.
   void register_parameters(int64_t out, int64_t in, at::IntArrayRef kernel, bool with_bias);
 
+  bool reads_nothing() const { return plan_ && plan_->reads_nothing(); }
+
   // What the layer reads of x, along `dimension`.
   at::Tensor gathered(const at::Tensor& x, int64_t dimension);
 
@@ -39,6 +41,8 @@ class WeightedLayer : public torch::nn::Cloneable<Derived>, public Compressible 
  private:
   friend Derived;
   WeightedLayer() = default;
+
+  void leave_bias_only(const LayerPlan& plan);
 
   at::Tensor gather_;
 };
@@ -63,6 +67,7 @@ class Conv2dImpl : public WeightedLayer<Conv2dImpl> {
 
  private:
   bool depthwise() const;
+  at::Tensor constant(const at::Tensor& x) const;
 };
 TORCH_MODULE(Conv2d);
 
@@ -91,6 +96,7 @@ class BatchNorm2dImpl : public torch::nn::BatchNormImplBase<2, BatchNorm2dImpl>,
  public:
   using BatchNormImplBase<2, BatchNorm2dImpl>::BatchNormImplBase;
 
+  void reset() override;
   void pretty_print(std::ostream& stream) const override;
   LayerSpec spec(const std::string& name) const override;
   at::Tensor forward(const at::Tensor& x);
@@ -107,6 +113,7 @@ class BatchNorm2dImpl : public torch::nn::BatchNormImplBase<2, BatchNorm2dImpl>,
 
  private:
   at::Tensor synchronized_forward(const at::Tensor& x);
+  void leave_bias_only();
 
   distributed::Ranks ranks_;
 };
