@@ -17,6 +17,11 @@ def inline_regions(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
+def has_branches(program: ExportedProgram) -> bool:
+    """Whether operators run parts of the model of their own, as ``torch.cond`` does."""
+    return any(isinstance(node.target, HigherOrderOperator) for node in program.graph.nodes)
+
+
 def _inline_regions(within: GraphModule) -> None:
     for node in list(within.graph.nodes):
         if isinstance(node.target, HigherOrderOperator) and op_of(node) in _REGIONS:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cctorch.graph import branches
 from cctorch.graph.hooks import from_hooks
 from cctorch.graph.model_graph import ModelGraph
-from cctorch.graph.regions import inline_regions
+from cctorch.graph.regions import has_branches, inline_regions
 from cctorch.graph.rules import RULES
 from cctorch.graph.sizes import keep_what_sizes_count_on
 from cctorch.graph.walker import Walker
@@ -24,8 +24,9 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
 
     An operation that is not known keeps all channels that it reads, and a warning names it. So does a module that
     computes with the number of its channels, as ``x / x.shape[1]``: a narrower copy is compared. A layer whose type or
-    attributes the model reads, as ``isinstance(m, nn.Conv2d)``, is left alone. A model that cannot be exported gets a
-    graph in which no filter can be removed, and one warning. Where layers run in training mode only, as
+    attributes the model reads, as ``isinstance(m, nn.Conv2d)``, is left alone. So are layers in the branches of
+    ``torch.cond``, which are not listed: which of them run is not known. A model that cannot be exported gets a graph
+    in which no filter can be removed, and one warning. Where layers run in training mode only, as
     GoogLeNet's auxiliary heads, the channels are those of training mode, so that these layers go on working; what runs
     in evaluation mode is listed. The model and its mode stay as they are.
 
@@ -53,7 +54,12 @@ def _walked(model: nn.Module, example: Tensor) -> Walker | str:
 
     def exported(model: nn.Module) -> torch.export.ExportedProgram:
         with _quiet():
-            return inline_regions(torch.export.export(model, (example,), strict=False))
+            program = inline_regions(torch.export.export(model, (example,), strict=False))
+            if has_branches(program):
+                # Where Dynamo does not compile them, they hold copies of the parameters that they read.
+                with torch.compiler.set_stance("default"):
+                    program = inline_regions(torch.export.export(model, (example,), strict=False))
+            return program
 
     try:
         program = exported(model)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
 from cctorch import _C
@@ -68,8 +69,14 @@ class Walker:
         activation = rule(self, node) if rule else None
         if activation is not None and value_of(node).shape[activation.dim] == len(activation.channels):
             self.values[node] = activation
-        elif self.pin_inputs(node) and op_of(node) not in ("conv2d", "linear"):
-            place = path_of(node) or type(self.modules[""]).__name__
+            return
+        read, place = self.pin_inputs(node), path_of(node) or type(self.modules[""]).__name__
+        paths = [self.weight_paths[source.name] for source in node.all_input_nodes if source.name in self.weight_paths]
+        if paths and isinstance(node.target, HigherOrderOperator):
+            layers = ", ".join(dict.fromkeys(f"'{path.rpartition('.')[0]}'" for path in paths))
+            reason = f"{layers} in it are left alone, not counted"
+            self.warnings.append(f"{op_of(node)} in '{place}' is not followed: {reason}")
+        elif read and op_of(node) not in ("conv2d", "linear"):
             self.not_followed.setdefault(op_of(node), []).append(place)
 
     def keep_within(self, kind: type[nn.Module]) -> bool:
