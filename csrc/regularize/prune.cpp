@@ -21,16 +21,15 @@ void check_sparsity(const char* who, double sparsity) {
                     ", expected the fraction of weights to remove, 0 to 1");
 }
 
-// Zeros stay where a quantization put them or an earlier pruning, so the smaller number of values counts.
+// Zeros stay where a quantization put them or an earlier pruning, so the smaller number of values counts. Of two
+// prunings, one bit for each weight says as well what both leave.
 void pruned(Weight& weight, int64_t kept, int64_t index_bits) {
-  if (weight.storage.factored) weight.storage = Storage::dense(weight.value);
-  weight.storage.values = std::min(weight.storage.values, kept);
-  weight.storage.index_bits += index_bits;
-}
-
-void prune(Weight& weight, const at::Tensor& mask, int64_t kept, int64_t index_bits) {
-  weight.value = apply_mask(weight.value, mask);
-  pruned(weight, kept, index_bits);
+  Storage& storage = weight.storage;
+  if (storage.factored) storage = Storage::dense(weight.value);
+  storage.values = std::min(storage.values, kept);
+  const bool first = storage.index_bits == 0;
+  storage.index_bits += index_bits;
+  if (!first) storage.index_bits = std::min(storage.index_bits, weight.value.numel());
 }
 
 // Of each tensor, all of one type on one device.
@@ -56,6 +55,30 @@ std::vector<int64_t> nonzeros(at::TensorList tensors) {
     });
   });
   return counts;
+}
+
+// `kept` and `index_bits` are of a weight that nothing has pruned yet; else the slices or groups that are kept hold
+// zeros, and what is left has to be counted.
+struct Pruned {
+  Weight* weight;
+  int64_t kept, index_bits;
+};
+
+void pruned(const std::vector<Pruned>& all) {
+  std::map<at::ScalarType, std::vector<Pruned>> again;
+  for (const Pruned& each : all) {
+    if (each.weight->storage.index_bits > 0) {
+      again[each.weight->value.scalar_type()].push_back(each);
+    } else {
+      pruned(*each.weight, each.kept, each.index_bits);
+    }
+  }
+  for (const auto& [type, members] : again) {
+    std::vector<at::Tensor> values;
+    for (const Pruned& each : members) values.push_back(each.weight->value);
+    const std::vector<int64_t> left = nonzeros(values);
+    for (size_t i = 0; i < members.size(); ++i) pruned(*members[i].weight, left[i], members[i].index_bits);
+  }
 }
 
 void keep_largest(std::span<Weight> weights, double sparsity) {
@@ -105,6 +128,7 @@ void NMPruning::check_shapes(const NamedParameters& selected) const {
 void NMPruning::replace(std::vector<Weight>& weights) {
   const int64_t bits_per_position = n_ == m_ ? 0 : static_cast<int64_t>(std::bit_width(static_cast<uint64_t>(m_ - 1)));
   std::map<at::ScalarType, std::vector<Weight*>> by_type;
+  std::vector<Pruned> all;
   for (Weight& weight : weights) by_type[weight.value.scalar_type()].push_back(&weight);
   for (const auto& [type, members] : by_type) {
     std::vector<at::Tensor> values;
@@ -112,9 +136,11 @@ void NMPruning::replace(std::vector<Weight>& weights) {
     const auto masks = nm_masks(values, n_, m_, axis_);
     for (size_t i = 0; i < members.size(); ++i) {
       const int64_t kept = values[i].numel() / m_ * n_;
-      prune(*members[i], masks[i], kept, kept * bits_per_position);
+      members[i]->value = apply_mask(values[i], masks[i]);
+      all.push_back({members[i], kept, kept * bits_per_position});
     }
   }
+  pruned(all);
 }
 
 ChannelPruning::ChannelPruning(double sparsity, int64_t axis) : sparsity_(sparsity), axis_(axis) {
@@ -144,13 +170,14 @@ void ChannelPruning::replace(std::vector<Weight>& weights) {
   const auto kept_of = [&](int64_t channels) { return std::max<int64_t>(1, kept_count(sparsity_, channels)); };
   // On a device a launch for each weight takes longer than its work.
   std::map<std::pair<at::ScalarType, std::vector<int64_t>>, std::vector<Weight*>> groups;
+  std::vector<Pruned> all;
   for (Weight& weight : weights) {
-    const int64_t channels = weight.value.size(axis_), kept = weight.value.numel() / channels * kept_of(channels);
+    const int64_t channels = weight.value.size(axis_);
+    all.push_back({&weight, weight.value.numel() / channels * kept_of(channels), channels});
     if (weight.value.is_cpu()) {
-      prune(weight, channel_masks({weight.value}, sparsity_, axis_)[0], kept, channels);
+      weight.value = apply_mask(weight.value, channel_masks({weight.value}, sparsity_, axis_)[0]);
     } else {
       groups[{weight.value.scalar_type(), weight.value.sizes().vec()}].push_back(&weight);
-      pruned(weight, kept, channels);
     }
   }
   for (const auto& [kind, members] : groups) {
@@ -160,6 +187,7 @@ void ChannelPruning::replace(std::vector<Weight>& weights) {
     const auto values = keep_best_slices(at::stack(parts), axis, kept_of(parts[0].size(axis))).unbind();
     for (size_t i = 0; i < members.size(); ++i) members[i]->value = values[i];
   }
+  pruned(all);
 }
 
 }  // namespace cctorch::regularize

@@ -219,6 +219,27 @@ def test_sizes_of_compositions() -> None:
     assert stored(r.Compose([prune, r.WeightDecay(0.1)]), 10, 12)[0] == 32 * 30 + 120
 
 
+@pytest.mark.parametrize(
+    ("parts", "mask_bits"),
+    [
+        ([r.MagnitudePruning(0.5), r.MagnitudePruning(0.75)], 16 * 24),
+        ([r.MagnitudePruning(0.5), r.NMPruning(2, 4)], 16 * 24),
+        ([r.NMPruning(2, 4), r.ChannelPruning(0.5)], 16 * 24),
+        ([r.ChannelPruning(0.25), r.NMPruning(1, 8)], 16 + 16 * 24 // 8 * 3),
+        ([r.ChannelPruning(0.5, axis=1), r.ChannelPruning(0.5)], 24 + 16),
+    ],
+)
+def test_of_several_prunings_what_all_leave_is_counted(parts: list[r.Regularizer], mask_bits: int) -> None:
+    weight = torch.randn(24, 16).t()[:, ::1]
+    wide = torch.randn(16, 48)[:, ::2]
+    for start in (weight, wide):
+        value = start.clone(memory_format=torch.preserve_format)
+        outcome = r.Compose(parts).apply([("weight", value)])
+        assert outcome.bits == 32 * int(value.count_nonzero()) + mask_bits
+        quantized = r.Compose([*parts, r.UniformQuantization(8, per_channel=False)])
+        assert quantized.project([("weight", start)]).bits == 8 * int(value.count_nonzero()) + mask_bits + 32
+
+
 def test_composition_acts_in_order_on_what_each_part_acts_on() -> None:
     weight, bias = torch.randn(6, 8), torch.randn(6)
     expected = applied(r.MagnitudePruning(0.5), weight * 0.5)
