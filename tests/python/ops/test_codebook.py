@@ -164,3 +164,21 @@ def test_a_codebooks_nan_is_the_nearest_as_for_argmin(count: int, places: list[i
     book.requires_grad_()
     (gradient,) = torch.autograd.grad(codebook_quant(x, book), book, torch.ones_like(x))
     assert torch.equal(gradient, torch.zeros(count, dtype=book.dtype).index_fill(0, nearest[:1], len(x)))
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_on_other_devices_an_update_sums_the_values_once(unknown: bool) -> None:
+    """What a codebook with a NaN needs besides must cost the others no pass over the values."""
+    x, book = torch.randn(4000), torch.randn(8)
+    book[3] = torch.nan if unknown else 0.0
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
+        found = torch.ops.cctorch.codebook_update.default.redispatch(key, x, book)
+    sums = [
+        event.name
+        for event in profile.events()
+        if event.name in ("aten::sum", "aten::mean", "aten::cumsum")
+        and any(shape and shape[-1] == 4000 for shape in event.input_shapes)
+    ]
+    assert sums == ["aten::cumsum"]
+    torch.testing.assert_close(found, codebook_update(x, book), rtol=1e-6, atol=1e-7, equal_nan=True)
