@@ -27,9 +27,10 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
     A layer keeps the rows ``kept_out`` and the columns ``kept_in`` of its weight; one with a ``rank`` becomes a
     :class:`~cctorch.nn.LowRankConv2d` or :class:`~cctorch.nn.LowRankLinear` of the truncated SVD; one with a ``gather``
     is wrapped in :class:`~cctorch.nn.GatherChannels`; one without ``kept_in``, of a removed residual branch, becomes a
-    :class:`~cctorch.nn.Constant` of its bias; every ``nn.BatchNorm2d`` becomes a :class:`~cctorch.nn.BatchNorm2d`.
-    Masks and bits are left to :func:`cctorch.prepare`. What the modules are depends on the plan alone, so a compressed
-    checkpoint loads into ``apply(dense_model, plan)``.
+    :class:`~cctorch.nn.Constant` of its bias; every ``nn.BatchNorm2d`` becomes a :class:`~cctorch.nn.BatchNorm2d`, a
+    class of its own: a model that asks ``type(m) is nn.BatchNorm2d``, in place of ``isinstance``, computes something
+    else then, and :func:`cctorch.graph.trace` warns. Masks and bits are left to :func:`cctorch.prepare`. What the
+    modules are depends on the plan alone, so a compressed checkpoint loads into ``apply(dense_model, plan)``.
 
     Args:
         model: the dense model that the plan was made for.

@@ -114,6 +114,31 @@ def test_layers_that_the_model_reads_together_are_left_alone() -> None:
     assert random_plan(graph).layers == []
 
 
+@pytest.mark.parametrize("exportable", [True, False])
+@torch.no_grad()
+def test_layers_whose_types_are_compared_are_left_alone(exportable: bool) -> None:
+    def middle(net: Net, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        return torch.tanh(y) if type(net.conv) is type(net.last) else y
+
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    for seed in range(3):
+        assert _check(Net(middle, exportable).double().eval(), x, seed) == {"conv", "last"}
+
+
+@torch.no_grad()
+def test_a_normalization_whose_type_is_read_is_said_to_change_it() -> None:
+    def middle(net: Net, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        return torch.tanh(y) if type(net.norm) is nn.BatchNorm2d else y
+
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    (warning,) = trace(Net(middle, True).double(), x).warnings
+    assert warning.startswith(
+        "layer 'norm' is left alone: the model reads its type or attributes; cctorch.apply makes it"
+    )
+
+
 @torch.no_grad()
 def test_numbers_of_a_normalization_keep_its_channels() -> None:
     def middle(net: Net, x: Tensor) -> Tensor:

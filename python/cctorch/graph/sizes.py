@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.utils import _pytree
 
 from cctorch._C import CompressionPlan, LayerPlan
-from cctorch.graph.strangers import READ, UNCOPIED, Twin, copied
+from cctorch.graph.strangers import READ, READ_OF_NORM, UNCOPIED, Twin, copied
 from cctorch.graph.walker import Walker, op_of, path_of
 from cctorch.nn import GatherChannels
 
@@ -28,8 +28,8 @@ def keep_what_sizes_count_on(model: nn.Module, example: Tensor, walker: Walker, 
     if twin is None:
         walker.warnings.append(f"{type(model).__name__} {UNCOPIED}")
         return
-    for names in walker.replaceable():
-        walker.leave_alone(dict.fromkeys(twin.reads(names), READ))
+    for names, reason in zip(walker.replaceable(), (READ, READ_OF_NORM), strict=True):
+        walker.leave_alone(dict.fromkeys(twin.reads(names), reason))
     if not twin.calls_any(_SIZES):  # as in few networks of convolutions
         return
     with torch.random.fork_rng([example.device] if example.is_cuda else []):  # heads for training have dropout

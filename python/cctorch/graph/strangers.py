@@ -15,6 +15,7 @@ from torch.utils import _pytree
 
 _NUMBERS = (bool, int, float, complex, str, torch.dtype, torch.device, type(None))
 READ = "the model reads its type or attributes"
+READ_OF_NORM = f"{READ}; cctorch.apply makes it a cctorch.nn.BatchNorm2d, which isinstance takes for an nn.BatchNorm2d"
 UNCOPIED = "cannot be copied: what it computes with numbers of channels, or types of its layers, is not found"
 
 _Call = tuple[object, list[str]]
@@ -148,7 +149,9 @@ class _StrangeBatchNorm2d(nn.BatchNorm2d):
 
 def _stranger(layer: nn.Module) -> "_Stranger | _StrangeBatchNorm2d":
     if type(layer) is not nn.BatchNorm2d:
-        return _Stranger(layer)
+        # A class for each: two that a model finds of one type are not so any more where `apply` replaces one.
+        stranger: _Stranger = type("_OneStranger", (_Stranger,), {})(layer)
+        return stranger
     normalization = copy.copy(layer)
     normalization.__class__ = _StrangeBatchNorm2d
     del normalization.__dict__["num_features"]  # its own forward function does without
