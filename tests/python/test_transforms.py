@@ -1,17 +1,19 @@
 """torch.func over compressed models, and compression of models that are compiled or have yet to begin."""
 
 import copy
+from collections.abc import Callable
 
 import cctorch
 import pytest
 import torch
 import torch.nn.functional as F
+from cctorch import ops
 from cctorch.apply import apply
 from cctorch.graph import trace
 from cctorch.nn import BatchNorm2d, FakeQuant, GatherChannels
 from networks import PaddedResNet, random_plan, randomized
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vjp, vmap
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
@@ -63,3 +65,52 @@ def test_a_scale_does_not_start_from_the_example_that_is_traced() -> None:
     assert quant.log_scale.item() == 0
     model(x)
     cctorch.compress(model, [(x, torch.arange(4))], torch.zeros(1, 3, 8, 8), target=0.1)
+
+
+X, ROWS, ONE = torch.randn(4, 6).double(), torch.ones(4).double(), torch.ones(1).double()
+IN_CPP: dict[str, Callable[[Tensor], Tensor]] = {
+    "apply_mask": lambda x: ops.apply_mask(x, torch.ones(4, 6, dtype=torch.bool)),
+    "batch_norm": lambda x: ops.batch_norm(x.view(2, 3, 2, 2), ROWS[:3], ROWS[:3], 1e-5)[0],
+    "binary_quant of a list": lambda x: ops.binary_quant([x])[0],
+    "channel_gate": lambda x: ops.channel_gate(x, torch.ones(6).double()),
+    "fake_quant": lambda x: ops.fake_quant(x, ONE, -8, 7),
+    "fake_quant of a list": lambda x: ops.fake_quant([x], [ONE], -8, 7)[0],
+    "fake_quant_weights": lambda x: ops.fake_quant_weights([x], 4)[0][0],
+    "gather_channels": lambda x: ops.gather_channels(x, torch.tensor([0, 2])),
+    "sigmoid_gate": lambda x: ops.sigmoid_gate(x.view(1, 4, 6), ROWS),
+    "ternary_quant": lambda x: ops.ternary_quant(x),
+}
+OF_PYTORCHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "low_rank_linear": lambda x: ops.low_rank_linear(x, torch.ones(2, 6).double(), torch.ones(3, 2).double()),
+    "low_rank_conv2d": lambda x: ops.low_rank_conv2d(
+        x.view(1, 2, 3, 4), torch.ones(2, 2, 1, 3).double(), torch.ones(5, 2, 3, 1).double()
+    ),
+    "tucker2_conv2d": lambda x: ops.tucker2_conv2d(
+        x.view(1, 2, 3, 4),
+        torch.ones(2, 2, 1, 1).double(),
+        torch.ones(2, 2, 3, 3).double(),
+        torch.ones(4, 2, 1, 1).double(),
+    ),
+    "hard_concrete": lambda x: ops.hard_concrete(x, training=False),
+    "hard_concrete_open": ops.hard_concrete_open,
+}
+
+
+@pytest.mark.parametrize("name", IN_CPP)
+def test_what_torch_func_does_not_differentiate_says_what_to_do(name: str) -> None:
+    op = IN_CPP[name]
+    for transform in (grad(lambda x: op(x).sum()), lambda x: vjp(op, x), lambda x: jvp(op, (x,), (x,))):
+        with pytest.raises(RuntimeError, match=r"use Tensor.backward or torch.autograd.grad, of torch.vmap\(...\) too"):
+            transform(X)
+    leaf, batch = X.clone().requires_grad_(), torch.stack([X, 2 * X]).requires_grad_()
+    torch.autograd.grad(op(leaf).sum(), leaf)
+    if name in ("apply_mask", "channel_gate", "fake_quant", "gather_channels"):
+        found = torch.autograd.grad(vmap(op)(batch).sum(), batch)[0]
+        torch.testing.assert_close(found[0], torch.autograd.grad(op(leaf).sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("name", OF_PYTORCHS)
+def test_what_is_made_of_pytorchs_operators_is_differentiated(name: str) -> None:
+    leaf = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(OF_PYTORCHS[name](leaf).sum(), leaf)
+    torch.testing.assert_close(grad(lambda x: OF_PYTORCHS[name](x).sum())(X), expected)

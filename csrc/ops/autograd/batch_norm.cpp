@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "csrc/ops/autograd/needs_graph.h"
+#include "csrc/ops/autograd/record.h"
 
 namespace cctorch::autograd {
 namespace {
@@ -42,7 +43,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiable(const at::Tensor& 
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return batch_norm(x, weight, bias, eps);
   }
-  auto results = BatchNorm::apply(x, weight, bias, eps);
+  auto results = record<BatchNorm>(x, weight, bias, eps);
   return {results[0], results[1], results[2]};
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/ops/add.h>
 #include <torch/library.h>
 
+#include "csrc/ops/autograd/record.h"
 #include "csrc/ops/autograd/recorded.h"
 
 namespace cctorch::autograd {
@@ -39,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor> differentiable_backward(const at::Tensor& gra
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return channel_gate_backward(grad, x, gate);
   }
-  auto results = ChannelGateBackward::apply(grad, x, gate);
+  auto results = record<ChannelGateBackward>(grad, x, gate);
   return {results[0], results[1]};
 }
 

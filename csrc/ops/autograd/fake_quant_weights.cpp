@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "csrc/ops/autograd/needs_graph.h"
+#include "csrc/ops/autograd/record.h"
 
 namespace cctorch::autograd {
 namespace {
@@ -40,7 +41,7 @@ Result straight_through(at::TensorList weights, int64_t bits, int64_t axis) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return fake_quant_weights(weights, bits, axis);
   }
-  const variable_list outputs = FakeQuantWeights::apply(weights, bits, axis);
+  const variable_list outputs = record<FakeQuantWeights>(weights, bits, axis);
   const auto middle = outputs.begin() + static_cast<std::ptrdiff_t>(weights.size());
   return {{outputs.begin(), middle}, {middle, outputs.end()}};
 }

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "csrc/ops/autograd/needs_graph.h"
+#include "csrc/ops/autograd/record.h"
 
 // Each is linear, and the other one its derivative.
 namespace cctorch::autograd {
@@ -53,13 +54,13 @@ class Scatter : public torch::autograd::Function<Scatter> {
 };
 
 at::Tensor gather_channels(const at::Tensor& x, const at::Tensor& index, int64_t dim) {
-  if (needs_graph(x)) return Gather::apply(x, index, check_gather_channels(x, index, dim));
+  if (needs_graph(x)) return record<Gather>(x, index, check_gather_channels(x, index, dim));
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return cctorch::gather_channels(x, index, dim);
 }
 
 at::Tensor scatter_channels(const at::Tensor& y, const at::Tensor& index, int64_t dim, c10::SymInt channels) {
-  if (needs_graph(y)) return Scatter::apply(y, index, dim, std::move(channels));
+  if (needs_graph(y)) return record<Scatter>(y, index, dim, std::move(channels));
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return scatter_channels_symint(y, index, dim, std::move(channels));
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "csrc/ops/autograd/needs_graph.h"
+#include "csrc/ops/autograd/record.h"
 
 namespace cctorch::autograd {
 
@@ -37,7 +38,7 @@ class Recorded<kForward, kBackward> : public torch::autograd::Function<Recorded<
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       return kForward(arguments...);
     }
-    return Recorded::apply(arguments...);
+    return record<Recorded>(arguments...);
   }
 
   static at::Tensor forward(torch::autograd::AutogradContext* context, Arguments... arguments) {
@@ -108,7 +109,7 @@ class Recorded<kForward, kBackward> : public torch::autograd::Function<Recorded<
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       return kForward(arguments...);
     }
-    return Recorded::apply(at::TensorList(tensors), all);
+    return record<Recorded>(at::TensorList(tensors), all);
   }
 
   // `tensors` are those of the lists one after the other; only they count as inputs.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "csrc/ops/autograd/needs_graph.h"
+#include "csrc/ops/autograd/record.h"
 
 namespace cctorch::autograd {
 
@@ -24,7 +25,7 @@ class StraightThrough<kForward> : public torch::autograd::Function<StraightThrou
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       return kForward(x, rest...);
     }
-    return StraightThrough::apply(x, rest...);
+    return record<StraightThrough>(x, rest...);
   }
 
   static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& x, Rest... rest) {
@@ -51,7 +52,7 @@ class StraightThrough<kForward> : public torch::autograd::Function<StraightThrou
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       return kForward(xs, rest...);
     }
-    return StraightThrough::apply(xs, rest...);
+    return record<StraightThrough>(xs, rest...);
   }
 
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, at::TensorList xs,

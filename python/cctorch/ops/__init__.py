@@ -2,6 +2,11 @@
 
 Every operator runs on CPU and CUDA in float32, float64, float16 and bfloat16, has a Meta kernel, and keeps the memory
 format of its input. All are traced by ``torch.compile(fullgraph=True)`` and ``torch.export``.
+
+Differentiate them by ``backward`` and ``torch.autograd.grad``, of ``torch.vmap`` too. ``torch.func.grad`` and its kin
+(``vjp``, ``jvp``, ``jacrev``) take :func:`low_rank_linear`, :func:`low_rank_conv2d`, :func:`tucker2_conv2d`,
+:func:`hard_concrete` and :func:`hard_concrete_open`, which are PyTorch's operators. The others are refused: their
+derivatives are C++, of which PyTorch has no transforms.
 """
 
 from cctorch.ops import batching as _batching  # noqa: F401

@@ -1,7 +1,6 @@
 """Rules by which ``torch.vmap`` runs an operator once for a whole batch, instead of once for each of its elements.
 
-Gradients go through ``torch.vmap`` by ``backward`` and ``torch.autograd.grad``, batched ones included;
-``torch.func.grad`` and its kin refuse operators whose autograd is C++.
+Gradients go through ``torch.vmap`` by ``backward`` and ``torch.autograd.grad``, batched ones included.
 """
 
 from collections.abc import Callable
