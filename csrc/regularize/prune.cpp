@@ -109,8 +109,11 @@ void MagnitudePruning::check_shapes(const NamedParameters& selected) const {
 }
 
 void MagnitudePruning::replace(std::vector<Weight>& weights) {
-  if (scope_ == Scope::global) return keep_largest(weights, sparsity_);
-  for (Weight& weight : weights) keep_largest({&weight, 1}, sparsity_);
+  if (scope_ == Scope::global) {
+    keep_largest(weights, sparsity_);
+  } else {
+    for (Weight& weight : weights) keep_largest({&weight, 1}, sparsity_);
+  }
 }
 
 NMPruning::NMPruning(int64_t n, int64_t m, int64_t axis) : n_(n), m_(m), axis_(axis) {
