@@ -46,6 +46,7 @@ void bind_regularizer(py::module_& module) {
       .def("project", &Regularizer::project, py::arg("parameters"), Release())
       .def("apply", &Regularizer::apply, py::arg("parameters"), Release())
       .def("acts_on", &Regularizer::acts_on, py::arg("parameter"))
+      .def("select", &Regularizer::select, py::arg("parameters"))
       .def("state_dict", &Regularizer::state_dict)
       .def("load_state_dict", &Regularizer::load_state_dict, py::arg("state"));
 }

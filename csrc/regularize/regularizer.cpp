@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <map>
+#include <set>
 #include <typeinfo>
 
 #include "csrc/regularize/norms.h"
@@ -19,6 +20,30 @@ std::vector<at::Tensor> tensors_of(const NamedParameters& parameters) {
   for (const auto& [name, parameter] : parameters) tensors.push_back(parameter.detach());
   return tensors;
 }
+
+// The parameters of quantizers, which in groups have two dimensions as weights have. A module's name is all before the
+// last dot: one whose parameters are a log_scale, or that and an offset, is a FakeQuant.
+class Quantizers {
+ public:
+  explicit Quantizers(const NamedParameters& parameters) {
+    for (const auto& [name, parameter] : parameters) {
+      const auto [module, own] = split(name);
+      if (own == "log_scale") with_scale_.insert(module);
+      if (own != "log_scale" && own != "offset") with_others_.insert(module);
+    }
+  }
+  bool own(const std::string& name) const {
+    const auto module = split(name).first;
+    return with_scale_.contains(module) && !with_others_.contains(module);
+  }
+
+ private:
+  static std::pair<std::string, std::string> split(const std::string& name) {
+    const size_t own = name.rfind('.') + 1;  // 0 where there is none
+    return {name.substr(0, own), name.substr(own)};
+  }
+  std::set<std::string> with_scale_, with_others_;
+};
 
 }  // namespace
 
@@ -58,9 +83,10 @@ void check_finite(double norm, const char* what, const NamedParameters& paramete
 NamedParameters Regularizer::select(const NamedParameters& parameters) const {
   NamedParameters selected;
   std::map<const void*, size_t> seen;
+  const Quantizers quantizers(parameters);
   for (const auto& [name, parameter] : parameters) {
     TORCH_CHECK_VALUE(parameter.defined(), "regularize: parameter '", name, "' is undefined, expected a tensor");
-    if (parameter.numel() == 0 || !acts_on(parameter)) continue;
+    if (parameter.numel() == 0 || !acts_on(parameter) || quantizers.own(name)) continue;
     const auto [tied, is_new] = seen.emplace(parameter.const_data_ptr(), selected.size());
     if (!is_new) {
       const auto& [first_name, first] = selected[tied->second];

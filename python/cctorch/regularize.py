@@ -83,8 +83,10 @@ class Events:
 
     Args:
         named_parameters: (name, parameter) pairs such as ``model.named_parameters()``. Any shapes; tied and empty
-            parameters are dealt with. All but weight decay and noise leave those of one dimension alone. They are held
-            as they are now: of a model that :func:`cctorch.apply` rebuilds, make the events afterwards.
+            parameters are dealt with. All but weight decay and noise leave those of one dimension alone. The
+            ``log_scale`` and ``offset`` of a :class:`cctorch.nn.FakeQuant` are always left alone, in groups too; it is
+            known by its name's having no other parameters. They are held as they are now: of a model that
+            :func:`cctorch.apply` rebuilds, make the events afterwards.
         regularizer: Q. In a :class:`Compose`, the parts are applied in order.
         schedule: when; an integer is a :class:`ConstantPeriod`.
         optimizer: whose learning rate (of the first group) :class:`InverseLearningRate` follows. An event is refused
@@ -224,8 +226,8 @@ class Events:
 
     def _after(self, event: Event | None) -> Event | None:
         if event is not None and self._clear_momentum and self._optimizer is not None:
-            for _, parameter in self._parameters:
-                if self.regularizer.acts_on(parameter) and (parameter.requires_grad or self._include_frozen):
+            for _, parameter in self.regularizer.select(self._parameters):
+                if parameter.requires_grad or self._include_frozen:
                     self._optimizer.state.pop(parameter, None)
         return event
 

@@ -32,7 +32,8 @@ class ShardedEvents:
         self._shards = [parameter for _, parameter in named_parameters]
         self._whole = [_empty(parameter) for parameter in self._shards]
         names = [name for name, _ in named_parameters]
-        self._events = Events(list(zip(names, self._whole, strict=True)), regularizer, schedule)
+        self._named = list(zip(names, self._whole, strict=True))
+        self._events = Events(self._named, regularizer, schedule)
         self._optimizer, self._clear_momentum = optimizer, clear_momentum
         self._release()
 
@@ -70,8 +71,9 @@ class ShardedEvents:
             return None
         self._scatter()
         if self._clear_momentum:
+            selected = {id(whole) for _, whole in self._events.regularizer.select(self._named)}
             for shard, whole in zip(self._shards, self._whole, strict=True):
-                if self._events.regularizer.acts_on(whole) and shard.requires_grad:
+                if id(whole) in selected and shard.requires_grad:
                     self._optimizer.state.pop(shard, None)
         return event
 

@@ -65,8 +65,9 @@ struct Outcome {
 };
 
 // Q. All parameters of one call are seen together. Parameters that are one tensor (tied) are changed once, empty ones
-// never. Every Q but weight decay and noise leaves parameters of fewer than two dimensions (biases, normalizations)
-// alone and is a projection: Q(Q(w)) = Q(w), to rounding where it factors.
+// never, nor are the log_scale and offset of a FakeQuant, which is known by having no other parameters. Every Q but
+// weight decay and noise leaves parameters of fewer than two dimensions (biases, normalizations) alone and is a
+// projection: Q(Q(w)) = Q(w), to rounding where it factors.
 class Regularizer {
  public:
   virtual ~Regularizer() = default;

@@ -1,4 +1,5 @@
 #include <ATen/record_function.h>
+#include <cctorch/nn/modules.h>
 #include <cctorch/regularize.h>
 #include <gtest/gtest.h>
 #include <torch/nn/functional/loss.h>
@@ -72,6 +73,25 @@ TEST(RegularizationEvents, TheStateOfAnotherRegularizerIsRefused) {
               noisy.load_state_dict(pruned.state_dict());
             }).find("is of the regularizer MagnitudePruning, expected one of UniformNoise"),
             std::string::npos);
+}
+
+TEST(RegularizationEvents, ScalesOfGroupsAreNoWeights) {
+  struct Net : torch::nn::Module {
+    torch::nn::Linear linear = register_module("linear", torch::nn::Linear(8, 4));
+    nn::FakeQuant quant =
+        register_module("quant", nn::FakeQuant(nn::FakeQuantOptions(4).axis(0).channels(4).groups(2).offset(true)));
+  } model;
+  model.quant->initialize(model.linear->weight);
+  const at::Tensor scale = model.quant->log_scale.detach().clone(), offset = model.quant->offset.detach().clone();
+  for (const auto& q : {pruning(), std::shared_ptr<Regularizer>(std::make_shared<WeightDecay>(0.5))}) {
+    q->apply(model.named_parameters().pairs());
+    EXPECT_TRUE(at::equal(model.quant->log_scale, scale)) << kind(*q);
+    EXPECT_TRUE(at::equal(model.quant->offset, offset)) << kind(*q);
+  }
+  EXPECT_EQ(nonzeros(model.linear->weight), 8);
+  // Of a layer with a weight it is one as any other.
+  const NamedParameters own{{"flow.weight", at::ones({2, 2})}, {"flow.log_scale", at::ones({2, 2})}};
+  EXPECT_EQ(pruning()->select(own).size(), 2);
 }
 
 // Free between events: no operator reaches the dispatcher.

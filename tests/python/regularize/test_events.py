@@ -1,5 +1,6 @@
 """Events in a training loop: when they happen, what they cost, and that a run can stop and go on."""
 
+import copy
 import io
 from collections.abc import Callable
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from cctorch import CompressionPlan, LayerPlan, apply
 from cctorch import regularize as r
+from cctorch.nn import FakeQuant
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -184,6 +187,53 @@ def test_momentum_is_kept_or_cleared() -> None:
         assert "momentum_buffer" in optimizer.state[model[0].bias]
     with pytest.raises(ValueError, match="clear_momentum"):
         r.Events(model.named_parameters(), r.MagnitudePruning(0.6), 1, clear_momentum=True)
+
+
+class Quantized(nn.Module):
+    """Weights and inputs with scales of groups, and a layer whose own matrix has the name of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.last = nn.Linear(8, 6), nn.Linear(6, 4)
+        parametrize.register_parametrization(
+            self.linear, "weight", FakeQuant(8, axis=0, channels=6, groups=4, offset=True)
+        )
+        self.last.log_scale = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(self.linear(x), self.last.weight * self.last.log_scale.exp())
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: r.MagnitudePruning(0.5),
+        lambda: r.UniformQuantization(2),
+        lambda: r.SVD(rank=1),
+        lambda: r.Compose([r.WeightDecay(0.5), r.MagnitudePruning(0.5)]),
+        lambda: r.UniformNoise(0.5),
+    ],
+)
+def test_scales_of_groups_are_no_weights(make: Callable[[], r.Regularizer], copied: bool) -> None:
+    model = copy.deepcopy(Quantized()) if copied else Quantized()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model(torch.randn(3, 8)).square().sum().backward()
+    optimizer.step()
+    (quant,) = (module for module in model.modules() if isinstance(module, FakeQuant))
+    before = [parameter.detach().clone() for parameter in quant.parameters()]
+    assert [value.dim() for value in before] == [2, 2]
+    events = r.Events(model.named_parameters(), make(), 1, optimizer, clear_momentum=True)
+    original, own = model.linear.parametrizations.weight.original, model.last.log_scale
+    weights = [value.detach().clone() for value in (original, own)]
+    assert events.step() is not None
+    for parameter, value in zip(quant.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+        assert "momentum_buffer" in optimizer.state[parameter]
+    for parameter, value in zip((original, own), weights, strict=True):
+        assert not torch.equal(parameter, value)
+        assert parameter not in optimizer.state
 
 
 def test_the_learning_rate_is_that_of_the_first_group_unless_it_is_given() -> None:
