@@ -2,6 +2,7 @@
 #include <cctorch/nn/compressible.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/adamw.h>
+#include <torch/optim/lbfgs.h>
 #include <torch/optim/sgd.h>
 
 #include <map>
@@ -79,6 +80,11 @@ void narrow_state(torch::optim::OptimizerParamState& state, const LayerPlan& pla
 }
 
 void check_optimizer(torch::optim::Optimizer& optimizer, const std::vector<PlannedLayer>& layers) {
+  // It has one state for all parameters together, under the first of them.
+  TORCH_CHECK_VALUE(
+      layers.empty() || optimizer.state().empty() || dynamic_cast<const torch::optim::LBFGS*>(&optimizer) == nullptr,
+      "optimizer: the state of LBFGS is of all parameters of before and cannot be carried over: call "
+      "apply() without the optimizer and make a new one from the compressed model");
   for (const PlannedLayer& planned : layers) {
     for (const auto& parameter : planned.module->named_parameters(/*recurse=*/false)) {
       const auto state = optimizer.state().find(parameter.value().unsafeGetTensorImpl());

@@ -71,18 +71,19 @@ at::Tensor Conv2dImpl::constant(const at::Tensor& x) const {
 }
 
 at::Tensor Conv2dImpl::forward(const at::Tensor& x) {
-  if (reads_nothing()) return constant(x);
   const at::Tensor input = gathered(x, 1);
   const torch::ExpandingArray<2> padding = numeric_padding(options);
   at::Tensor y;
-  if (weight.defined()) {
+  if (reads_nothing()) {
+    y = constant(x);
+  } else if (weight.defined()) {
     const int64_t groups = depthwise() ? weight.size(0) : options.groups();
     y = at::conv2d(input, weight, bias, options.stride(), padding, options.dilation(), groups);
   } else {
     y = low_rank_conv2d(input, first, second, bias.defined() ? std::optional(bias) : std::nullopt, options.stride(),
                         padding, options.dilation());
   }
-  if (observing_) positions_ = y.size(-2) * y.size(-1);
+  if (observing_) positions_ += y.size(-2) * y.size(-1);
   return y;
 }
 

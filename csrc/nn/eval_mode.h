@@ -10,6 +10,13 @@
 
 namespace cctorch {
 
+// The model may be on the stack, where Module::modules() throws unless it leaves the model itself out.
+template <typename Visit>
+void visit_modules(torch::nn::Module& model, const Visit& visit) {
+  visit(model);
+  for (const auto& module : model.modules(/*include_self=*/false)) visit(*module);
+}
+
 // Eval mode, until the end of the scope.
 class EvalMode {
  public:
@@ -38,11 +45,11 @@ class EvalMode {
 class RecurrentGradients {
  public:
   explicit RecurrentGradients(torch::nn::Module& model) {
-    for (const auto& module : model.modules()) {
-      add(std::dynamic_pointer_cast<torch::nn::LSTMImpl>(module));
-      add(std::dynamic_pointer_cast<torch::nn::GRUImpl>(module));
-      add(std::dynamic_pointer_cast<torch::nn::RNNImpl>(module));
-    }
+    visit_modules(model, [&](torch::nn::Module& module) {
+      add(dynamic_cast<torch::nn::LSTMImpl*>(&module));
+      add(dynamic_cast<torch::nn::GRUImpl*>(&module));
+      add(dynamic_cast<torch::nn::RNNImpl*>(&module));
+    });
   }
   ~RecurrentGradients() {
     for (const auto& restore : restore_) restore();
@@ -52,8 +59,8 @@ class RecurrentGradients {
 
  private:
   template <typename Layer>
-  void add(const std::shared_ptr<Layer>& layer) {
-    if (!layer) return;
+  void add(Layer* layer) {
+    if (layer == nullptr) return;
     restore_.push_back([layer, dropout = layer->options.dropout()] { layer->options.dropout(dropout); });
     layer->options.dropout(0.0);
     layer->train();

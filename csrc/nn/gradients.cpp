@@ -9,6 +9,7 @@
 
 #include <optional>
 #include <string>
+#include <unordered_set>
 #include <utility>
 
 #include "csrc/nn/eval_mode.h"
@@ -39,7 +40,9 @@ std::vector<LayerSpec> layer_specs(torch::nn::Module& model, const std::function
     observe(false);
   }
   std::vector<LayerSpec> specs;
+  std::unordered_set<const torch::nn::Module*> seen;  // named_modules() has a shared one under each of its names
   for (const auto& module : modules) {
+    if (!seen.insert(module.value().get()).second) continue;
     if (const auto* const layer = dynamic_cast<const nn::Compressible*>(module.value().get())) {
       LayerSpec spec = layer->spec(module.key());
       if (spec.positions > 0) specs.push_back(std::move(spec));

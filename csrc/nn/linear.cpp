@@ -35,15 +35,17 @@ LayerSpec LinearImpl::spec(const std::string& name) const {
 }
 
 at::Tensor LinearImpl::forward(const at::Tensor& x) {
-  if (reads_nothing()) {
-    TORCH_CHECK_VALUE(x.dim() > 0, "Linear: x has no dimension, expected at least 1 (... x features)");
-    return constant_of(bias, x, x.sizes().vec(), x.dim() - 1);
-  }
   const at::Tensor input = gathered(x, -1);
   const auto optional_bias = bias.defined() ? std::optional(bias) : std::nullopt;
-  at::Tensor y = weight.defined() ? at::linear(input, weight, optional_bias)
-                                  : low_rank_linear(input, first, second, optional_bias);
-  if (observing_) positions_ = y.dim() < 2 ? 1 : y.numel() / (y.size(0) * y.size(-1));
+  at::Tensor y;
+  if (reads_nothing()) {
+    TORCH_CHECK_VALUE(x.dim() > 0, "Linear: x has no dimension, expected at least 1 (... x features)");
+    y = constant_of(bias, x, x.sizes().vec(), x.dim() - 1);
+  } else {
+    y = weight.defined() ? at::linear(input, weight, optional_bias)
+                         : low_rank_linear(input, first, second, optional_bias);
+  }
+  if (observing_) positions_ += y.dim() < 2 ? 1 : y.numel() / (y.size(0) * y.size(-1));
   return y;
 }
 

@@ -49,12 +49,12 @@ std::optional<Started> start(torch::nn::Module& module, const distributed::Ranks
 class Reestimation {
  public:
   Reestimation(torch::nn::Module& model, const distributed::Ranks& ranks) : eval_(model), ranks_(ranks) {
-    for (const auto& module : model.modules()) {
+    visit_modules(model, [&](torch::nn::Module& module) {
       for (const auto start_one : {start<nn::BatchNorm2dImpl>, start<torch::nn::BatchNorm1dImpl>,
                                    start<torch::nn::BatchNorm2dImpl>, start<torch::nn::BatchNorm3dImpl>}) {
-        if (auto started = start_one(*module, ranks)) started_.push_back(*std::move(started));
+        if (auto started = start_one(module, ranks)) started_.push_back(*std::move(started));
       }
-    }
+    });
   }
   ~Reestimation() {
     for (const Started& started : started_) started.finish(keep_);

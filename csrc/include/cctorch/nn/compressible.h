@@ -27,7 +27,7 @@ class Compressible {
   // What compress() carried out.
   const std::optional<LayerPlan>& plan() const { return plan_; }
 
-  // While on, forward passes record the number of output positions for spec(). Switching on forgets the last record.
+  // While on, forward() counts output positions for spec(), of every call. Switching on begins at 0.
   void observe(bool on);
 
  protected:

@@ -14,8 +14,9 @@
 namespace cctorch {
 
 // The cctorch::nn layers of `model` in order of registration, with the output positions that `forward` (one pass over
-// any example, run in eval mode without gradients) makes each compute. Layers that `forward` does not reach are left
-// out; a torch::nn convolution or linear layer cannot be counted and causes a warning that names it.
+// any example, run in eval mode without gradients) makes each compute, those of all calls of a layer that it calls
+// twice. Layers that `forward` does not reach are left out, and second names of one module; a torch::nn convolution or
+// linear layer cannot be counted and causes a warning that names it.
 std::vector<LayerSpec> layer_specs(torch::nn::Module& model, const std::function<void()>& forward);
 
 namespace collaborative {
