@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <initializer_list>
 
 #include <nlohmann/json.hpp>
@@ -32,13 +33,19 @@ typename Kinds::value_type parse_kind(const Kinds& all, const std::string& text)
   TORCH_CHECK_VALUE(false, "plan: kind '", text, "', expected one of ", expected);
 }
 
+// JSON has no others: "null" would be written, which nobody could read again.
+double finite(double value, const std::string& what) {
+  TORCH_CHECK_VALUE(std::isfinite(value), "plan: ", what, " = ", value, ", expected a finite number");
+  return value;
+}
+
 json write(const MaskPlan& mask) {
   json out = {{"kind", to_string(mask.kind)}};
   if (mask.kind == MaskPlan::Kind::nm) {
     out["n"] = mask.n;
     out["m"] = mask.m;
   } else {
-    out["sparsity"] = mask.sparsity;
+    out["sparsity"] = finite(mask.sparsity, "mask sparsity");
   }
   return out;
 }
@@ -137,12 +144,14 @@ CompressionPlan read_plan(const json& in) {
 
 }  // namespace
 
-std::string CompressionPlan::to_json() const {
+std::string CompressionPlan::to_json() const try {
   // One line for each layer: diffs of two plans then show the layers that differ.
   std::string text = fmt::format(R"({{"cctorch_plan": {}, "method": {}, "target": {}, "layers": [)", format_version,
-                                 json(method).dump(), json(target).dump());
+                                 json(method).dump(), json(finite(target, "target")).dump());
   for (size_t i = 0; i < layers.size(); ++i) text += (i ? ",\n  " : "\n  ") + write(layers[i]).dump();
   return text + "\n]}\n";
+} catch (const json::exception& error) {
+  TORCH_CHECK_VALUE(false, "plan: a name cannot be written as JSON: ", error.what());
 }
 
 CompressionPlan CompressionPlan::from_json(std::string_view text) {

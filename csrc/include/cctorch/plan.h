@@ -77,6 +77,7 @@ struct CompressionPlan {
   // large, or a name occurs twice.
   void validate() const;
 
+  // Throws c10::ValueError where a name is not UTF-8 or a number not finite.
   std::string to_json() const;
   static CompressionPlan from_json(std::string_view text);
   bool operator==(const CompressionPlan&) const = default;

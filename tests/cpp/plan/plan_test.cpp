@@ -2,6 +2,7 @@
 #include <cctorch/plan.h>
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <sstream>
 
 #include "tests/cpp/refusal.h"
@@ -36,6 +37,18 @@ TEST(Plan, EveryTruncationOfTheJsonIsRefused) {
   for (size_t length = 0; length + 2 < text.size(); ++length) {
     EXPECT_THROW(CompressionPlan::from_json(std::string_view(text).substr(0, length)), c10::Error) << length;
   }
+}
+
+TEST(Plan, WritesNothingThatItCouldNotRead) {
+  CompressionPlan plan{.method = "by hand", .layers = {LayerPlan::unchanged("a", LayerKind::conv2d, 2, 2)}};
+  plan.target = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_NE(refusal([&] { plan.to_json(); }).find("target = nan, expected a finite number"), std::string::npos);
+  plan.target = 0.5;
+  plan.layers[0].mask = MaskPlan{.sparsity = std::numeric_limits<double>::infinity()};
+  EXPECT_NE(refusal([&] { plan.to_json(); }).find("mask sparsity = inf"), std::string::npos);
+  plan.layers[0].mask.reset();
+  plan.layers[0].name = "\xff";
+  EXPECT_NE(refusal([&] { plan.to_json(); }).find("invalid UTF-8"), std::string::npos);
 }
 
 TEST(Plan, ErrorsNameLayerAndField) {
