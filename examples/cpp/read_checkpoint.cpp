@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -55,6 +56,26 @@ std::vector<int64_t> shape_of(hid_t file, const std::string& path) {
   return shape;
 }
 
+// Of PyTorch's types that HDF5 lacks, whose bits are stored as unsigned integers; empty for the dataset's own.
+std::string bits_of(hid_t file, const std::string& path) {
+  const Handle dataset(H5Dopen2(file, path.c_str(), H5P_DEFAULT), H5Dclose, path);
+  if (H5Aexists(dataset, "dtype") <= 0) return "";
+  const Handle attribute(H5Aopen(dataset, "dtype", H5P_DEFAULT), H5Aclose, path);
+  const Handle type(H5Aget_type(attribute), H5Tclose, path);
+  std::string name(H5Tget_size(type), '\0');
+  if (H5Tis_variable_str(type) != 0 || H5Aread(attribute, type, name.data()) < 0)
+    throw std::runtime_error("can't read the type of " + path);
+  return name.substr(0, name.find('\0'));
+}
+
+// bfloat16 is the upper half of float32.
+double from_bfloat16(double bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
 bool exists(hid_t file, const std::string& group, const std::string& name) {
   return H5Lexists(file, group.c_str(), H5P_DEFAULT) > 0 &&
          H5Lexists(file, (group + "/" + name).c_str(), H5P_DEFAULT) > 0;
@@ -62,7 +83,13 @@ bool exists(hid_t file, const std::string& group, const std::string& name) {
 
 // HDF5 converts any type of number. Values that are zero may be left out, and are marked in a map of bits.
 std::vector<double> tensor(hid_t file, const std::string& name, const std::vector<int64_t>& shape) {
-  const std::vector<double> stored = read<double>(file, "tensors/" + name, H5T_NATIVE_DOUBLE);
+  std::vector<double> stored = read<double>(file, "tensors/" + name, H5T_NATIVE_DOUBLE);
+  const std::string bits = bits_of(file, "tensors/" + name);
+  if (bits == "bfloat16") {
+    for (double& value : stored) value = from_bfloat16(value);
+  } else if (bits != "" && bits != "bool") {
+    throw std::runtime_error(name + " is " + bits + ", which this program does not decode");
+  }
   if (!exists(file, "zeros", name)) return stored;
   const std::vector<uint8_t> zeros = read<uint8_t>(file, "zeros/" + name, H5T_NATIVE_UINT8);
   size_t size = 1, next = 0;

@@ -41,6 +41,8 @@ def test_cpp_reads_what_python_does(tmp_path: Path) -> None:
         "lossless": torch.randn(5000, generator=generator),
         "counts": torch.arange(3000).reshape(30, 100),
         "bias": torch.randn(5, generator=generator),
+        "bfloat16": torch.randn(50, 40, generator=generator).bfloat16(),
+        "bool": torch.rand(3000, generator=generator) > 0.5,
     }
     checkpoint.save(tmp_path / "file.h5", tensors, error_bound=0.05)
     names = [name.replace("/", "%2F") for name in tensors]
@@ -56,3 +58,9 @@ def test_cpp_reads_what_python_does(tmp_path: Path) -> None:
         assert float(match[3]) == pytest.approx(float(tensor.double().sum()), rel=1e-9)
         assert float(match[4]) == pytest.approx(float(tensor.double().square().sum()), rel=1e-9)
         assert int(match[5]) == int((tensor == 0).sum())
+
+    checkpoint.save(tmp_path / "float8.h5", {"w": tensors["bias"].to(torch.float8_e4m3fn)})
+    command = [str(program), str(tmp_path / "float8.h5"), "w"]
+    refused = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert refused.returncode == 1
+    assert "w is float8_e4m3fn, which this program does not decode" in refused.stderr
