@@ -9,13 +9,18 @@ namespace cctorch::repair {
 
 namespace {
 
-void check_map(const char* what, const at::Tensor& map, int64_t step) {
+void check_map(const char* what, const at::Tensor& map, int64_t step, int64_t first_image) {
   TORCH_CHECK_VALUE(map.dim() == 4 && map.numel() > 0, "repair: ", what, " has the shape ", map.sizes(),
                     ", expected images x channels x height x width, none of them 0");
   TORCH_CHECK_VALUE(step >= 1, "repair: step = ", step, ", expected at least 1");
+  TORCH_CHECK_VALUE(first_image >= 0, "repair: first_image = ", first_image, ", expected at least 0");
 }
 
 int64_t outputs_along(const Window& window, size_t dim, int64_t size) {
+  TORCH_CHECK_VALUE(
+      window.kernel[dim] >= 1 && window.stride[dim] >= 1 && window.padding[dim] >= 0 && window.dilation[dim] >= 1,
+      "repair: a window of kernel ", window.kernel[dim], ", stride ", window.stride[dim], ", padding ",
+      window.padding[dim], " and dilation ", window.dilation[dim], ", expected at least 1, 1, 0 and 1");
   const int64_t reach = window.dilation[dim] * (window.kernel[dim] - 1) + 1;
   const int64_t spare = size + 2 * window.padding[dim] - reach;
   TORCH_CHECK_VALUE(spare >= 0, "repair: an input of size ", size, " with padding ", window.padding[dim],
@@ -50,7 +55,7 @@ at::Tensor in_product_type(const at::Tensor& samples) {
 }  // namespace
 
 at::Tensor input_samples(const at::Tensor& x, const Window& window, int64_t step, int64_t first_image) {
-  check_map("the input", x, step);
+  check_map("the input", x, step, first_image);
   const auto& [kernel, stride, padding, dilation] = window;
   const int64_t height = outputs_along(window, 0, x.size(2)), width = outputs_along(window, 1, x.size(3));
   const bool pads = padding[0] != 0 || padding[1] != 0;
@@ -68,7 +73,7 @@ at::Tensor input_samples(const at::Tensor& x, const Window& window, int64_t step
 }
 
 at::Tensor output_samples(const at::Tensor& y, int64_t step, int64_t first_image) {
-  check_map("the output", y, step);
+  check_map("the output", y, step, first_image);
   const at::Tensor planes = y.detach().contiguous().flatten(2);
   const auto options = at::TensorOptions(at::kLong).device(y.device());
   return gather(planes, at::zeros({1}, options), at::arange(planes.size(2), options), step, first_image);
@@ -116,7 +121,7 @@ void Moments::add(const at::Tensor& x, const at::Tensor& y) {
 
 void Moments::add_conv2d(const at::Tensor& x, const at::Tensor& y, const Window& window, int64_t step,
                          int64_t first_image, int64_t bytes) {
-  check_map("the input", x, step);
+  check_map("the input", x, step, first_image);
   const int64_t positions = positions_of(x, window);
   const int64_t per_image = positions / std::min(step, positions);
   TORCH_CHECK_VALUE(y.dim() == 2 && y.size(1) == x.size(0) * per_image, "repair: wanted outputs of shape ", y.sizes(),

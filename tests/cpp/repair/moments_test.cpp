@@ -138,6 +138,10 @@ TEST(RepairMoments, RefuseSamplesThatDoNotMatch) {
   EXPECT_THROW(moments.add_conv2d(at::zeros({2, 1, 4, 4}), at::zeros({2, 7}), window, 1), c10::Error);
   EXPECT_THROW(moments.add_conv2d(at::zeros({2, 1, 2, 2}), at::zeros({2, 8}), window, 1), c10::Error);
   EXPECT_THROW(moments.add_conv2d(at::zeros({2, 1, 4, 4}), at::zeros({2, 8}), window, 0), c10::Error);
+  EXPECT_THROW(moments.add_conv2d(at::zeros({2, 1, 4, 4}), at::zeros({2, 8}), window, 1, -1), c10::Error);
+  // No stride ended the process: a division by 0.
+  EXPECT_THROW(input_samples(at::zeros({2, 1, 4, 4}), {.stride = {0, 1}}, 1), c10::Error);
+  EXPECT_THROW(input_samples(at::zeros({2, 1, 4, 4}), {.kernel = {0, 3}}, 1), c10::Error);
   EXPECT_EQ(moments.samples(), 0);
 }
 
