@@ -155,7 +155,11 @@ Safetensors content_of(const json& header, std::string_view data) {
 
 std::string to_safetensors(const Safetensors& content) try {
   std::vector<std::pair<std::string, at::Tensor>> tensors;
-  for (const auto& [name, tensor] : content.tensors) tensors.emplace_back(name, tensor.detach().cpu().contiguous());
+  for (const auto& [name, tensor] : content.tensors) {
+    if (!tensor.defined() || tensor.layout() != at::kStrided || tensor.is_meta())
+      refuse("'", name, "' is undefined, sparse or without values, expected a dense tensor");
+    tensors.emplace_back(name, tensor.detach().cpu().contiguous());
+  }
   // Wide elements first: then each one lies at a multiple of its size.
   std::ranges::stable_sort(tensors, std::greater<>(), [](const auto& named) { return named.second.element_size(); });
   json header = {{metadata_key, content.metadata}};

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/tensor.h>
+#include <cctorch/nn/state_dict.h>
 #include <fmt/format.h>
 
 #include <charconv>
@@ -12,7 +13,6 @@
 #include <utility>
 
 #include "files.h"
-#include "network_state.h"
 
 namespace {
 
@@ -109,7 +109,7 @@ void expect_settings(const cctorch::Safetensors& archive, const std::map<std::st
 }  // namespace
 
 void State::take(const ResNet& network, torch::optim::SGD& optimizer) {
-  model = ::state_of(*network);
+  model = cctorch::state_dict(*network);
   momentum.clear();
   for (const auto& parameter : network->named_parameters()) {
     const auto found = optimizer.state().find(parameter.value().unsafeGetTensorImpl());
@@ -120,17 +120,16 @@ void State::take(const ResNet& network, torch::optim::SGD& optimizer) {
 
 void State::restore(ResNet& network, torch::optim::SGD& optimizer) const try {
   if (model.empty()) return;
-  load_state(*network, model);
+  cctorch::load_state_dict(*network, model);
   for (const auto& parameter : network->named_parameters()) {
     if (!momentum.contains(parameter.key())) continue;
     auto restored = std::make_unique<torch::optim::SGDParamState>();
-    restored->momentum_buffer(at::empty_like(parameter.value()));
-    fill(parameter.key(), restored->momentum_buffer(), momentum);
+    restored->momentum_buffer(at::empty_like(parameter.value()).detach().copy_(momentum.at(parameter.key())));
     optimizer.state()[parameter.value().unsafeGetTensorImpl()] = std::move(restored);
   }
-} catch (const std::runtime_error& error) {
+} catch (const c10::Error& error) {
   throw std::runtime_error(
-      fmt::format("the checkpoint is of another network: {}: delete it to start over", error.what()));
+      fmt::format("the checkpoint is of another network: {}: delete it to start over", error.what_without_backtrace()));
 }
 
 Checkpoint::Checkpoint(std::filesystem::path file, std::map<std::string, std::string> settings, const Ranks& ranks)

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cctorch/plan.h>
+#include <cctorch/safetensors.h>
 #include <torch/optim/sgd.h>
 
 #include <cstdint>
@@ -11,9 +12,10 @@
 #include <vector>
 
 #include "measurements.h"
-#include "network_state.h"
 #include "resnet.h"
 #include "training.h"
+
+using Tensors = cctorch::Safetensors::Tensors;  // by name
 
 // What is known once the network is compressed.
 struct Compressed {

@@ -3,14 +3,13 @@
 #include <fmt/format.h>
 
 #include "files.h"
-#include "network_state.h"
 
 Measurements measure(ResNet& model, const Images& images, int64_t macs, const std::filesystem::path& file,
                      const Ranks& ranks) {
   Measurements measured{.top1 = accuracy(model, images, 256, ranks), .macs = macs};
   for (const at::Tensor& parameter : model->parameters()) measured.parameters += parameter.numel();
   ranks.on_main([&] {
-    const std::string bytes = cctorch::to_safetensors({.tensors = state_of(*model), .metadata = {}});
+    const std::string bytes = cctorch::to_safetensors({.tensors = cctorch::state_dict(*model), .metadata = {}});
     write_file(file, bytes);
     measured.bytes = static_cast<int64_t>(bytes.size());
     measured.latency_1 = latency(model, images, 1);

@@ -19,7 +19,6 @@
 #include "fashion_mnist.h"
 #include "files.h"
 #include "measurements.h"
-#include "network_state.h"
 #include "options.h"
 #include "resnet.h"
 #include "training.h"
@@ -125,7 +124,8 @@ double reloaded_accuracy(const Options& options, const at::Device& device, const
   cctorch::apply(*model, cctorch::CompressionPlan::from_json(json));
   to_channels_last(model);
   ranks.on_main([&] {
-    load_state(*model, cctorch::from_safetensors(read_file(fs::path(options.out) / "compressed.safetensors")).tensors);
+    const std::string file = read_file(fs::path(options.out) / "compressed.safetensors");
+    cctorch::load_state_dict(*model, cctorch::from_safetensors(file).tensors);
     return "";
   });
   cctorch::distributed::broadcast_state(*model, ranks);

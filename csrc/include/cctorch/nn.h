@@ -8,3 +8,4 @@
 #include <cctorch/nn/gradients.h>
 #include <cctorch/nn/layers.h>
 #include <cctorch/nn/modules.h>
+#include <cctorch/nn/state_dict.h>

@@ -145,6 +145,8 @@ TEST(Safetensors, WhatTheFormatCannotSayIsNotWritten) {
   EXPECT_THROW(to_safetensors({.tensors = {{"w", at::ones({2}, at::kComplexFloat)}}, .metadata = {}}), c10::ValueError);
   EXPECT_THROW(to_safetensors({.tensors = {{"__metadata__", at::ones({2})}}, .metadata = {}}), c10::ValueError);
   EXPECT_THROW(to_safetensors({.tensors = {{"\xff", at::ones({2})}}, .metadata = {}}), c10::ValueError);
+  EXPECT_THROW(to_safetensors({.tensors = {{"w", at::Tensor()}}, .metadata = {}}), c10::ValueError);
+  EXPECT_THROW(to_safetensors({.tensors = {{"w", at::ones({2}).to_sparse()}}, .metadata = {}}), c10::ValueError);
 }
 
 }  // namespace
