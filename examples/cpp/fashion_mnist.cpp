@@ -60,15 +60,21 @@ at::Tensor read_idx(const fs::path& folder, const std::string& name, int64_t dim
   }
   const std::string bytes = read_bytes(path);
   const size_t header = 4 + 4 * static_cast<size_t>(dimensions);
-  if (bytes.size() < header || bytes[2] != 8 || bytes[3] != dimensions) {
+  if (bytes.size() < header || bytes[0] != 0 || bytes[1] != 0 || bytes[2] != 8 || bytes[3] != dimensions) {
     throw std::runtime_error(fmt::format("{}: not an idx file of {} dimensions of uint8", path.string(), dimensions));
   }
-  std::vector<int64_t> sizes;
-  int64_t elements = 1;
-  for (int64_t d = 0; d < dimensions; ++d) {
+  const int64_t count = big_endian(bytes, 4);
+  std::vector<int64_t> sizes = {count};
+  for (int64_t d = 1; d < dimensions; ++d) {
     sizes.push_back(big_endian(bytes, 4 + 4 * static_cast<size_t>(d)));
-    elements *= sizes.back();
+    if (sizes.back() != side) {
+      throw std::runtime_error(
+          fmt::format("{}: images of another size than {} x {}, those of Fashion-MNIST: download "
+                      "it again, or name another folder with --data",
+                      path.string(), side, side));
+    }
   }
+  const int64_t elements = dimensions == 1 ? count : count * side * side;
   if (bytes.size() != header + static_cast<size_t>(elements)) {
     throw std::runtime_error(fmt::format("{}: {} bytes, expected {}: the file is truncated, download it again",
                                          path.string(), bytes.size(), header + static_cast<size_t>(elements)));
@@ -83,6 +89,11 @@ Images read_set(const fs::path& folder, const std::string& set, int64_t limit) {
   if (images.pixels.size(0) != images.labels.size(0) || images.pixels.size(0) == 0) {
     throw std::runtime_error(fmt::format("{}: {} {} images, but {} labels", folder.string(), images.pixels.size(0), set,
                                          images.labels.size(0)));
+  }
+  // A GPU would end the process at one that has no score.
+  if (const int64_t largest = images.labels.max().item<int64_t>(); largest >= classes) {
+    throw std::runtime_error(fmt::format("{}: a {} label is {}, expected 0 to {}: download the labels again",
+                                         folder.string(), set, largest, classes - 1));
   }
   const int64_t count = limit > 0 ? std::min(limit, images.pixels.size(0)) : images.pixels.size(0);
   return {images.pixels.narrow(0, 0, count), images.labels.narrow(0, 0, count).to(at::kLong)};

@@ -15,7 +15,8 @@ struct FashionMnist {
 };
 
 // Reads the four idx files in `folder`, each gzip-compressed (name.gz) or not; an empty name stands for where Debian's
-// package puts them. At most `limit` images of each set, 0 for all. Throws std::runtime_error naming the file.
+// package puts them. At most `limit` images of each set, 0 for all. Throws std::runtime_error naming the file, or the
+// folder, that cannot be read, or is none of Fashion-MNIST's.
 FashionMnist read_fashion_mnist(const std::string& folder, int64_t limit);
 
 // Writes a small set of the same format into `folder`: 10 classes, each a pattern of its own under noise.

@@ -8,6 +8,7 @@
 #include <functional>
 #include <limits>
 #include <stdexcept>
+#include <type_traits>
 
 namespace {
 
@@ -21,10 +22,11 @@ Number parse(const std::string& name, const std::string& value, Number least, Nu
   const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), number);
   const bool whole = error == std::errc() && end == value.data() + value.size();
   if (!whole || !(number >= least && number <= most)) {
+    const std::string number_of = std::is_integral_v<Number> ? "a whole number" : "a number";
     const bool bounded = most < std::numeric_limits<Number>::max();
-    refuse(
-        name, value,
-        bounded ? fmt::format("a number from {} to {}", least, most) : fmt::format("a number of at least {}", least));
+    refuse(name, value,
+           bounded ? fmt::format("{} from {} to {}", number_of, least, most)
+                   : fmt::format("{} of at least {}", number_of, least));
   }
   return number;
 }
@@ -48,7 +50,10 @@ auto getter(Member Options::* member) {
 }
 
 Value text(std::string Options::* member) {
-  return {[=](Options& options, const std::string&, const std::string& value) { options.*member = value; },
+  return {[=](Options& options, const std::string& name, const std::string& value) {
+            if (value.empty()) refuse(name, "''", "a folder");
+            options.*member = value;
+          },
           getter(member)};
 }
 
@@ -114,6 +119,8 @@ Options parse_options(const std::vector<std::string>& arguments) {
     }
     flag->value.set(options, name, value);
   }
+  if (options.synthetic && !options.data.empty())
+    refuse("--data", options.data, "no --synthetic beside it, which makes data of its own");
   return options;
 }
 

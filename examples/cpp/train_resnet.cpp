@@ -12,6 +12,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -271,7 +272,11 @@ void run_on_ranks(const Options& options, Ranks& ranks) {
     throw std::runtime_error("/dev/null: cannot be written");
   std::optional<FolderLock> lock;
   ranks.on_main([&] {
-    fs::create_directories(options.out);
+    std::error_code error;
+    fs::create_directories(options.out, error);
+    if (error)
+      throw std::invalid_argument(
+          fmt::format("--out {}: no such folder can be made: {}", options.out, error.message()));
     lock.emplace(options.out);
     return "";
   });

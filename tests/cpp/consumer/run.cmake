@@ -59,11 +59,28 @@ set(train_resnet ${WORK_DIR}/build/train_resnet)
 run(${train_resnet} --help)
 expect_failure(2 "--target 1.5: expected a number from" ${train_resnet} --target 1.5)
 expect_failure(2 "--epoch: no such option" ${train_resnet} --epoch 3)
+expect_failure(2 "--epochs 1.5: expected a whole number of at least 1" ${train_resnet} --epochs 1.5)
+expect_failure(2 "--data '': expected a folder" ${train_resnet} --data=)
+expect_failure(2 "expected no --synthetic beside it" ${train_resnet} --synthetic --data ${WORK_DIR})
+expect_failure(2 "no such folder can be made: Not a directory" ${train_resnet} --synthetic
+               --out ${CMAKE_CURRENT_LIST_FILE}/run)
 expect_failure(1 "no such file" ${train_resnet} --data ${WORK_DIR}/nothing --out ${WORK_DIR}/run)
 
 run(${train_resnet} --synthetic --blocks 1 --epochs 4 --finetune-epochs 3 --batch 64 --device cpu --target 0.5
     --out ${WORK_DIR}/run)
 message("${output}")
+
+# Images and labels that are not those of Fashion-MNIST.
+set(damaged ${WORK_DIR}/damaged)
+function(damage file byte value)
+  run(${CMAKE_COMMAND} -E copy_directory ${WORK_DIR}/run/synthetic ${damaged})
+  run(sh -c "printf '\\${value}' | dd of=${damaged}/${file} bs=1 seek=${byte} conv=notrunc")
+endfunction()
+damage(t10k-labels-idx1-ubyte 20 377)
+expect_failure(1 "a t10k label is 255, expected 0 to 9" ${train_resnet} --data ${damaged} --out ${WORK_DIR}/refused)
+damage(train-images-idx3-ubyte 11 33)
+expect_failure(1 "train-images-idx3-ubyte: images of another size than 28 x 28" ${train_resnet} --data ${damaged}
+               --out ${WORK_DIR}/refused)
 
 # Data parallel: as a process alone, up to rounding. The ranks run at once, as the commands of a pipeline do.
 string(RANDOM LENGTH 4 ALPHABET 0123456789 digits)
