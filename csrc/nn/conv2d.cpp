@@ -14,6 +14,8 @@ Conv2dImpl::Conv2dImpl(int64_t in_channels, int64_t out_channels, torch::Expandi
     : Conv2dImpl(torch::nn::Conv2dOptions(in_channels, out_channels, kernel_size)) {}
 
 Conv2dImpl::Conv2dImpl(const torch::nn::Conv2dOptions& options_) : options(options_) {
+  TORCH_CHECK_VALUE(options.in_channels() >= 1 && options.out_channels() >= 1, "channels = ", options.in_channels(),
+                    " -> ", options.out_channels(), ", expected at least 1 of each");
   TORCH_CHECK_VALUE(options.groups() > 0 && options.in_channels() % options.groups() == 0 &&
                         options.out_channels() % options.groups() == 0,
                     "groups = ", options.groups(), ", expected a divisor of in_channels = ", options.in_channels(),

@@ -179,6 +179,7 @@ TEST(Conv2d, RefusesWhatItCannotCarryOutAndStaysAsItWas) {
   masked_plan.mask = MaskPlan{.sparsity = 0.5};
   EXPECT_NE(refusal(pointwise, masked_plan).find("a mask"), std::string::npos);
   EXPECT_THROW(Conv2d(torch::nn::Conv2dOptions(6, 8, 3).padding(torch::kSame)), c10::Error);
+  EXPECT_THROW(Conv2d(0, 8, 3), c10::ValueError);
 }
 
 TEST(Linear, NarrowedAndFactored) {
