@@ -2,6 +2,7 @@
 #include <cctorch/collaborative.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -17,12 +18,12 @@ using Selection = std::vector<size_t>;  // the index of each layer's choice
 
 double dense_cost(const LayerChoices& layer) { return layer.choices.front().cost; }
 
-double weight(const LayerChoices& layer) { return layer.importance > 0 ? layer.importance : dense_cost(layer); }
-
-// The layer's term of the objective.
+// The layer's term of the objective. (E1) is a sum of squared changes of the loss: its root is in the loss's own unit,
+// as the importance.
 double objective(const LayerChoices& layer, size_t choice) {
   if (!(layer.largest_loss > 0)) return 0.0;
-  return weight(layer) * layer.choices[choice].loss / layer.largest_loss;
+  const double share = layer.choices[choice].loss / layer.largest_loss;
+  return layer.importance > 0 ? layer.importance * std::sqrt(share) : dense_cost(layer) * share;
 }
 
 double removed(const std::vector<LayerChoices>& layers, const Selection& selection) {

@@ -137,7 +137,8 @@ int64_t remaining(const std::vector<LayerSpec>& model, const CompressionPlan& pl
 
 // solve() for Budget::table in two steps, so that one search serves several targets. `select` minimizes the objective
 // of eq. (E2), sum_l F_l loss_l / largest_loss_l, over the choices under sum_l (F_l - cost_l) >= target * model_cost.
-// A layer's importance, which all of them have or none, takes the place of its cost F_l in the objective.
+// With importances, which all layers have or none, it is sum_l importance_l sqrt(loss_l / largest_loss_l): the root of
+// (E1) is in the unit of the network's loss.
 std::vector<LayerChoices> layer_choices(const std::vector<Layer>& layers, const Options& options,
                                         const Progress& progress = {});
 Solution select(const std::vector<LayerChoices>& layers, double model_cost, double target);

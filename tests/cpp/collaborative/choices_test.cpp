@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <string>
 #include <utility>
@@ -53,14 +54,14 @@ TEST(Choices, TheCheapestCombinationByImportance) {
     double found = 0, removed = 0;
     for (size_t l = 0; l < 3; ++l) {
       const Choice& choice = layers[l].choices[chosen(solution, layers[l])];
-      found += importance[l] * choice.loss;
+      found += importance[l] * std::sqrt(choice.loss);
       removed += layers[l].choices[0].cost - choice.cost;
     }
     for (size_t i = 0; i < 27; ++i) {
       const std::array<size_t, 3> choice = {i / 9, i / 3 % 3, i % 3};
       double loss = 0, gone = 0;
       for (size_t l = 0; l < 3; ++l) {
-        loss += importance[l] * layers[l].choices[choice[l]].loss;
+        loss += importance[l] * std::sqrt(layers[l].choices[choice[l]].loss);
         gone += layers[l].choices[0].cost - layers[l].choices[choice[l]].cost;
       }
       if (gone >= target * 38) best = std::min(best, loss);
