@@ -35,10 +35,13 @@ inline void initialize_uniform(at::Tensor& weight, at::Tensor* bias) {
 inline at::Tensor constant_of(const at::Tensor& bias, const at::Tensor& x, std::vector<int64_t> sizes,
                               int64_t dimension) {
   sizes[dimension] = bias.defined() ? bias.size(0) : 0;
-  if (!bias.defined()) return x.new_empty(sizes);
+  const bool channels_last = sizes.size() == 4 && x.stride(1) == 1;
+  const at::MemoryFormat format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  if (!bias.defined()) return at::empty(sizes, x.options().memory_format(format));
   std::vector<int64_t> broadcast(sizes.size(), 1);
   broadcast[dimension] = sizes[dimension];
-  return bias.view(broadcast).expand(sizes);
+  // Networks change what a layer gives in place, and a view of the bias can't be.
+  return bias.to(x.scalar_type()).view(broadcast).expand(sizes).clone(format);
 }
 
 // The matrix that `plan` would factor has rows out_channels and kept_in x kernel_size columns.

@@ -48,7 +48,8 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("apply: LBFGS keeps one history over all parameters; make it anew after apply(model, plan)")
     paths = owners(model)
-    edits = [_edit(model, layer, paths) for layer in plan.layers if _changes_shape(layer)]
+    channels_last = is_channels_last(model)
+    edits = [_edit(model, layer, paths, channels_last) for layer in plan.layers if _changes_shape(layer)]
     successors: dict[Tensor, _Successor] = {}
     replaced: dict[nn.Module, nn.Module] = {}
     for edit in edits:
@@ -69,6 +70,16 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
     if optimizer is not None:
         _carry_over(optimizer, successors)
     return replaced.get(model, model)
+
+
+def is_channels_last(model: nn.Module) -> bool:
+    # An image of one channel, and a kernel of one position, are in both layouts.
+    return any(
+        parameter.dim() == 4
+        and parameter.is_contiguous(memory_format=torch.channels_last)
+        and not parameter.is_contiguous()
+        for parameter in model.parameters()
+    )
 
 
 def without_fused_encoders(model: nn.Module, replacements: set[nn.Module]) -> None:
@@ -111,10 +122,10 @@ class _Edit:
             setattr(self.module, name, value)
 
 
-def _edit(model: nn.Module, layer: LayerPlan, paths: dict[int, list[str]]) -> _Edit:
+def _edit(model: nn.Module, layer: LayerPlan, paths: dict[int, list[str]], channels_last: bool) -> _Edit:
     module = _checked_module(model, layer, paths)
     if not layer.kept_in:
-        return _empty(module, layer)
+        return _empty(module, layer, channels_last)
     if layer.rank is not None:
         return _decompose(module, layer, layer.rank)
     kept: dict[str, Sequence[Sequence[int]]] = {"bias": [layer.kept_out]}
@@ -141,7 +152,7 @@ def _edit(model: nn.Module, layer: LayerPlan, paths: dict[int, list[str]]) -> _E
     return _Edit(module, replacement, tensors, attributes, successors)
 
 
-def _empty(module: nn.Module, layer: LayerPlan) -> _Edit:
+def _empty(module: nn.Module, layer: LayerPlan, channels_last: bool) -> _Edit:
     assert isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
     weight, old = module.weight, module.bias
     successors = {parameter: _Successor([]) for parameter in (weight, old) if parameter is not None}
@@ -159,7 +170,8 @@ def _empty(module: nn.Module, layer: LayerPlan) -> _Edit:
         name: _pick(buffer, [layer.kept_out]) if buffer.dim() else buffer
         for name, buffer in module.named_buffers(recurse=False)
     }
-    return _Edit(module, Constant(module, bias, statistics), {}, {}, successors)
+    constant = Constant(module, bias, statistics, channels_last=channels_last)
+    return _Edit(module, constant, {}, {}, successors)
 
 
 def _decompose(module: nn.Module, layer: LayerPlan, rank: int) -> _Edit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from cctorch.apply import apply
 from cctorch.graph import Branch, ModelGraph
 from cctorch.modes import evaluating
 
-__all__ = ["removable", "remove", "replaced"]
+__all__ = ["removable", "remove", "replaced", "within"]
 
 
 def remove(plan: CompressionPlan, branches: Sequence[Branch], graph: ModelGraph) -> None:
@@ -27,6 +27,12 @@ def remove(plan: CompressionPlan, branches: Sequence[Branch], graph: ModelGraph)
             layer.kept_in, layer.kept_out = [], layer.kept_out if name == branch.end else []
             layers.append(layer)
     plan.layers = layers
+
+
+def within(graph: ModelGraph, layers: Set[str]) -> list[Branch]:
+    """The branches of which all convolutions and linear layers, but for depthwise ones, are among ``layers``."""
+    searchable = {spec.name for spec in graph.specs if spec.kind != "depthwise_conv2d"}
+    return [branch for branch in graph.branches if layers >= searchable.intersection(branch.layers)]
 
 
 def removable(model: nn.Module, graph: ModelGraph, branches: Sequence[Branch], example: Tensor) -> list[Branch]:
@@ -67,7 +73,8 @@ def replaced(model: nn.Module, outputs: dict[str, Callable[[nn.Module, Tensor], 
     """While it lasts, layers give what a function makes of the layer and its output."""
 
     def hook(function: Callable[[nn.Module, Tensor], Tensor]) -> Callable[..., Tensor]:
-        return lambda layer, _, y: function(layer, y)
+        # A copy, as they may give views, and a network may change what a layer gives in place.
+        return lambda layer, _, y: function(layer, y).clone()
 
     handles = [model.get_submodule(name).register_forward_hook(hook(f)) for name, f in outputs.items()]
     try:

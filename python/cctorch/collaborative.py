@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cctorch import _C, branches, distributed, latency_budget, layer_choice
 from cctorch.gradients import LossFunction, Progress, mean_gradients, weight_of
 from cctorch.graph import Branch, ModelGraph, trace
-from cctorch.importance import Head, importances
+from cctorch.importance import Head, layer_importances
 from cctorch.latency import LatencyTable
 from cctorch.latency_budget import Latency
 from cctorch.plan import CompressionPlan, LayerSpec
@@ -152,7 +152,8 @@ def solve_latency(
     if importance:
         for layer in layers:
             layer.importance = importance[layer.spec.name]
-        removable = branches.removable(model, graph, _unbounded(graph, layers), example)
+        unbounded = {layer.spec.name for layer in layers if layer.max_rate == 1}
+        removable = branches.removable(model, graph, branches.within(graph, unbounded), example)
     found = latency_budget.search(model, graph, layers, options, example, table, progress, removable)
     found.solution.plan.target = options.target
     nominal_macs = _C.nominal_macs(graph.specs, found.solution.plan)
@@ -161,29 +162,6 @@ def solve_latency(
     compression.warnings += found.warnings
     compression.latency = found.latency
     return compression
-
-
-def _unbounded(graph: ModelGraph, layers: Sequence[_C.SolverLayer]) -> list[Branch]:
-    free = {layer.spec.name for layer in layers if layer.max_rate == 1}
-    weighted = {spec.name for spec in graph.specs if spec.kind != "depthwise_conv2d"}
-    return [branch for branch in graph.branches if free.issuperset(weighted.intersection(branch.layers))]
-
-
-def measure_importance(
-    model: nn.Module,
-    graph: ModelGraph,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    layers: Sequence[str],
-    **options: Any,
-) -> dict[str, float]:
-    """The importance of each of `layers`, for `solve_latency`: of its residual branch, if it is in one.
-
-    The options are those of :func:`cctorch.importance.importances`.
-    """
-    ends = {name: branch.end for branch in graph.branches for name in branch.layers}
-    removed = [ends.get(name, name) for name in layers]
-    found = importances(model, batches, list(dict.fromkeys(removed)), **options)
-    return {name: found[end] for name, end in zip(layers, removed, strict=True)}
 
 
 def _solver_layers(
@@ -314,7 +292,7 @@ def compress(
     )
     importance = None
     if budget == "latency" and residual_branches:
-        importance = measure_importance(
+        importance = layer_importances(
             model, graph, head.read(), searched, loss=loss, progress=progress, across_ranks=across_ranks
         )
     seconds = time.perf_counter() - start

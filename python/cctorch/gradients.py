@@ -1,6 +1,7 @@
 """Gradients of the loss with respect to layers' weights: what Collaborative Compression weighs what it keeps with."""
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
+from operator import length_hint
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def mean_gradients(
     _check_finite(model)
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     examples = 0
-    total = len(batches) if isinstance(batches, Sized) else 0
+    total = length_hint(batches)
     try:
         for parameter in requires_grad:
             parameter.requires_grad_(False)

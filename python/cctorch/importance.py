@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import length_hint
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from cctorch import distributed
 from cctorch.branches import replaced
+from cctorch.graph import ModelGraph
 from cctorch.modes import evaluating
 from cctorch.pairs import pairs
 
-__all__ = ["IMAGES", "Head", "importances"]
+__all__ = ["IMAGES", "Head", "importances", "layer_importances"]
 
 IMAGES = 256
 # Removals that seem to do no harm are told apart by as little as this share of the greatest.
@@ -39,6 +41,9 @@ class Head:
                 self.first.append((inputs[:missing], labels[:missing]))
                 missing -= len(inputs)
             yield inputs, labels
+
+    def __length_hint__(self) -> int:
+        return length_hint(self.batches)
 
     def read(self) -> Sequence[tuple[Tensor, Tensor]]:
         """The first examples, read now if nobody has read them."""
@@ -92,6 +97,24 @@ def importances(
         name: max(rise, _LEAST * most) if math.isfinite(rise) else most
         for name, rise in zip(layers, rises, strict=True)
     }
+
+
+def layer_importances(
+    model: nn.Module,
+    graph: ModelGraph,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    layers: Sequence[str],
+    *,
+    loss: LossFunction = F.cross_entropy,
+    progress: Progress | None = None,
+    across_ranks: bool = False,
+) -> dict[str, float]:
+    """The importance of each of `layers`: that of the end of its residual branch, if it is in one."""
+    ends = {name: branch.end for branch in graph.branches for name in branch.layers}
+    removed = [ends.get(name, name) for name in layers]
+    distinct = list(dict.fromkeys(removed))
+    found = importances(model, batches, distinct, loss=loss, progress=progress, across_ranks=across_ranks)
+    return {name: found[end] for name, end in zip(layers, removed, strict=True)}
 
 
 def _mean(layer: nn.Module, y: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ _FORMAT = 2
 # Processors that others may keep busy. A second thread that waits for its turn costs a small layer ten times over.
 _UNDISTURBED = 0.15
 # Changes with the code of the layers, so that times of other code are not taken for theirs.
-_LAYERS = 2
+_LAYERS = 3
 # Seconds by which processor times, counted in ticks, may be off.
 _CLOCK_TICKS = 0.1
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cctorch import _C, branches
-from cctorch.apply import apply
+from cctorch.apply import apply, is_channels_last
 from cctorch.graph import Branch, ModelGraph
 from cctorch.latency import LatencyTable, LayerShape
 from cctorch.modes import evaluating
@@ -48,14 +48,7 @@ class Found:
 
 def table_for(model: nn.Module, example: Tensor, batch: int) -> LatencyTable:
     """The table of the conditions of ``model(example)``: device and dtype of the one, layout of the other's weights."""
-    # An image of one channel, and a kernel of one position, are in both layouts.
-    channels_last = any(
-        parameter.dim() == 4
-        and parameter.is_contiguous(memory_format=torch.channels_last)
-        and not parameter.is_contiguous()
-        for parameter in model.parameters()
-    )
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if is_channels_last(model) else torch.contiguous_format
     return LatencyTable(example.device, example.dtype, layout, batch)
 
 

@@ -78,6 +78,28 @@ class Bottleneck(nn.Module):
         return self.head(F.relu(y + self.projection(x)).mean((2, 3)))
 
 
+class InPlace(nn.Module):
+    """As in torchvision: activations, and the additions, overwrite what a layer gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.conv4 = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        y += x
+        x = self.relu(y)
+        y = self.conv4(self.relu(self.conv3(x)))
+        y += x
+        return self.head(y.mean((2, 3)))
+
+
 class Gated(nn.Module):
     """Pools within the branch, which PyTorch refuses to do without channels."""
 
@@ -119,11 +141,12 @@ FOUND: dict[type[nn.Module], tuple[tuple[int, ...], list[tuple[list[str], str]]]
     Mlp: ((5, 6), [(["up", "down"], "down")]),
     Normalized: ((5, 6), []),
     Bottleneck: (IMAGES, [(["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"], "conv3")]),
+    InPlace: (IMAGES, [(["conv1", "bn1", "conv2", "bn2"], "conv2"), (["conv3", "conv4"], "conv4")]),
     Gated: (IMAGES, [(["conv1", "conv2"], "conv2")]),
     Observed: (IMAGES, [(["conv2"], "conv2")]),
     Chain: (IMAGES, []),
 }
-REMOVABLE = [networks.PaddedResNet, PreActivation, Mlp, Bottleneck, Observed]
+REMOVABLE = [networks.PaddedResNet, PreActivation, Mlp, Bottleneck, InPlace, Observed]
 
 
 def made(network: type[nn.Module]) -> tuple[nn.Module, Tensor]:
@@ -258,7 +281,7 @@ def test_an_exported_program_runs_at_another_batch(network: type[nn.Module]) -> 
     torch.testing.assert_close(program.module()(other), smaller(other))
 
 
-@pytest.mark.parametrize("network", [networks.PaddedResNet, PreActivation, Bottleneck])
+@pytest.mark.parametrize("network", [networks.PaddedResNet, PreActivation, Bottleneck, InPlace])
 @torch.no_grad()
 def test_repair_makes_the_constant_the_mean_of_what_the_sum_lacks(network: type[nn.Module]) -> None:
     """With nothing else changed before the addition: the mean of the branch; in float64, by position."""
@@ -266,7 +289,7 @@ def test_repair_makes_the_constant_the_mean_of_what_the_sum_lacks(network: type[
     plan, removed = emptied(model, x)
     outputs: list[Tensor] = []
     end = model.get_submodule(removed[0].end)
-    handle = end.register_forward_hook(lambda _, __, y: outputs.append(y))
+    handle = end.register_forward_hook(lambda _, __, y: outputs.append(y.clone()))
     model(x)
     handle.remove()
     smaller = cctorch.apply(copy.deepcopy(model), plan)
@@ -301,6 +324,44 @@ def test_a_branch_that_cannot_do_without_channels_stays() -> None:
     model, x = made(networks.PaddedResNet)
     graph = trace(model, x)
     assert branches.removable(model, graph, graph.branches, x) == graph.branches
+
+
+def test_branches_of_a_network_that_changes_tensors_in_place() -> None:
+    model, x = made(InPlace)
+    graph = trace(model, x)
+    assert branches.removable(model, graph, graph.branches, x) == graph.branches
+    layers = ["stem", "bn2", "conv4"]
+    data = [(x, torch.tensor([0, 1, 2, 3]))]
+    assert importance.importances(model, data, layers).keys() == set(layers)
+
+
+@pytest.mark.parametrize("network", [InPlace, PreActivation])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_constant_has_the_layout_and_the_dtype_of_what_it_stands_for(
+    network: type[nn.Module], layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    model, x = made(network)
+    plan, removed = emptied(model, x)
+    smaller = cctorch.apply(copy.deepcopy(model), plan)
+    outputs: list[Tensor] = []
+    for each in (model, smaller):
+        each.to(dtype, memory_format=layout)  # type: ignore[call-overload]
+        each.get_submodule(removed[0].end).register_forward_hook(lambda _, __, y: outputs.append(y))
+        each(x.to(dtype, memory_format=layout))
+    dense, constant = outputs
+    assert (constant.stride(), constant.dtype) == (dense.stride(), dense.dtype)
+
+
+def test_a_constant_has_the_dtype_of_autocast() -> None:
+    model, x = made(InPlace)
+    plan, removed = emptied(model, x)
+    smaller = cctorch.apply(model, plan).float()
+    outputs: list[Tensor] = []
+    smaller.get_submodule(removed[0].end).register_forward_hook(lambda _, __, y: outputs.append(y))
+    with torch.autocast("cpu", torch.bfloat16):
+        smaller(x.float())
+    assert outputs[0].dtype == torch.bfloat16
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,21 +17,29 @@ class Constant(nn.Module):
         bias: of each channel; None: there are no channels.
         statistics: buffers of a normalization, by name. They are not used; they are in the state because a module of
             LibTorch cannot give its buffers up.
+        channels_last: layout of the output; later that of ``to(memory_format=...)``. The input can't tell: activations
+            of tensors without channels are in the layout of PyTorch's default.
     """
 
     bias: nn.Parameter | None
+    layout: Tensor
 
     def __init__(
         self,
         layer: nn.Conv2d | nn.Linear | nn.BatchNorm2d,
         bias: nn.Parameter | None,
         statistics: Mapping[str, Tensor] | None = None,
+        *,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.register_parameter("bias", bias)
         for name, statistic in (statistics or {}).items():
             self.register_buffer(name, statistic)
-        self.dim = -1 if isinstance(layer, nn.Linear) else 1
+        format = torch.channels_last if channels_last else torch.contiguous_format
+        like = next(layer.parameters(), torch.empty(0))
+        self.register_buffer("layout", like.new_zeros(1, 2, 2, 2).contiguous(memory_format=format), persistent=False)
+        self.dim = -1 if isinstance(layer, nn.Linear) else -3
         self.windows: list[tuple[int, int, int]] = []
         """Of height and width: padding on both sides together, reach of the kernel, stride."""
         if isinstance(layer, nn.Conv2d):
@@ -42,15 +51,16 @@ class Constant(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         sizes = list(input.shape)
-        for axis, (padding, reach, stride) in enumerate(self.windows, start=2):
+        for axis, (padding, reach, stride) in enumerate(self.windows, start=-2):
             sizes[axis] = (sizes[axis] + padding - reach) // stride + 1
         if self.bias is None:
             sizes[self.dim] = 0
             return input.new_empty(sizes)
         sizes[self.dim] = len(self.bias)
-        shape = [1] * len(sizes)
-        shape[self.dim] = -1
-        return self.bias.view(shape).expand(sizes)
+        constant = self.bias.to(input.dtype).view(-1, *[1] * (-1 - self.dim)).expand(sizes)
+        channels_last = self.dim == -3 and len(sizes) == 4 and self.layout.stride(1) == 1
+        # Networks change what a layer gives in place, and a view of the bias can't be.
+        return constant.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def extra_repr(self) -> str:
         return f"channels={0 if self.bias is None else len(self.bias)}"

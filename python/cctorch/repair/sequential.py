@@ -235,8 +235,6 @@ class _Pass:
         target.sub_(_C.output_samples(behind, self.sampling.step, self.sampling.first_image))
         self._fit(layer, x, target)
         norm = self.places[layer].norm
-        if isinstance(self.layers[layer], Constant) and norm is None:
-            return  # y shows the bias, as it is now.
         again = self.layers[layer].forward(x)
         y.copy_(again if norm is None else self.norms[norm].forward(again))
 

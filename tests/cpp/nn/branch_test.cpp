@@ -69,6 +69,21 @@ TEST(Branch, ALinearLayerAndANormalizationGiveTheirBias) {
   EXPECT_EQ(norm->named_parameters().keys(), std::vector<std::string>{"bias"});
 }
 
+TEST(Branch, AConstantMayBeChangedInPlaceAndHasTheLayoutAndDtypeOfItsInput) {
+  nn::Conv2d conv(torch::nn::Conv2dOptions(4, 3, 3).padding(1));
+  const at::Tensor bias = conv->bias.detach().clone();
+  conv->compress(reading_nothing("conv", LayerKind::conv2d, 4, 3, {0, 1, 2}));
+  for (const at::MemoryFormat format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
+    const at::Tensor x = torch::ones({2, 4, 5, 6}).contiguous(format);
+    at::Tensor y = conv(x);
+    EXPECT_TRUE(y.is_contiguous(format));
+    y += 1;
+    EXPECT_TRUE(torch::equal(y, (bias + 1).view({1, 3, 1, 1}).expand({2, 3, 5, 6})));
+    EXPECT_EQ(conv(x.to(torch::kBFloat16)).scalar_type(), torch::kBFloat16);
+  }
+  EXPECT_TRUE(torch::equal(conv->bias, bias));
+}
+
 struct ResidualImpl : torch::nn::Cloneable<ResidualImpl> {
   ResidualImpl() { ResidualImpl::reset(); }
   void reset() override {
