@@ -304,6 +304,21 @@ def test_repair_makes_the_constant_the_mean_of_what_the_sum_lacks(network: type[
 
 
 @torch.no_grad()
+def test_repair_of_a_removed_branch_of_linear_layers() -> None:
+    model, x = made(Mlp)
+    plan, removed = emptied(model, x)
+    outputs: list[Tensor] = []
+    handle = model.get_submodule(removed[0].end).register_forward_hook(lambda _, __, y: outputs.append(y.clone()))
+    model(x)
+    handle.remove()
+    smaller = cctorch.apply(copy.deepcopy(model), plan)
+    before = float((smaller(x) - model(x)).square().mean())
+    cctorch.repair(smaller, model, plan, [(x, torch.zeros(4))], step=1)
+    torch.testing.assert_close(smaller.get_parameter("down.bias"), outputs[0].mean((0, 1)))
+    assert float((smaller(x) - model(x)).square().mean()) < before
+
+
+@torch.no_grad()
 def test_layers_behind_a_removed_branch_make_up_for_it() -> None:
     model, x = made(networks.PaddedResNet)
     plan, _ = emptied(model, x)

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cctorch import _C
-from cctorch.nn import LowRankConv2d, LowRankLinear
+from cctorch.nn import Constant, LowRankConv2d, LowRankLinear
 from cctorch.repair.places import Layer
 
 
 def as_map(layer: nn.Module, y: Tensor) -> Tensor:
     """What a convolution (B x N x H x W) or a linear layer (B x N, B x ... x N) reads or gives, as B x N x H x W."""
-    if not isinstance(layer, nn.Linear | LowRankLinear):
+    features_last = isinstance(layer, nn.Linear | LowRankLinear) or (isinstance(layer, Constant) and layer.dim == -1)
+    if not features_last:
         return y
     return y.flatten(1, -2).transpose(1, 2).unsqueeze(3) if y.dim() > 2 else y[:, :, None, None]
 
