@@ -26,7 +26,7 @@ from cctorch import _C, apply, batch_norm, collaborative, data, datasets, measur
 from cctorch.config import Config, expand, load_config
 from cctorch.gradients import mean_gradients
 from cctorch.graph import ModelGraph, trace
-from cctorch.importance import Head, layer_importances
+from cctorch.importance import Head, importances
 from cctorch.latency_budget import table_for
 from cctorch.store import Architecture, build
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class Budgets:
         self.importance = None
         if not arguments.keep_branches:
             head = Head(training).read()
-            self.importance = layer_importances(self.model, self.graph(), head, list(self.gradients))
+            self.importance = importances(self.model, head, self.graph().ends(self.gradients))
         self.peer = TorchPruning(self.model, self.examples[:2], training)
         found = collaborative.solve(self.model, self.graph(), self.gradients, self.options())
         self.by_macs = self.carried_out(found)

@@ -55,11 +55,11 @@ void WeightedLayer<Derived>::reset_parameters() {
 template <typename Derived>
 void WeightedLayer<Derived>::carry_out(const LayerPlan& plan) {
   const torch::NoGradGuard no_grad;
+  if (plan.reads_nothing()) return leave_bias_only(plan);
   const bool requires_grad = weight.requires_grad();
   const at::Tensor dense = weight.detach();
   const at::MemoryFormat format = dense.suggest_memory_format();
   at::Tensor narrowed, outer, inner;
-  if (plan.reads_nothing()) return leave_bias_only(plan);
   if (plan.rank) {
     std::tie(inner, outer) = collaborative::factorize(dense, plan.kept_in, *plan.rank);
     const at::Tensor kept_out = torch::tensor(plan.kept_out, torch::dtype(torch::kLong)).to(outer.device());

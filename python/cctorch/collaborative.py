@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cctorch import _C, branches, distributed, latency_budget, layer_choice
 from cctorch.gradients import LossFunction, Progress, mean_gradients, weight_of
 from cctorch.graph import Branch, ModelGraph, trace
-from cctorch.importance import Head, layer_importances
+from cctorch.importance import Head, importances
 from cctorch.latency import LatencyTable
 from cctorch.latency_budget import Latency
 from cctorch.plan import CompressionPlan, LayerSpec
@@ -292,8 +292,8 @@ def compress(
     )
     importance = None
     if budget == "latency" and residual_branches:
-        importance = layer_importances(
-            model, graph, head.read(), searched, loss=loss, progress=progress, across_ranks=across_ranks
+        importance = importances(
+            model, head.read(), graph.ends(searched), loss=loss, progress=progress, across_ranks=across_ranks
         )
     seconds = time.perf_counter() - start
 

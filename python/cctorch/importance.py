@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import length_hint
 
 import torch
@@ -12,18 +12,16 @@ from torch import Tensor, nn
 
 from cctorch import distributed
 from cctorch.branches import replaced
-from cctorch.graph import ModelGraph
+from cctorch.gradients import LossFunction, Progress
 from cctorch.modes import evaluating
 from cctorch.pairs import pairs
 
-__all__ = ["IMAGES", "Head", "importances", "layer_importances"]
+__all__ = ["IMAGES", "Head", "importances"]
 
 IMAGES = 256
 # Removals that seem to do no harm are told apart by as little as this share of the greatest.
 _LEAST = 1e-3
 
-Progress = Callable[[str, int, int], None]
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -57,64 +55,45 @@ class Head:
 def importances(
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor]],
-    layers: Sequence[str],
+    ends: Mapping[str, str],
     *,
     loss: LossFunction = F.cross_entropy,
     progress: Progress | None = None,
     across_ranks: bool = False,
 ) -> dict[str, float]:
-    """By how much the mean loss rises when a layer gives the mean of its output over batch and positions instead.
+    """By how much the mean loss rises where the mean of an output, over batch and positions, stands for the output.
 
     Each layer alone, the model in evaluation mode. What does no harm counts as a thousandth of what does the most; all
     are 1 where nothing does harm, as in a network that is not trained.
 
     Args:
         batches: pairs (inputs, labels) on the model's device; weighted by their number of examples.
-        layers: paths of layers whose output has channels in dimension 1, or in the last one for ``nn.Linear``.
+        ends: for each layer, whose output that is: `ModelGraph.ends`. Its channels are in dimension 1, or in the last
+            one for ``nn.Linear``.
         loss: mean loss of a batch.
         across_ranks: `batches` are this rank's share, and every rank calls.
     """
-    sums = torch.zeros(len(layers) + 2, dtype=torch.float64)
+    distinct = list(dict.fromkeys(ends.values()))
+    losses = []
     with evaluating(model):
-        for inputs, labels in batches:
-            sums[-1] += len(labels)
-            sums[-2] += len(labels) * float(loss(model(inputs), labels))
-        for place, name in enumerate(layers):
-            with replaced(model, {name: _mean}):
-                for inputs, labels in batches:
-                    sums[place] += len(labels) * float(loss(model(inputs), labels))
-            if progress:
-                progress("importance", place + 1, len(layers))
+        for done, end in enumerate([None, *distinct]):
+            with replaced(model, {} if end is None else {end: _mean}):
+                losses.append(sum(len(labels) * float(loss(model(inputs), labels)) for inputs, labels in batches))
+            if progress and done:
+                progress("importance", done, len(distinct))
+    sums = torch.tensor([*losses, sum(len(labels) for _, labels in batches)], dtype=torch.float64)
     if across_ranks:
         distributed.sum_(sums)
-    *losses, dense, images = sums.tolist()
-    rises = [(value - dense) / images if images else 0.0 for value in losses]
-    finite = [rise for rise in rises if math.isfinite(rise)]
-    most = max(finite, default=0.0)
+    dense, *removed, images = sums.tolist()
+    rises = [(total - dense) / images if images else 0.0 for total in removed]
+    most = max((rise for rise in rises if math.isfinite(rise)), default=0.0)
     if not most > 0:
-        return dict.fromkeys(layers, 1.0)
-    return {
-        name: max(rise, _LEAST * most) if math.isfinite(rise) else most
-        for name, rise in zip(layers, rises, strict=True)
+        return dict.fromkeys(ends, 1.0)
+    found = {
+        end: max(rise, _LEAST * most) if math.isfinite(rise) else most
+        for end, rise in zip(distinct, rises, strict=True)
     }
-
-
-def layer_importances(
-    model: nn.Module,
-    graph: ModelGraph,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    layers: Sequence[str],
-    *,
-    loss: LossFunction = F.cross_entropy,
-    progress: Progress | None = None,
-    across_ranks: bool = False,
-) -> dict[str, float]:
-    """The importance of each of `layers`: that of the end of its residual branch, if it is in one."""
-    ends = {name: branch.end for branch in graph.branches for name in branch.layers}
-    removed = [ends.get(name, name) for name in layers]
-    distinct = list(dict.fromkeys(removed))
-    found = importances(model, batches, distinct, loss=loss, progress=progress, across_ranks=across_ranks)
-    return {name: found[end] for name, end in zip(layers, removed, strict=True)}
+    return {name: found[end] for name, end in ends.items()}
 
 
 def _mean(layer: nn.Module, y: Tensor) -> Tensor:

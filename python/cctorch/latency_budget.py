@@ -20,7 +20,7 @@ from cctorch.modes import evaluating
 __all__ = ["Latency", "search", "table_for"]
 
 _TOLERANCE = 0.01
-_ROUNDS = 4
+_ROUNDS = 8
 
 Progress = Callable[[str, int, int], None]
 
@@ -147,7 +147,7 @@ def search(
     """The plan with which the model takes 1 - ``options.target`` of its dense time, measured.
 
     Every layer's cost is read from ``table``; the plan is carried out on a copy of the model, which takes turns with
-    the dense one; what the prediction was off by corrects the next plan, at most 4 times. Of the branches `removable` a
+    the dense one; what the prediction was off by corrects the next plan, at most 8 times. Of the branches `removable` a
     plan may keep nothing but a constant.
 
     Raises:

@@ -347,7 +347,7 @@ def test_branches_of_a_network_that_changes_tensors_in_place() -> None:
     assert branches.removable(model, graph, graph.branches, x) == graph.branches
     layers = ["stem", "bn2", "conv4"]
     data = [(x, torch.tensor([0, 1, 2, 3]))]
-    assert importance.importances(model, data, layers).keys() == set(layers)
+    assert importance.importances(model, data, {layer: layer for layer in layers}).keys() == set(layers)
 
 
 @pytest.mark.parametrize("network", [InPlace, PreActivation])
@@ -385,7 +385,7 @@ def test_importance_is_how_much_the_loss_rises() -> None:
     wanted = model(x)
     data = [(x[:3], wanted[:3]), (x[3:], wanted[3:])]
     ends = ["layer1.0.bn2", "layer2.0.bn2", "linear"]
-    found = importance.importances(model, data, ends, loss=F.mse_loss)
+    found = importance.importances(model, data, {f"of {end}": end for end in ends}, loss=F.mse_loss)
 
     def loss(layer: str | None) -> float:
         total = 0.0
@@ -404,13 +404,15 @@ def test_importance_is_how_much_the_loss_rises() -> None:
     most = max(rises.values())
     assert most > 0
     for end in ends:
-        assert found[end] == pytest.approx(max(rises[end], 1e-3 * most))
+        assert found[f"of {end}"] == pytest.approx(max(rises[end], 1e-3 * most))
 
 
 def test_importance_of_a_network_that_nothing_harms() -> None:
     model, x = made(networks.PaddedResNet)
     constant = lambda outputs, _: outputs.sum() * 0  # noqa: E731
-    found = importance.importances(model, [(x, torch.zeros(4).long())], ["linear", "conv1"], loss=constant)
+    found = importance.importances(
+        model, [(x, torch.zeros(4).long())], {"linear": "linear", "conv1": "conv1"}, loss=constant
+    )
     assert found == {"linear": 1.0, "conv1": 1.0}
 
 

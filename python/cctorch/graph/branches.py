@@ -40,8 +40,7 @@ def _branch(walker: Walker, addition: Node, operand: Node, order: dict[Node, int
     within = _exclusive(operand, addition)
     layers = sorted((node for node in within if op_of(node) in _LAYERS), key=order.__getitem__)
     names = [path_of(node) for node in layers]
-    kinds = {name: spec.kind for name, spec in walker.specs.items()}
-    weighted = [name for name in names if kinds.get(name) in ("conv2d", "linear")]
+    weighted = [name for name in names if name in walker.specs and walker.specs[name].kind != "depthwise_conv2d"]
     followed = all(node in walker.values for node in layers) and not set(names) & set(walker.left_alone)
     if not weighted or len(set(names)) < len(names) or not followed or _has_other_parameters(walker, within, layers):
         return None

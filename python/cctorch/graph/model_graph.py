@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -42,6 +43,11 @@ class ModelGraph:
     warnings: list[str] = field(default_factory=list)
     left_alone: set[str] = field(default_factory=set)
     branches: list[Branch] = field(default_factory=list)
+
+    def ends(self, layers: Iterable[str]) -> dict[str, str]:
+        """The end of the branch that each of ``layers`` is in; of one in none, the layer."""
+        ends = {name: branch.end for branch in self.branches for name in branch.layers}
+        return {name: ends.get(name, name) for name in layers}
 
 
 def runs_its_own_forward(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ def inline_regions(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def has_branches(program: ExportedProgram) -> bool:
+def runs_subgraphs(program: ExportedProgram) -> bool:
     """Whether operators run parts of the model of their own, as ``torch.cond`` does."""
     return any(isinstance(node.target, HigherOrderOperator) for node in program.graph.nodes)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cctorch.graph import branches
 from cctorch.graph.hooks import from_hooks
 from cctorch.graph.model_graph import ModelGraph
-from cctorch.graph.regions import has_branches, inline_regions
+from cctorch.graph.regions import inline_regions, runs_subgraphs
 from cctorch.graph.rules import RULES
 from cctorch.graph.sizes import keep_what_sizes_count_on
 from cctorch.graph.walker import Walker
@@ -55,7 +55,7 @@ def _walked(model: nn.Module, example: Tensor) -> Walker | str:
     def exported(model: nn.Module) -> torch.export.ExportedProgram:
         with _quiet():
             program = inline_regions(torch.export.export(model, (example,), strict=False))
-            if has_branches(program):
+            if runs_subgraphs(program):
                 # Where Dynamo does not compile them, they hold copies of the parameters that they read.
                 with torch.compiler.set_stance("default"):
                     program = inline_regions(torch.export.export(model, (example,), strict=False))
