@@ -232,7 +232,9 @@ def _checked_module(model: nn.Module, layer: LayerPlan, paths: dict[int, list[st
     except AttributeError:
         raise ValueError(f"plan: {type(model).__name__} has no layer '{layer.name}'; {expected}; {advice}") from None
     found = f"plan: layer '{layer.name}' of {type(model).__name__} is a {describe(module)}; {expected}; {advice}"
-    if not isinstance(module, _KINDS[layer.kind]) or describe(module) != describe_plan(layer):
+    # The groups of a layer that goes as a whole don't matter.
+    described = describe(module) if layer.kept_in else describe(module).partition(" in ")[0]
+    if not isinstance(module, _KINDS[layer.kind]) or described != describe_plan(layer):
         raise ValueError(found)
     if hasattr(module, "parametrizations"):
         raise ValueError(f"plan: layer '{layer.name}' has parametrizations; run cctorch.convert(model) first")

@@ -30,8 +30,8 @@ def remove(plan: CompressionPlan, branches: Sequence[Branch], graph: ModelGraph)
 
 
 def within(graph: ModelGraph, layers: Set[str]) -> list[Branch]:
-    """The branches of which all convolutions and linear layers, but for depthwise ones, are among ``layers``."""
-    searchable = {spec.name for spec in graph.specs if spec.kind != "depthwise_conv2d"}
+    """The branches of which all convolutions and linear layers, but for grouped ones, are among ``layers``."""
+    searchable = {spec.name for spec in graph.specs if spec.groups == 1}
     return [branch for branch in graph.branches if layers >= searchable.intersection(branch.layers)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,8 @@ __all__ = ["Latency", "search", "table_for"]
 
 _TOLERANCE = 0.01
 _ROUNDS = 8
+# Seconds after which a plan has been measured for long enough: slow models' times scatter less.
+_LONG = 5.0
 
 Progress = Callable[[str, int, int], None]
 
@@ -218,9 +221,12 @@ def _measured(
 ) -> Latency:
     compressed = apply(copy.deepcopy(model), plan).to(memory_format=table.layout)  # type: ignore[call-overload]
     runs: list[list[float]] = [[], []]
+    begin = time.perf_counter()
     for _ in range(4):
         for total, some in zip(runs, table.timer([model, compressed], inputs), strict=True):
             total += some
+        if time.perf_counter() - begin > _LONG:
+            break
     dense, smaller = runs
     ratio = statistics.median(after / before for before, after in zip(dense, smaller, strict=True))
     return Latency(len(inputs), statistics.median(dense), statistics.median(smaller), ratio, predicted)

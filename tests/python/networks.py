@@ -144,7 +144,10 @@ def projected(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     """The dense model with the plan's input columns zeroed and its ranks enforced: what apply must compute."""
     for layer in plan.layers:
         weight = getattr(model.get_submodule(layer.name), "weight", None)
-        if layer.kind not in ("conv2d", "linear") or weight is None:
+        if not layer.kept_in:
+            assert weight is not None
+            weight.zero_()
+        if layer.kind not in ("conv2d", "linear") or weight is None or not layer.kept_in:
             continue
         gone = [i for i in range(layer.in_channels) if i not in set(layer.kept_in)]
         weight[:, gone] = 0

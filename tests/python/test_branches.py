@@ -78,6 +78,25 @@ class Bottleneck(nn.Module):
         return self.head(F.relu(y + self.projection(x)).mean((2, 3)))
 
 
+class Grouped(nn.Module):
+    """As in ResNeXt: of the layers inside, one can only be left as it is, or go with the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, 6, 3, padding=1, groups=3, bias=False), nn.BatchNorm2d(6)
+        self.conv3, self.bn3 = nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv4, self.conv5 = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 3, padding=1, groups=2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(x + self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y))))))
+        return self.head((x + self.conv5(F.relu(self.conv4(x)))).mean((2, 3)))
+
+
 class InPlace(nn.Module):
     """As in torchvision: activations, and the additions, overwrite what a layer gave."""
 
@@ -141,12 +160,13 @@ FOUND: dict[type[nn.Module], tuple[tuple[int, ...], list[tuple[list[str], str]]]
     Mlp: ((5, 6), [(["up", "down"], "down")]),
     Normalized: ((5, 6), []),
     Bottleneck: (IMAGES, [(["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"], "conv3")]),
+    Grouped: (IMAGES, [(["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"], "conv3"), (["conv4", "conv5"], "conv4")]),
     InPlace: (IMAGES, [(["conv1", "bn1", "conv2", "bn2"], "conv2"), (["conv3", "conv4"], "conv4")]),
     Gated: (IMAGES, [(["conv1", "conv2"], "conv2")]),
     Observed: (IMAGES, [(["conv2"], "conv2")]),
     Chain: (IMAGES, []),
 }
-REMOVABLE = [networks.PaddedResNet, PreActivation, Mlp, Bottleneck, InPlace, Observed]
+REMOVABLE = [networks.PaddedResNet, PreActivation, Mlp, Bottleneck, Grouped, InPlace, Observed]
 
 
 def made(network: type[nn.Module]) -> tuple[nn.Module, Tensor]:

@@ -40,8 +40,9 @@ def _branch(walker: Walker, addition: Node, operand: Node, order: dict[Node, int
     within = _exclusive(operand, addition)
     layers = sorted((node for node in within if op_of(node) in _LAYERS), key=order.__getitem__)
     names = [path_of(node) for node in layers]
-    weighted = [name for name in names if name in walker.specs and walker.specs[name].kind != "depthwise_conv2d"]
-    followed = all(node in walker.values for node in layers) and not set(names) & set(walker.left_alone)
+    weighted = [name for name in names if name in walker.specs and walker.specs[name].groups == 1]
+    kept = set(walker.left_alone) - walker.whole
+    followed = all(node in walker.values for node in layers) and not set(names) & kept
     if not weighted or len(set(names)) < len(names) or not followed or _has_other_parameters(walker, within, layers):
         return None
     # Nothing that a layer has to do with reaches the addition but through the last one.

@@ -42,15 +42,19 @@ def _layer(walker: Walker, node: Node) -> Activation | None:
     walker.record(LayerSpec(name, kind, shape[1] * groups, out, high, wide, positions, groups))
 
     reason = walker.why_not_followed(node, weight, path)
-    if reason is None and groups > 1 and not depthwise:
-        reason = f"it is a grouped convolution, groups = {groups}"
     if reason is None and convolution and value_of(node).dim() != 4:
         reason = f"its output has {value_of(node).dim()} dimensions, expected 4"
     if reason is not None:
         walker.left_alone.setdefault(name, reason)
         return None
     dim = 1 if convolution else value_of(node).dim() - 1
-    return Activation(walker.graph.layer(name, kind, walker.read(source, dim), out), dim)
+    channels = walker.graph.layer(name, kind, walker.read(source, dim), out)
+    if groups > 1 and not depthwise:
+        walker.left_alone.setdefault(name, f"it is a grouped convolution, groups = {groups}")
+        walker.whole.add(name)
+        walker.pin_inputs(node)
+        walker.graph.pin(channels)
+    return Activation(channels, dim)
 
 
 def _positions(output: Tensor, channels: int, batch: int) -> int:

@@ -52,6 +52,8 @@ class Walker:
         self.values: dict[Node, Activation] = {}
         self.specs: dict[str, LayerSpec] = {}
         self.left_alone: dict[str, str] = {}
+        self.whole: set[str] = set()
+        """Of those left alone, grouped convolutions that can go with a residual branch."""
         self.not_followed: dict[str, list[str]] = {}
         self.counting: dict[type[nn.Module], list[str]] = {}
         self.warnings: list[str] = []
@@ -103,6 +105,7 @@ class Walker:
                 self.pin(node)
                 self.pin_inputs(node)
         self.left_alone = {**reasons, **self.left_alone}
+        self.whole.difference_update(reasons)
 
     def unseen(self) -> str | None:
         """A layer that the graph does not contain, so that nothing is known of its place."""
