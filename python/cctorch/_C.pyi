@@ -9,6 +9,7 @@ CUDA_BUILT: bool
 TORCH_VERSION: str
 
 def keep_freed_memory() -> bool: ...
+def keeps_freed_memory() -> bool: ...
 
 LayerKind = Literal["conv2d", "depthwise_conv2d", "linear", "batch_norm2d"]
 

@@ -144,16 +144,11 @@ def _again(given: Sequence[str]) -> str:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from cctorch import _C
     from cctorch.config import load_config
-    from cctorch.device import select_device
     from cctorch.run import run
 
     try:
-        config = load_config(parsed.config, parsed.overrides)
-        if select_device(config).type == "cpu":
-            _C.keep_freed_memory()
-        run(config, fresh=parsed.fresh)
+        run(load_config(parsed.config, parsed.overrides), fresh=parsed.fresh)
     except (ValueError, RuntimeError, OSError) as error:
         return _fail(error)
     return 0

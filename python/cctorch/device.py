@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cctorch import distributed
+from cctorch import _C, distributed
 from cctorch.config import Config, ConfigError
 
 
@@ -25,11 +25,14 @@ def select_device(config: Config) -> torch.device:
 
 
 def set_up(config: Config) -> torch.device:
-    """The device, and what torch is told about how to use it."""
+    """The device, and what torch and the C library are told about how to use it."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
-    return select_device(config)
+    device = select_device(config)
+    if device.type == "cpu":
+        _C.keep_freed_memory()
+    return device
 
 
 def _refuse_graphs(config: Config) -> None:

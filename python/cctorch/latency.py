@@ -203,6 +203,8 @@ class LatencyTable:
             "batch": self.batch,
             "torch": torch.__version__,
             "layers": _LAYERS,
+            # On CPU a large result in fresh memory costs as much again in page faults.
+            "memory_kept": self.device.type == "cpu" and _C.keeps_freed_memory(),
         }
 
     def seconds(self, shape: LayerShape) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cctorch import apply, measure
+from cctorch import _C, apply, measure
 from cctorch.latency import LatencyTable, LayerShape
 from cctorch.plan import CompressionPlan, LayerPlan
 from fake_timer import FakeTimer, eights
@@ -90,7 +90,10 @@ def test_the_costs_of_a_layer_include_its_producers_or_its_gather() -> None:
     assert table.cost_table(SHAPE, units="singular_values").channels == [32]
 
 
-def test_what_was_timed_is_remembered_for_the_same_conditions_only(cache: Path) -> None:
+def test_what_was_timed_is_remembered_for_the_same_conditions_only(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_C, "keeps_freed_memory", lambda: False)
     timer = FakeTimer()
     seconds = LatencyTable(batch=4, timer=timer).seconds(SHAPE)
     again = FakeTimer(launch=1.0)
@@ -103,7 +106,9 @@ def test_what_was_timed_is_remembered_for_the_same_conditions_only(cache: Path) 
         LatencyTable(batch=4, layout=torch.channels_last, timer=again),
     ):
         assert other.seconds(SHAPE) > 1
-    assert len(list(cache.iterdir())) == 5
+    monkeypatch.setattr(_C, "keeps_freed_memory", lambda: True)
+    assert LatencyTable(batch=4, timer=again).seconds(SHAPE) > 1
+    assert len(list(cache.iterdir())) == 6
 
 
 @pytest.mark.parametrize(

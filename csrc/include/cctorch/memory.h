@@ -7,4 +7,7 @@ namespace cctorch {
 // start. Returns false where the C library has no such settings.
 bool keep_freed_memory();
 
+// Whether it was called and returned true: what is timed then is timed without page faults.
+bool keeps_freed_memory();
+
 }  // namespace cctorch

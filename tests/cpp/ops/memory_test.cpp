@@ -10,6 +10,7 @@ TEST(Memory, SettingsAreTaken) {
 #endif
 #if defined(__GLIBC__)
   EXPECT_TRUE(keep_freed_memory());
+  EXPECT_TRUE(keeps_freed_memory());
 #else
   EXPECT_FALSE(keep_freed_memory());
 #endif
