@@ -7,7 +7,7 @@
 For each batch the dense model, both plans and torch-pruning's models of the ratios that bring them closest to the time
 asked for take turns in one process, and the ratio is the median over their turns. Top-1 on the test images right after
 compression, with BatchNorm statistics re-estimated, and (plans) repaired, each on 4,000 training images. Nothing is
-fine-tuned. Freed memory is kept, as cctorch's launcher does it. A network of torchvision's with random weights has times only.
+fine-tuned. A network of torchvision's with random weights has times only. Freed memory is kept, as `cctorch run` does.
 """
 
 import argparse

@@ -37,6 +37,14 @@ TEST(Branch, AConvolutionThatReadsNothingGivesItsBiasWhereItGaveItsOutput) {
   }
 }
 
+TEST(Branch, AGroupedConvolutionGoesAsAWhole) {
+  nn::Conv2d layer(torch::nn::Conv2dOptions(4, 6, 3).groups(2));
+  const at::Tensor bias = layer->bias.detach().clone();
+  layer->compress(reading_nothing("layer", LayerKind::conv2d, 4, 6, {0, 5}));
+  const at::Tensor kept = bias.index_select(0, torch::tensor({0, 5}, torch::kLong));
+  EXPECT_TRUE(torch::equal(layer(torch::randn({2, 4, 5, 5})), kept.view({1, 2, 1, 1}).expand({2, 2, 3, 3})));
+}
+
 TEST(Branch, WithoutOutputsNoChannelsAreLeft) {
   nn::Conv2d conv(4, 6, 3);
   nn::Linear linear(4, 6);
