@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cctorch import _C
 from cctorch._C import CompressionPlan, LayerPlan
-from cctorch.described import describe, describe_plan
+from cctorch.described import describe, describe_plan, fits
 from cctorch.graph.model_graph import is_hooked, owners, runs_its_own_forward
 from cctorch.nn import BatchNorm2d, Constant, GatherChannels, LowRankConv2d, LowRankLinear
 from cctorch.plan import check_plan
@@ -232,9 +232,7 @@ def _checked_module(model: nn.Module, layer: LayerPlan, paths: dict[int, list[st
     except AttributeError:
         raise ValueError(f"plan: {type(model).__name__} has no layer '{layer.name}'; {expected}; {advice}") from None
     found = f"plan: layer '{layer.name}' of {type(model).__name__} is a {describe(module)}; {expected}; {advice}"
-    # The groups of a layer that goes as a whole don't matter.
-    described = describe(module) if layer.kept_in else describe(module).partition(" in ")[0]
-    if not isinstance(module, _KINDS[layer.kind]) or described != describe_plan(layer):
+    if not isinstance(module, _KINDS[layer.kind]) or not fits(module, layer):
         raise ValueError(found)
     if hasattr(module, "parametrizations"):
         raise ValueError(f"plan: layer '{layer.name}' has parametrizations; run cctorch.convert(model) first")

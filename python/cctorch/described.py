@@ -11,6 +11,13 @@ def describe_plan(layer: LayerPlan) -> str:
     return f"{layer.kind} of {layer.in_channels} -> {layer.out_channels} channels"
 
 
+def fits(module: nn.Module, layer: LayerPlan) -> bool:
+    """Whether the module is of the kind and sizes that a plan expects."""
+    found = describe(module)
+    # The groups of a layer that goes as a whole don't matter.
+    return (found if layer.kept_in else found.partition(" in ")[0]) == describe_plan(layer)
+
+
 def describe(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d):
         sizes = f"{module.in_channels} -> {module.out_channels} channels"

@@ -547,7 +547,7 @@ def test_an_output_that_is_normalized_and_used_as_it_is_is_fitted_as_it_is() -> 
     """A norm behind it would take the intercept, which the other use does not see."""
     torch.manual_seed(0)
     dense = networks.randomized(PreActivated(), 0).eval()
-    assert find(dense, torch.randn(2, 6, 6, 6, dtype=torch.float64)) == [
+    assert find(dense, torch.randn(2, 6, 6, 6, dtype=torch.float64), CompressionPlan()) == [
         *(Place("stem"), Place("conv1", "bn2"), Place("conv2", joins=True), Place("branch"), Place("last"))
     ]
     layers = [LayerPlan("stem", "conv2d", 6, 8, rank=3), LayerPlan("branch", "conv2d", 8, 8, rank=3)]
@@ -567,14 +567,14 @@ def test_an_output_that_is_normalized_and_used_as_it_is_is_fitted_as_it_is() -> 
 
 
 def test_places_are_found_by_what_happens_to_the_outputs() -> None:
-    assert find(Places().eval(), torch.randn(2, 4, 3, 3)) == [
+    assert find(Places().eval(), torch.randn(2, 4, 3, 3), CompressionPlan()) == [
         # An activation lies between this one's norm and the addition.
         Place("activated", "bn", joins=False),
         Place("plain", None, joins=False),
         # Its norm runs twice, and only the norm's output is added.
         Place("other", None, joins=False),
     ]
-    assert find(Projected().eval(), torch.randn(2, 3, 6, 6)) == [
+    assert find(Projected().eval(), torch.randn(2, 3, 6, 6), CompressionPlan()) == [
         Place("stem"),
         Place("conv", "bn", joins=False),
         Place("down", "down_bn", joins=True),

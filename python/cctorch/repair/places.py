@@ -32,14 +32,6 @@ class Place:
     norm: str | None = None
     joins: bool = False
 
-    def under(self, plan: CompressionPlan) -> Place | None:
-        """The place in the compressed model, where a constant may stand for the norm, or for the layer; or nothing."""
-        layer, norm = plan.find(self.layer), plan.find(self.norm or "")
-        if norm is not None and not norm.kept_in and norm.kept_out:
-            assert self.norm is not None
-            return Place(self.norm, None, self.joins)
-        return None if layer is not None and not layer.kept_out else self
-
 
 def is_repairable(module: nn.Module) -> bool:
     """A layer whose output is a weight times its unfolded input; not a grouped convolution."""
@@ -52,15 +44,22 @@ def _groups(module: nn.Module) -> int:
     return module.groups if isinstance(module, nn.Conv2d) else 1
 
 
-def find(model: nn.Module, example: Tensor) -> list[Place]:
-    """The repairable layers that `model(example)` executes exactly once, in that order."""
+def find(model: nn.Module, example: Tensor, plan: CompressionPlan) -> list[Place]:
+    """The repairable layers that the dense `model(example)` executes exactly once, in that order.
+
+    Of a residual branch that the plan removes, the layer, of whatever kind, in whose place there is a constant.
+    """
+    removed = {layer.name: not layer.kept_out for layer in plan.layers if not layer.kept_in}
     paths = owners(model)
     layers = {
         name: module
         for name, module in model.named_modules()
-        if is_repairable(module) and all(len(paths[id(p)]) == 1 for p in module.parameters())
+        if (name not in removed and is_repairable(module) and all(len(paths[id(p)]) == 1 for p in module.parameters()))
+        or removed.get(name) is False
     }
-    norms = {name: module for name, module in model.named_modules() if _holds_an_intercept(module)}
+    norms = {
+        name: module for name, module in model.named_modules() if name not in layers and _holds_an_intercept(module)
+    }
     order: list[str] = []
     normed: list[tuple[str, str]] = []
     joined: list[tuple[str, str | None]] = []

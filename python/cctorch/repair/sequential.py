@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cctorch import _C, distributed
 from cctorch._C import CompressionPlan
-from cctorch.described import describe, describe_plan
+from cctorch.described import describe, describe_plan, fits
 from cctorch.modes import evaluating
 from cctorch.nn import Constant
 from cctorch.nn.gather import unwrapped
@@ -92,12 +92,10 @@ def repair(
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         with evaluating(dense) as device:
-            found = _from_first_change(find(dense, parts[0][:1].to(device)), plan)
-            places = [(place, left) for place in found if (left := place.under(plan)) is not None]
+            places = _from_first_change(find(dense, parts[0][:1].to(device), plan), plan)
             targets = _targets(dense, places, [part.to(device) for part in parts], plan, sampling, shortcuts)
         with evaluating(model) as device:
-            compressed = [place for _, place in places]
-            pass_ = _Pass(model, compressed, targets, sampling, ridge, shortcuts, progress, across_ranks)
+            pass_ = _Pass(model, places, targets, sampling, ridge, shortcuts, progress, across_ranks)
             pass_.run(torch.cat(parts).to(device))
     except BaseException:
         model.load_state_dict(state)
@@ -108,7 +106,7 @@ def repair(
 def _check_dense(dense: nn.Module, plan: CompressionPlan) -> None:
     for layer in plan.layers:
         found = dict(dense.named_modules()).get(layer.name)
-        if found is None or describe(found) != describe_plan(layer):
+        if found is None or not fits(found, layer):
             what = "missing" if found is None else f"a {describe(found)}"
             raise ValueError(
                 f"repair: layer '{layer.name}' of the dense model is {what}; the plan expects a "
@@ -144,28 +142,24 @@ def _from_first_change(places: list[Place], plan: CompressionPlan) -> list[Place
 
 def _targets(
     dense: nn.Module,
-    places: list[tuple[Place, Place]],
+    places: list[Place],
     parts: list[Tensor],
     plan: CompressionPlan,
     sampling: _Sampling,
     shortcuts: bool,
 ) -> dict[str, Tensor]:
-    """For each place, in the dense and in the compressed model, what the dense one gives there: kept outputs x samples.
-
-    By the name of the layer in the compressed one.
-    """
-    samples: dict[str, list[Tensor]] = {place.layer: [] for _, place in places}
-    by_layer = {place.layer: place for place, _ in places}
-    fitted = {place.layer: left.layer for place, left in places}
+    """For each place, what the dense model gives there: kept outputs x samples."""
+    samples: dict[str, list[Tensor]] = {place.layer: [] for place in places}
+    by_layer = {place.layer: place for place in places}
     layers = {layer: dense.get_submodule(layer) for layer in by_layer}
     images = sampling.first_image
 
     def record(layer: str, y: Tensor) -> None:
-        kept = plan.find(fitted[layer])
+        kept = plan.find(layer)
         y = as_map(layers[layer], y)
         if kept is not None and len(kept.kept_out) < kept.out_channels:
             y = y[:, kept.kept_out]
-        samples[fitted[layer]].append(_C.output_samples(y, sampling.step, images))
+        samples[layer].append(_C.output_samples(y, sampling.step, images))
 
     def on_output(layer: str, y: Tensor) -> None:
         place = by_layer[layer]
@@ -181,7 +175,7 @@ def _targets(
         if by_layer[layer].joins and shortcuts:
             record(layer, total)
 
-    norms = {place.norm: dense.get_submodule(place.norm) for place, _ in places if place.norm is not None}
+    norms = {place.norm: dense.get_submodule(place.norm) for place in places if place.norm is not None}
     with watching(layers, norms, on_output=on_output, on_norm=on_norm, on_joined=on_joined):
         for part in parts:
             dense(part)
