@@ -24,8 +24,10 @@ def find(walker: Walker) -> list[Branch]:
         if len(operands) < 2 or operands[0] is operands[1] or len({_shape(operand) for operand in operands}) != 1:
             continue
         branches = [_branch(walker, node, operand, order) for operand in operands]
-        longest = max((branch for branch in branches if branch), key=lambda b: len(b.layers), default=None)
-        if longest is not None and taken.isdisjoint(longest.layers):
+        # Of x + a(x) + b(x), one operand of the second addition depends on a alone, which the first one took.
+        fresh = [branch for branch in branches if branch and taken.isdisjoint(branch.layers)]
+        if fresh:
+            longest = max(fresh, key=lambda branch: len(branch.layers))
             taken.update(longest.layers)
             found.append(longest)
     return found
