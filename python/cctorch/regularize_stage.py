@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from cctorch import sharding
 from cctorch.config import ConfigError, Regularize
-from cctorch.nn import LowRankConv2d, LowRankLinear
+from cctorch.nn import Constant, LowRankConv2d, LowRankLinear
 from cctorch.nn.gather import unwrapped
 from cctorch.regularize import Compose, Event, Events
 from cctorch.sharded_events import ShardedEvents
@@ -129,11 +129,14 @@ def select(dense: nn.Module, patterns: list[str] | None) -> list[str]:
 
 
 def located(model: nn.Module, names: list[str]) -> list[tuple[str, Tensor]]:
-    """What became of a dense model's parameters: a factored weight is two, `first` and `second`."""
+    """What became of a dense model's parameters: a factored weight is two, `first` and `second`; of a removed residual
+    branch at most a bias is left."""
     found: list[tuple[str, Tensor]] = []
     for name in names:
         path, _, kind = name.rpartition(".")
         layer = unwrapped(model, path)
+        if isinstance(layer, Constant) and layer._parameters.get(kind) is None:
+            continue
         factored = kind == "weight" and isinstance(layer, LowRankConv2d | LowRankLinear)
         for part in ("first", "second") if factored else (kind,):
             found.append((f"{path}.{part}".lstrip("."), layer.get_parameter(part)))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cctorch
 import pytest
 import torch
-from cctorch import measure, models, report, store
+from cctorch import CompressionPlan, branches, measure, models, report, store
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
+from cctorch.graph import trace
 from cctorch.regularize_stage import describe, located, select
 from cctorch.report import page
 from cctorch.run import Summary, run
@@ -100,6 +103,20 @@ def test_events_follow_fine_tuning_of_a_smaller_network(dataset: Path, tmp_path:
     assert [entry["name"] for entry in summary.regularized["parameters"]] == [name for name, _ in regularized]
     for name, parameter in regularized:
         assert describe(parameter)["sparsity"] == pytest.approx(0.75, abs=1 / parameter.numel()), name
+
+
+def test_of_a_removed_branch_only_what_is_left_is_regularized() -> None:
+    dense = models.create("resnet8")
+    graph = trace(dense, torch.zeros(1, 3, 8, 8))
+    plan = CompressionPlan()
+    branches.remove(plan, [branch for branch in graph.branches if branch.key == "layer2.0.conv2"], graph)
+    graph.channels.resolve(plan)
+    model = cctorch.apply(copy.deepcopy(dense), plan)
+    left = [name for name, _ in model.named_parameters()]
+    assert "layer2.0.bn2.bias" in left
+    for patterns in (None, ["*"]):
+        names = select(dense, patterns)
+        assert [name for name, _ in located(model, names)] == [name for name in names if name in left]
 
 
 def test_accuracies_of_the_epochs_are_as_if_at_an_event(
