@@ -29,10 +29,14 @@ def remove(plan: CompressionPlan, branches: Sequence[Branch], graph: ModelGraph)
     plan.layers = layers
 
 
-def within(graph: ModelGraph, layers: Set[str]) -> list[Branch]:
-    """The branches of which all convolutions and linear layers, but for grouped ones, are among ``layers``."""
+def within(graph: ModelGraph, searched: Set[str], bounded: Set[str]) -> list[Branch]:
+    """Without a bounded layer, and with all convolutions and linear layers, but for grouped ones, searched."""
     searchable = {spec.name for spec in graph.specs if spec.groups == 1}
-    return [branch for branch in graph.branches if layers >= searchable.intersection(branch.layers)]
+    return [
+        branch
+        for branch in graph.branches
+        if searched >= searchable.intersection(branch.layers) and bounded.isdisjoint(branch.layers)
+    ]
 
 
 def removable(model: nn.Module, graph: ModelGraph, branches: Sequence[Branch], example: Tensor) -> list[Branch]:

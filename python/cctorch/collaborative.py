@@ -152,8 +152,9 @@ def solve_latency(
     if importance:
         for layer in layers:
             layer.importance = importance[layer.spec.name]
-        unbounded = {layer.spec.name for layer in layers if layer.max_rate == 1}
-        removable = branches.removable(model, graph, branches.within(graph, unbounded), example)
+        bounded = {name for name, bound in (bounds or {}).items() if bound < 1}
+        free = branches.within(graph, gradients.keys(), bounded)
+        removable = branches.removable(model, graph, free, example)
     found = latency_budget.search(model, graph, layers, options, example, table, progress, removable)
     found.solution.plan.target = options.target
     nominal_macs = _C.nominal_macs(graph.specs, found.solution.plan)
@@ -251,7 +252,8 @@ def compress(
         exclude: patterns of names, such as ``layer1.*``, of layers that keep their inputs and rank.
         bounds: for patterns of names, the largest share of a layer's budget that is taken from it; where several
             patterns fit, the smallest holds. 0 is `exclude`.
-        gradients: of an earlier `Compression` of this model, in place of a pass over `batches`.
+        gradients: of an earlier `Compression` of this model, in place of a pass over `batches`; `residual_branches`
+            still reads their first images.
         progress: called with (stage, done, total).
         across_ranks: `batches` are this rank's share, and every rank calls. Gradients are those over all shares; rank 0
             searches while the others wait, and all get its plan. The curves and the measured latency stay with rank 0.
@@ -282,7 +284,7 @@ def compress(
         latency_table = latency_budget.table_for(model, example, latency_batch)
     graph = trace(model, example)
     start = time.perf_counter()
-    bounded = layer_choice.bounds_of(graph, bounds or {})
+    bounded = layer_choice.bounds_of(graph, bounds or {}, exclude)
     searched = layer_choice.candidates(graph, exclude)
     head = Head(batches)
     found = (

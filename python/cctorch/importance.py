@@ -72,6 +72,9 @@ def importances(
             one for ``nn.Linear``.
         loss: mean loss of a batch.
         across_ranks: `batches` are this rank's share, and every rank calls.
+
+    Raises:
+        ValueError: there is no batch.
     """
     distinct = list(dict.fromkeys(ends.values()))
     losses = []
@@ -85,7 +88,12 @@ def importances(
     if across_ranks:
         distributed.sum_(sums)
     dense, *removed, images = sums.tolist()
-    rises = [(total - dense) / images if images else 0.0 for total in removed]
+    if not images:
+        raise ValueError(
+            "compress: `batches` is empty, expected training images to tell how much each layer matters: with a budget "
+            "of latency they are needed beside gradients too, unless residual_branches=False"
+        )
+    rises = [(total - dense) / images for total in removed]
     most = max((rise for rise in rises if math.isfinite(rise)), default=0.0)
     if not most > 0:
         return dict.fromkeys(ends, 1.0)

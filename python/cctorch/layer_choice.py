@@ -18,9 +18,15 @@ def _named(graph: ModelGraph, pattern: str, option: str) -> list[str]:
     return found
 
 
-def bounds_of(graph: ModelGraph, bounds: Mapping[str, float]) -> dict[str, float]:
-    """The bound of each layer that a pattern names, the lowest of several."""
-    bounded: dict[str, float] = {}
+def _excluded(graph: ModelGraph, exclude: Sequence[str]) -> set[str]:
+    if isinstance(exclude, str):
+        raise ValueError(f"compress: exclude = {exclude!r}, expected a list of patterns: [{exclude!r}]")
+    return {name for pattern in exclude for name in _named(graph, pattern, "exclude")}
+
+
+def bounds_of(graph: ModelGraph, bounds: Mapping[str, float], exclude: Sequence[str] = ()) -> dict[str, float]:
+    """The bound of each layer that a pattern names, the lowest of several: 0 of excluded ones."""
+    bounded = dict.fromkeys(_excluded(graph, exclude), 0.0)
     for pattern, bound in bounds.items():
         if not (isinstance(bound, int | float) and 0 <= bound <= 1):
             raise ValueError(f"compress: bounds[{pattern!r}] = {bound!r}, expected a share from 0 to 1")
@@ -31,9 +37,7 @@ def bounds_of(graph: ModelGraph, bounds: Mapping[str, float]) -> dict[str, float
 
 def candidates(graph: ModelGraph, exclude: Sequence[str]) -> list[str]:
     """The layers that can be compressed, without those that a pattern excludes. Raises ValueError if there are none."""
-    if isinstance(exclude, str):
-        raise ValueError(f"compress: exclude = {exclude!r}, expected a list of patterns: [{exclude!r}]")
-    excluded = {name for pattern in exclude for name in _named(graph, pattern, "exclude")}
+    excluded = _excluded(graph, exclude)
     found = [
         spec.name
         for spec in _C.participants(graph.specs)

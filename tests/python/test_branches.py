@@ -97,6 +97,37 @@ class Grouped(nn.Module):
         return self.head((x + self.conv5(F.relu(self.conv4(x)))).mean((2, 3)))
 
 
+class Ends(nn.Module):
+    """Branches that end in a grouped convolution, and in a normalization behind an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1, self.conv2 = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 3, padding=1, groups=2)
+        self.conv3, self.bn3 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.conv2(F.relu(self.conv1(x)))
+        return self.head((x + self.bn3(F.relu(self.conv3(x)))).mean((2, 3)))
+
+
+class Parallel(nn.Module):
+    """Two branches on one shortcut, of which the second is no longer than the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1, self.conv2 = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.conv3 = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.conv2(F.relu(self.conv1(x))) + self.conv3(x)).mean((2, 3)))
+
+
 class InPlace(nn.Module):
     """As in torchvision: activations, and the additions, overwrite what a layer gave."""
 
@@ -161,12 +192,14 @@ FOUND: dict[type[nn.Module], tuple[tuple[int, ...], list[tuple[list[str], str]]]
     Normalized: ((5, 6), []),
     Bottleneck: (IMAGES, [(["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"], "conv3")]),
     Grouped: (IMAGES, [(["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"], "conv3"), (["conv4", "conv5"], "conv4")]),
+    Ends: (IMAGES, [(["conv1", "conv2"], "conv1"), (["conv3", "bn3"], "conv3")]),
+    Parallel: (IMAGES, [(["conv1", "conv2"], "conv2"), (["conv3"], "conv3")]),
     InPlace: (IMAGES, [(["conv1", "bn1", "conv2", "bn2"], "conv2"), (["conv3", "conv4"], "conv4")]),
     Gated: (IMAGES, [(["conv1", "conv2"], "conv2")]),
     Observed: (IMAGES, [(["conv2"], "conv2")]),
     Chain: (IMAGES, []),
 }
-REMOVABLE = [networks.PaddedResNet, PreActivation, Mlp, Bottleneck, Grouped, InPlace, Observed]
+REMOVABLE = [networks.PaddedResNet, PreActivation, Mlp, Bottleneck, Grouped, Ends, Parallel, InPlace, Observed]
 
 
 def made(network: type[nn.Module]) -> tuple[nn.Module, Tensor]:
@@ -192,14 +225,16 @@ def without(model: nn.Module, found: list[Branch], x: Tensor) -> Tensor:
     return expected
 
 
-def emptied(model: nn.Module, x: Tensor, *, others: bool = False) -> tuple[CompressionPlan, list[Branch]]:
-    """A plan without the first branch; with `others`, the layers outside of it lose channels as well."""
+def emptied(
+    model: nn.Module, x: Tensor, branch: int = 0, *, others: bool = False
+) -> tuple[CompressionPlan, list[Branch]]:
+    """A plan without one branch; with `others`, the layers outside of it lose channels as well."""
     graph = trace(model, x)
-    first = graph.branches[:1]
+    removed = [graph.branches[branch]]
     plan = networks.random_plan(graph, 0, ranks=False) if others else CompressionPlan()
-    branches.remove(plan, first, graph)
+    branches.remove(plan, removed, graph)
     graph.channels.resolve(plan)
-    return plan, first
+    return plan, removed
 
 
 @pytest.mark.parametrize("network", FOUND)
@@ -301,12 +336,16 @@ def test_an_exported_program_runs_at_another_batch(network: type[nn.Module]) -> 
     torch.testing.assert_close(program.module()(other), smaller(other))
 
 
-@pytest.mark.parametrize("network", [networks.PaddedResNet, PreActivation, Bottleneck, InPlace])
+@pytest.mark.parametrize(
+    ("network", "branch"),
+    [(each, 0) for each in (networks.PaddedResNet, PreActivation, Bottleneck, Grouped, Ends, InPlace)]
+    + [(each, 1) for each in (Grouped, Ends, Parallel)],
+)
 @torch.no_grad()
-def test_repair_makes_the_constant_the_mean_of_what_the_sum_lacks(network: type[nn.Module]) -> None:
+def test_repair_makes_the_constant_the_mean_of_what_the_sum_lacks(network: type[nn.Module], branch: int) -> None:
     """With nothing else changed before the addition: the mean of the branch; in float64, by position."""
     model, x = made(network)
-    plan, removed = emptied(model, x)
+    plan, removed = emptied(model, x, branch)
     outputs: list[Tensor] = []
     end = model.get_submodule(removed[0].end)
     handle = end.register_forward_hook(lambda _, __, y: outputs.append(y.clone()))
@@ -436,6 +475,12 @@ def test_importance_of_a_network_that_nothing_harms() -> None:
     assert found == {"linear": 1.0, "conv1": 1.0}
 
 
+def test_importance_needs_images() -> None:
+    model, _ = made(networks.PaddedResNet)
+    with pytest.raises(ValueError, match="`batches` is empty, expected training images to tell how much each layer"):
+        importance.importances(model, [], {"linear": "linear"})
+
+
 def test_the_first_images_are_remembered_of_batches_that_are_read_once() -> None:
     def once() -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, 500, 100):
@@ -497,6 +542,24 @@ def test_the_branch_that_matters_least_goes_whole(quiet: int) -> None:
     assert found.latency.predicted_ratio == pytest.approx(found.latency.ratio, rel=1e-6)
     smaller = cctorch.apply(copy.deepcopy(model), found.plan)
     assert smaller(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.usefixtures("cache")
+def test_no_branch_goes_with_a_grouped_convolution_that_a_user_keeps() -> None:
+    """Which is never searched, and can only go with its branch."""
+    torch.manual_seed(0)
+    model, images = Grouped().eval(), torch.randn(8, *IMAGES)
+    data = [(images, torch.arange(8) % 4)]
+
+    def removed(**options: Any) -> set[str]:
+        table = LatencyTable(batch=4, timer=FakeTimer(launch=1e-3))
+        settings = {"target": 0.1, "budget": "latency", "latency_table": table} | options
+        found = cctorch.compress(model, data, images[:2], **settings)
+        return {layer.name for layer in found.plan.layers if not layer.kept_in}
+
+    first, second = {"conv1", "bn1", "conv2", "bn2", "conv3", "bn3"}, {"conv4", "conv5"}
+    assert removed() == removed(exclude=["conv5"]) == first
+    assert removed(exclude=["conv2"]) == removed(bounds={"conv2": 0.5}) == second
 
 
 @pytest.mark.parametrize(
