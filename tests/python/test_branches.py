@@ -438,6 +438,31 @@ def test_a_constant_has_the_dtype_of_autocast() -> None:
     assert outputs[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("network", [InPlace, PreActivation])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_by_example_and_several_models_at_once(network: type[nn.Module], layout: torch.memory_format) -> None:
+    model, x = made(network)
+    plan, removed = emptied(model, x)
+    smaller = cctorch.apply(model, plan).to(memory_format=layout)  # type: ignore[call-overload]
+    parameters = {name: parameter.detach() for name, parameter in smaller.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], example: Tensor) -> Tensor:
+        total: Tensor = torch.func.functional_call(smaller, parameters, (example[None],)).square().sum()
+        return total
+
+    found = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for index, example in enumerate(x):
+        smaller.zero_grad()
+        smaller(example[None]).square().sum().backward()
+        for name, parameter in smaller.named_parameters():
+            torch.testing.assert_close(found[name][index], parameter.grad)
+    other = copy.deepcopy(smaller)
+    other.get_parameter(f"{removed[0].end}.bias").data.add_(1.0)
+    stacked, buffers = torch.func.stack_module_state([smaller, other])  # type: ignore[no-untyped-call]
+    both = torch.vmap(lambda *state: torch.func.functional_call(smaller, state, (x,)))(stacked, buffers)
+    torch.testing.assert_close(both, torch.stack([smaller(x), other(x)]))
+
+
 @torch.no_grad()
 def test_importance_is_how_much_the_loss_rises() -> None:
     model, x = made(networks.PaddedResNet)

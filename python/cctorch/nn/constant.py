@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from cctorch.nn.transforms import within_transform
+
 
 class Constant(nn.Module):
     """The bias of a layer that reads nothing any more, at every position of the output that the layer had.
@@ -58,6 +60,9 @@ class Constant(nn.Module):
             return input.new_empty(sizes)
         sizes[self.dim] = len(self.bias)
         constant = self.bias.to(input.dtype).view(-1, *[1] * (-1 - self.dim)).expand(sizes)
+        if within_transform():
+            # Under vmap input and bias may each have examples of their own, and there is one layout.
+            return constant + input.new_zeros(sizes)
         channels_last = self.dim == -3 and len(sizes) == 4 and self.layout.stride(1) == 1
         # Networks change what a layer gives in place, and a view of the bias can't be.
         return constant.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
