@@ -123,6 +123,23 @@ def test_holds_its_figures_and_the_table(tmp_path: Path, epochs: int, accuracy: 
     assert "seed: 12345" in page
 
 
+def test_a_removed_layer_has_no_rank_and_gave_up_everything(tmp_path: Path) -> None:
+    folder = _record(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["layers"][2] |= {"kept_in": 0, "kept_out": 0, "macs_after": 0}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    drawn = _figures_of(report.write(folder).read_text())["What each layer gave up"]
+    assert "<!-- 0/16, removed -->" in drawn
+
+    def widths(color: str) -> list[float]:
+        bars = re.findall(rf'd="M ([\d.]+) [\d.]+ \nL ([\d.]+) [^"]*"[^>]*fill: {color}', drawn)
+        return [float(right) - float(left) for left, right in bars]
+
+    rates, ranks = widths("#2563a8"), widths("#f3dcc8")
+    assert [rate / rates[2] for rate in rates] == pytest.approx([0.4, 0.4, 1.0])
+    assert ranks[-1] == 0.0
+
+
 def test_fetches_nothing(tmp_path: Path) -> None:
     page = report.write(_record(tmp_path / "run")).read_text()
     for text in (page, *_figures_of(page).values()):

@@ -79,24 +79,29 @@ def accuracy(events: list[Event]) -> str:
 
 
 def layers(layers: list[Layer], curves: list[Curve]) -> str:
-    """Per layer: the rate allocated to it, and the input channels and the rank that it keeps."""
+    """Per layer: the rate allocated to it, and the input channels and the rank that it keeps.
+
+    What went with a residual branch had no rate of its own, and has no rank.
+    """
     allocated = {curve["name"]: curve["allocated"] for curve in curves}
     shown = [layer for layer in layers if layer["name"] in allocated]
     places = numpy.arange(len(shown))
     figure = Figure(figsize=(8, 1.2 + 0.24 * len(shown)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    left.barh(places, [allocated[layer["name"]] for layer in shown], color=BLUE, height=0.65)
+    rates = [allocated[layer["name"]] if layer["kept_in"] else 1.0 for layer in shown]
+    left.barh(places, rates, color=BLUE, height=0.65)
     left.set_title("rate (MACs to remove)", loc="left", fontsize=10)
     left.set_yticks(places, [layer["name"] for layer in shown], fontsize=8)
     left.set_ylim(len(shown) - 0.4, -0.6)
     kept = [layer["kept_in"] / layer["in_channels"] for layer in shown]
     right.barh(places - 0.18, kept, color=GREY, height=0.34, label="input channels kept")
-    rank = [(layer["rank"] or layer["full_rank"]) / layer["full_rank"] for layer in shown]
+    rank = [(layer["rank"] or layer["full_rank"]) / layer["full_rank"] if layer["kept_in"] else 0.0 for layer in shown]
     colors = [ORANGE if layer["rank"] else "#f3dcc8" for layer in shown]
     right.barh(places + 0.18, rank, color=colors, height=0.34, label="rank kept (pale: not decomposed)")
     for place, layer in enumerate(shown):
         text = f"{layer['kept_in']}/{layer['in_channels']}"
         text += f", r {layer['rank']}/{layer['full_rank']}" if layer["rank"] else ""
+        text += "" if layer["kept_in"] else ", removed"
         right.text(1.02, place, text, va="center", fontsize=7, color=INK)
     right.set_title("kept: channels (grey), rank (orange)", loc="left", fontsize=10)
     right.set_xlim(0, 1.42)
