@@ -10,7 +10,9 @@ Each model, with random weights, is compressed at C = 0.3 in a process of its ow
     MACs        what the plan predicts to be saved is what torch's FlopCounterMode counts less;
     training    forward and backward run in training mode, and no gradient is infinite or NaN;
     export      torch.export's program gives the model's outputs;
-    ONNX        so does ONNX Runtime.
+    ONNX        so does ONNX Runtime;
+    branches    without every other residual branch as well, the outputs are those of the dense model in which also the
+                weights at the branches' ends are zeros.
 
 The smallest model comes first. Its figures are written to OUTPUT/<model>.json as they come, so that an interrupted run
 goes on, and those of all so far to OUTPUT/zoo.md; what took too much time or memory is a row that says so. Gradients
@@ -35,7 +37,8 @@ from typing import Any
 import cctorch
 import torch
 import torchvision
-from cctorch import batch_norm
+from cctorch import batch_norm, branches
+from cctorch.graph import trace
 from torch import Tensor, nn
 
 # The references are those of the tests.
@@ -64,7 +67,7 @@ SMALL = (
     ),
     *("shufflenet", "squeezenet", "vgg", "wide_resnet"),
 )
-CHECKS = ("function", "macs", "training", "export", "onnx")
+CHECKS = ("function", "macs", "training", "export", "onnx", "branches")
 
 
 def side(name: str) -> int:
@@ -129,6 +132,17 @@ def in_onnx_runtime(model: nn.Module, images: Tensor, expected: Tensor) -> float
     return difference(torch.from_numpy(output), expected)
 
 
+@torch.no_grad()
+def without_branches(dense: nn.Module, plan: cctorch.CompressionPlan, images: Tensor) -> dict[str, Any]:
+    graph = trace(dense, images[:1])
+    found = branches.removable(dense, graph, graph.branches, images)
+    branches.remove(plan, found[::2], graph)
+    graph.channels.resolve(plan)
+    outputs = cctorch.apply(copy.deepcopy(dense), plan)(images)
+    expected = projected(copy.deepcopy(dense), plan)(images)
+    return {"found": len(found), "removed": len(found[::2]), "function": difference(outputs, expected)}
+
+
 def attempt(check: Callable[[], Any]) -> Any:
     try:
         return check()
@@ -172,6 +186,7 @@ def examine(name: str, path: Path, seconds: int, gib: float) -> None:
         row["export"] = attempt(lambda: exported(model, images, outputs))
         row["onnx"] = attempt(lambda: in_onnx_runtime(model, images, outputs))
         row["training"] = attempt(lambda: training(model, images))
+        row["branches"] = attempt(lambda: without_branches(dense, plan, images))
     except Exception as error:
         traceback.print_exc()
         row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
@@ -183,9 +198,13 @@ def verdict(row: dict[str, Any], check: str) -> str:
     if check == "macs":
         right = row["macs_saved"] == row["macs_counted"]
         return "as predicted" if right else f"**{row['macs_counted'] / row['macs_saved']:.4f} of predicted**"
-    value = row[check]
+    value = row.get(check, "not run")
+    if check == "branches" and isinstance(value, dict):
+        if not value["found"]:
+            return "none"
+        return f"{value['removed']} of {value['found']}, {verdict(value, 'function')}"
     if isinstance(value, str):
-        return value if value == "ok" else f"**{value}**"
+        return value if value in ("ok", "not run") else f"**{value}**"
     return f"{value:.0e}" if value <= TOLERANCE else f"**{value:.0e}**"
 
 
