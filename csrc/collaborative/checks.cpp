@@ -28,6 +28,8 @@ void check_layer(const Layer& layer) {
                     " dimensions, expected a conv2d with 4 or a linear layer with 2");
   TORCH_CHECK_VALUE(spec.groups == 1, "compress: layer '", spec.name, "' has ", spec.groups,
                     " groups, expected 1; leave grouped convolutions out");
+  TORCH_CHECK_VALUE(spec.bits >= 1 && spec.bits <= 64, "compress: layer '", spec.name, "': bits = ", spec.bits,
+                    ", expected 1 to 64 for each weight");
   TORCH_CHECK_VALUE(layer.max_rate >= 0 && layer.max_rate <= 1, "compress: layer '", spec.name,
                     "': max_rate = ", layer.max_rate, ", expected 0 to 1");
   TORCH_CHECK_VALUE(std::isfinite(layer.importance) && layer.importance >= 0, "compress: layer '", spec.name,

@@ -70,7 +70,9 @@ void take_if_no_dearer(Form& form, const Form& larger) {
 CostTable counted_costs(const LayerSpec& spec, Budget budget, int64_t multiple) {
   const int64_t inputs = spec.in_channels, outputs = spec.out_channels, kernel = spec.kernel_size();
   const int64_t highest = std::min(outputs, inputs * kernel);
-  const auto scale = static_cast<double>(budget == Budget::parameters ? 1 : spec.positions);
+  const double scale = budget == Budget::macs    ? static_cast<double>(spec.positions)
+                       : budget == Budget::bytes ? static_cast<double>(spec.bits) / 8
+                                                 : 1;
   CostTable table;
   table.multiple = multiple;
   table.channels = inputs > 1 ? std::vector<int64_t>{1, inputs} : std::vector<int64_t>{1};

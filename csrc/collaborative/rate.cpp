@@ -60,8 +60,11 @@ void trace_removals(RunningLayer layer, const std::vector<int64_t>& order, size_
 
 }  // namespace
 
-int64_t dense_cost(const LayerSpec& spec, Budget budget) {
-  return budget == Budget::parameters ? spec.parameters() : spec.macs();
+int64_t in_unit(Budget budget, const LayerSpec& spec, int64_t macs) {
+  if (budget == Budget::macs) return macs;
+  // They are its parameters at every position.
+  const int64_t parameters = macs / spec.positions;
+  return budget == Budget::bytes ? (parameters * spec.bits + 7) / 8 : parameters;
 }
 
 std::string_view to_string(Budget budget) {
@@ -70,6 +73,8 @@ std::string_view to_string(Budget budget) {
       return "multiply-accumulates";
     case Budget::parameters:
       return "parameters";
+    case Budget::bytes:
+      return "bytes";
     case Budget::table:
       break;
   }
@@ -126,6 +131,10 @@ double highest_rate(const Layer& layer, const Options& options) {
 double allocate(std::vector<RateCurve>& curves, const std::vector<Layer>& layers, double model_cost,
                 const Options& options) {
   std::vector<double> highest(curves.size());
+  std::vector<double> cost;
+  for (const Layer& layer : layers) {
+    cost.push_back(static_cast<double>(in_unit(options.budget, layer.spec, layer.spec.macs())));
+  }
   double low = std::numeric_limits<double>::infinity(), high = -low, reachable = 0;
   for (size_t l = 0; l < curves.size(); ++l) {
     if (!(curves[l].b > 0)) continue;
@@ -133,7 +142,7 @@ double allocate(std::vector<RateCurve>& curves, const std::vector<Layer>& layers
     const double log_at_zero = std::log(curves[l].a * curves[l].b);
     low = std::min(low, log_at_zero);
     high = std::max(high, log_at_zero + curves[l].b * highest[l]);
-    reachable += static_cast<double>(dense_cost(layers[l].spec, options.budget)) * highest[l];
+    reachable += cost[l] * highest[l];
   }
   const double budget = options.target * model_cost;
   TORCH_CHECK_VALUE(budget <= reachable, "compress: target = ", options.target, " cannot be reached: with at most ",
@@ -148,8 +157,7 @@ double allocate(std::vector<RateCurve>& curves, const std::vector<Layer>& layers
   for (int iteration = 0; iteration < 200; ++iteration) {
     const double middle = 0.5 * (low + high);
     double removed = 0;
-    for (size_t l = 0; l < curves.size(); ++l)
-      removed += static_cast<double>(dense_cost(layers[l].spec, options.budget)) * allocation(middle, l);
+    for (size_t l = 0; l < curves.size(); ++l) removed += cost[l] * allocation(middle, l);
     (removed < budget ? low : high) = middle;
   }
   for (size_t l = 0; l < curves.size(); ++l) curves[l].allocated = allocation(high, l);

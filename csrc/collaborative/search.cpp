@@ -55,7 +55,7 @@ struct Search::State {
     int64_t total = 0;
     for (const Layer& layer : layers) {
       check_layer(layer);
-      total += dense_cost(layer.spec, options.budget);
+      total += in_unit(options.budget, layer.spec, layer.spec.macs());
     }
     TORCH_CHECK_VALUE(model_cost >= static_cast<double>(total), "compress: model_cost = ", model_cost, " ",
                       to_string(options.budget), ", but the layers alone have ", total);
@@ -146,9 +146,7 @@ int64_t remaining(const std::vector<LayerSpec>& model, const CompressionPlan& pl
   TORCH_CHECK_VALUE(budget != Budget::table, "remaining: a table has no closed form, expected another budget");
   int64_t sum = 0;
   for (const LayerSpec& spec : model) {
-    const int64_t macs = layer_macs(spec, plan.find(spec.name), final);
-    // A layer's multiply-accumulates are its parameters at every position.
-    sum += budget == Budget::macs ? macs : macs / spec.positions;
+    sum += in_unit(budget, spec, layer_macs(spec, plan.find(spec.name), final));
   }
   return sum;
 }

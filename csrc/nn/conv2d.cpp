@@ -57,7 +57,8 @@ LayerSpec Conv2dImpl::spec(const std::string& name) const {
           .kernel_height = kernel[0],
           .kernel_width = kernel[1],
           .positions = positions_,
-          .groups = options.groups()};
+          .groups = options.groups(),
+          .bits = stored_bits()};
 }
 
 at::Tensor Conv2dImpl::constant(const at::Tensor& x) const {

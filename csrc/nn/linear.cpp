@@ -31,7 +31,8 @@ LayerSpec LinearImpl::spec(const std::string& name) const {
           .kind = LayerKind::linear,
           .in_channels = options.in_features(),
           .out_channels = options.out_features(),
-          .positions = positions_};
+          .positions = positions_,
+          .bits = stored_bits()};
 }
 
 at::Tensor LinearImpl::forward(const at::Tensor& x) {

@@ -105,6 +105,12 @@ at::Tensor WeightedLayer<Derived>::gathered(const at::Tensor& x, int64_t dimensi
 }
 
 template <typename Derived>
+int64_t WeightedLayer<Derived>::stored_bits() const {
+  const at::Tensor& stored = weight.defined() ? weight : first.defined() ? first : bias;
+  return stored.defined() ? 8 * static_cast<int64_t>(stored.element_size()) : LayerSpec().bits;
+}
+
+template <typename Derived>
 void WeightedLayer<Derived>::print_plan(std::ostream& stream) const {
   if (!plan_) return;
   stream << " compressed to " << plan_->kept_in.size() << " -> " << plan_->kept_out.size();

@@ -27,8 +27,8 @@ constexpr Names<Units, 3> units_names{
     {{"both", Units::both}, {"channels", Units::channels}, {"singular_values", Units::singular_values}}};
 constexpr Names<Basis, 2> basis_names{{{"exact", Basis::exact}, {"fixed", Basis::fixed}}};
 
-constexpr Names<Budget, 3> budget_names{
-    {{"macs", Budget::macs}, {"parameters", Budget::parameters}, {"table", Budget::table}}};
+constexpr Names<Budget, 4> budget_names{
+    {{"macs", Budget::macs}, {"parameters", Budget::parameters}, {"bytes", Budget::bytes}, {"table", Budget::table}}};
 
 using PythonProgress = std::function<void(const std::string&, int64_t, int64_t)>;
 

@@ -36,14 +36,20 @@ void bind_kind(py::class_<Owner>& type) {
 void bind_layer_spec(py::module_& module) {
   py::class_<LayerSpec> type(module, "LayerSpec");
   type.def(py::init([](std::string name, const std::string& kind, int64_t in_channels, int64_t out_channels,
-                       int64_t kernel_height, int64_t kernel_width, int64_t positions, int64_t groups) {
-             return LayerSpec{std::move(name), parse(layer_kinds, "kind", kind),
-                              in_channels,     out_channels,
-                              kernel_height,   kernel_width,
-                              positions,       groups};
+                       int64_t kernel_height, int64_t kernel_width, int64_t positions, int64_t groups, int64_t bits) {
+             return LayerSpec{std::move(name),
+                              parse(layer_kinds, "kind", kind),
+                              in_channels,
+                              out_channels,
+                              kernel_height,
+                              kernel_width,
+                              positions,
+                              groups,
+                              bits};
            }),
            py::arg("name"), py::arg("kind"), py::arg("in_channels"), py::arg("out_channels"),
-           py::arg("kernel_height") = 1, py::arg("kernel_width") = 1, py::arg("positions") = 1, py::arg("groups") = 1)
+           py::arg("kernel_height") = 1, py::arg("kernel_width") = 1, py::arg("positions") = 1, py::arg("groups") = 1,
+           py::arg("bits") = 32)
       .def_readwrite("name", &LayerSpec::name)
       .def_readwrite("in_channels", &LayerSpec::in_channels)
       .def_readwrite("out_channels", &LayerSpec::out_channels)
@@ -51,6 +57,7 @@ void bind_layer_spec(py::module_& module) {
       .def_readwrite("kernel_width", &LayerSpec::kernel_width)
       .def_readwrite("positions", &LayerSpec::positions)
       .def_readwrite("groups", &LayerSpec::groups)
+      .def_readwrite("bits", &LayerSpec::bits)
       .def_property_readonly("macs", &LayerSpec::macs)
       .def_property_readonly("parameters", &LayerSpec::parameters);
   bind_kind(type);

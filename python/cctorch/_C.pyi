@@ -22,6 +22,7 @@ class LayerSpec:
     kernel_width: int
     positions: int
     groups: int
+    bits: int
     def __init__(
         self,
         name: str,
@@ -32,6 +33,7 @@ class LayerSpec:
         kernel_width: int = 1,
         positions: int = 1,
         groups: int = 1,
+        bits: int = 32,
     ) -> None: ...
     @property
     def macs(self) -> int: ...
@@ -115,7 +117,7 @@ class SolverOptions:
     max_rate: float
     units: Literal["both", "channels", "singular_values"]
     basis: Literal["exact", "fixed"]
-    budget: Literal["macs", "parameters", "table"]
+    budget: Literal["macs", "parameters", "bytes", "table"]
     multiple: int
     effort: float
     def __init__(
@@ -126,7 +128,7 @@ class SolverOptions:
         max_rate: float = 0.95,
         units: Literal["both", "channels", "singular_values"] = "both",
         basis: Literal["exact", "fixed"] = "fixed",
-        budget: Literal["macs", "parameters", "table"] = "macs",
+        budget: Literal["macs", "parameters", "bytes", "table"] = "macs",
         multiple: int = 1,
         effort: float = 3e11,
     ) -> None: ...

@@ -19,11 +19,11 @@ from cctorch.graph import Branch, ModelGraph, trace
 from cctorch.importance import Head, importances
 from cctorch.latency import LatencyTable
 from cctorch.latency_budget import Latency
-from cctorch.plan import CompressionPlan, LayerSpec
+from cctorch.plan import CompressionPlan, LayerPlan, LayerSpec
 
 __all__ = ["Compression", "compress", "solve", "solve_latency"]
 
-Budget = Literal["macs", "parameters", "latency"]
+Budget = Literal["macs", "parameters", "bytes", "latency"]
 Count = Literal["final", "nominal"]
 
 
@@ -177,7 +177,23 @@ def _solver_layers(
     ]
 
 
+def _say_bits(plan: CompressionPlan, graph: ModelGraph) -> None:
+    """Of the layers that are to be quantized, the plan's and those that it leaves as they are."""
+    layers = plan.layers
+    planned = {layer.name: layer for layer in layers}
+    for spec in graph.specs:
+        if spec.name not in graph.bits:
+            continue
+        if spec.name not in planned:
+            planned[spec.name] = LayerPlan(spec.name, spec.kind, spec.in_channels, spec.out_channels)
+            layers.append(planned[spec.name])
+        if planned[spec.name].kept_in:
+            planned[spec.name].bits = graph.bits[spec.name]
+    plan.layers = layers
+
+
 def _compression(graph: ModelGraph, solution: _C.Solution, nominal_macs: int, gradient_seconds: float) -> Compression:
+    _say_bits(solution.plan, graph)
     return Compression(
         plan=solution.plan,
         curves=solution.curves,
@@ -209,6 +225,7 @@ def compress(
     latency_batch: int = 1,
     latency_table: LatencyTable | None = None,
     residual_branches: bool = True,
+    bits: Mapping[str, int] | None = None,
     exclude: Sequence[str] = (),
     bounds: Mapping[str, float] | None = None,
     gradients: Mapping[str, Tensor] | None = None,
@@ -216,7 +233,7 @@ def compress(
     progress: Progress | None = None,
     across_ranks: bool = False,
 ) -> Compression:
-    """Finds a plan that removes a fraction of a model's multiply-accumulates, parameters or latency.
+    """Finds a plan that removes a fraction of a model's multiply-accumulates, parameters, bytes or latency.
 
     The model is not changed: see `apply`.
 
@@ -235,10 +252,12 @@ def compress(
         basis: `exact` decomposes the weight anew for every candidate channel, `fixed` keeps its singular vectors.
         step_fraction: share of a layer's units removed between two rankings.
         max_rate: no layer gives up more than this share.
-        budget: what `target` is a fraction of: multiply-accumulates, parameters of weights, or latency. ``latency``
-            is measured on the device of `example`, with its dtype and layout and as many threads as torch uses now:
-            layers are timed by their shapes, forms that don't pay are left out, and the whole model is measured.
-        count: what counts as removed, with a budget of ``macs`` or ``parameters``. ``final`` is what the network has
+        budget: what `target` is a fraction of: multiply-accumulates, parameters of weights, the bytes that these
+            take, or latency. ``bytes`` are those of the weights' type, or of their `bits`: `target` is what goes
+            besides the quantization, whose scales do not count. ``latency`` is measured on the device of `example`,
+            with its dtype and layout and as many threads as torch uses now: layers are timed by their shapes, forms
+            that don't pay are left out, and the whole model is measured.
+        count: what counts as removed, with any other budget than ``latency``. ``final`` is what the network has
             lost once the filters that nobody reads any more are gone too; ``nominal`` is what the layers' removed
             inputs and singular values save, as in the paper, and the network may lose more.
         multiple: kept channels and ranks are multiples of it, where not all are kept; by default 8 on CUDA, as its
@@ -249,6 +268,9 @@ def compress(
         residual_branches: with a budget of latency, whole residual branches may go too: `apply` leaves the bias of
             their last layer, and `repair` makes it the branch's mean. Layers are then weighed by how much the loss of
             the first 256 images rises when all of the layer, or of its branch, is replaced by its mean.
+        bits: for patterns of names, the bits, 2 to 16, that the weights are going to be quantized to; where several
+            patterns fit, the fewest hold. The plan says them, and `prepare` quantizes by it, once `apply` has rebuilt
+            the layers.
         exclude: patterns of names, such as ``layer1.*``, of layers that keep their inputs and rank.
         bounds: for patterns of names, the largest share of a layer's budget that is taken from it; where several
             patterns fit, the smallest holds. 0 is `exclude`.
@@ -276,7 +298,7 @@ def compress(
     """
     _check_arguments(example, budget, count)
     _check_numbers(target=target, gamma=gamma, step_fraction=step_fraction, max_rate=max_rate)
-    counted: Literal["macs", "parameters"] = "macs" if budget == "latency" else budget
+    counted: Literal["macs", "parameters", "bytes"] = "macs" if budget == "latency" else budget
     if multiple is None:
         multiple = 8 if example.is_cuda else 1
     options = _C.SolverOptions(target, gamma, step_fraction, max_rate, units, basis, counted, multiple)
@@ -284,6 +306,7 @@ def compress(
         latency_table = latency_budget.table_for(model, example, latency_batch)
     graph = trace(model, example)
     start = time.perf_counter()
+    layer_choice.quantize(graph, bits or {})
     bounded = layer_choice.bounds_of(graph, bounds or {}, exclude)
     searched = layer_choice.candidates(graph, exclude)
     head = Head(batches)

@@ -133,8 +133,8 @@ class Compress(Section):
     step_fraction: float = Field(default=0.01, gt=0, le=1)
     max_rate: float = Field(default=0.95, gt=0, lt=1)
     # latency: measured on the run's device at this batch.
-    budget: Literal["macs", "parameters", "latency"] = "macs"
-    # Of macs and parameters: what the final network has lost, dead filters with it, or what the layers' removed inputs
+    budget: Literal["macs", "parameters", "bytes", "latency"] = "macs"
+    # Of all but latency: what the final network has lost, dead filters with it, or what the layers' removed inputs
     # and singular values save, as in the paper.
     count: Literal["final", "nominal"] = "final"
     # Of kept channels and ranks. Absent: 8 on CUDA, 1 elsewhere.

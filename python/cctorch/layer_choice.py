@@ -35,6 +35,20 @@ def bounds_of(graph: ModelGraph, bounds: Mapping[str, float], exclude: Sequence[
     return bounded
 
 
+def quantize(graph: ModelGraph, bits: Mapping[str, int]) -> None:
+    """Notes the bits of each layer that a pattern names, the fewest of several, also of those that are not searched."""
+    for pattern, count in bits.items():
+        if not (isinstance(count, int) and not isinstance(count, bool) and 2 <= count <= 16):
+            raise ValueError(f"compress: bits[{pattern!r}] = {count!r}, expected 2 to 16 bits for each weight")
+        for name in _named(graph, pattern, "bits"):
+            graph.bits[name] = min(count, graph.bits.get(name, count))
+    for spec in graph.specs:
+        # Grouped convolutions are left as they are by a search, but can be quantized.
+        if spec.name in graph.left_alone and spec.groups == 1:
+            graph.bits.pop(spec.name, None)
+        spec.bits = graph.bits.get(spec.name, spec.bits)
+
+
 def candidates(graph: ModelGraph, exclude: Sequence[str]) -> list[str]:
     """The layers that can be compressed, without those that a pattern excludes. Raises ValueError if there are none."""
     excluded = _excluded(graph, exclude)

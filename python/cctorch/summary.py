@@ -65,7 +65,7 @@ class Summary:
     curve_seconds: float = 0.0
     heuristic_seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
-    # What `target` is a share of: macs, parameters or latency.
+    # What `target` is a share of: macs, parameters, bytes or latency.
     budget: str = "macs"
     # Latency, as a dict, where that was the budget.
     latency_budget: dict[str, Any] | None = None
@@ -166,9 +166,9 @@ def _show_search(summary: Summary, log: Log) -> None:
         f"{1 - summary.after.macs / summary.before.macs:.1%} final (dead filters removed)"
         + (f"; target {summary.target:.1%}" if summary.budget == "macs" else "")
     )
-    if summary.budget == "parameters":
-        kept = summary.after.parameters / summary.before.parameters
-        log.line(f"reduction of parameters: {1 - kept:.1%}; target {summary.target:.1%} of the weights")
+    if summary.budget in ("parameters", "bytes"):
+        kept = getattr(summary.after, summary.budget) / getattr(summary.before, summary.budget)
+        log.line(f"reduction of {summary.budget}: {1 - kept:.1%}; target {summary.target:.1%} of the weights")
     if summary.latency_budget is not None:
         log.line(predicted_against_measured(summary.target, summary.latency_budget))
     log.line(

@@ -79,7 +79,7 @@ REFUSED = [
         "regularize={epochs: 1, q: [{kind: nm_pruning, n: 5}], frequency: {kind: constant, period: 5}}",
         "NMPruning: n = 5 and m = 4, expected 1 <= n <= m",
     ),
-    ("compress.budget=seconds", "compress.budget = 'seconds': expected one of macs, parameters, latency"),
+    ("compress.budget=seconds", "compress.budget = 'seconds': expected one of macs, parameters, bytes, latency"),
     ("compress.latency_batch=0", "compress.latency_batch = 0: expected a value greater than or equal to 1"),
     ("compress.bounds=0.3", "compress.bounds = 0.3: expected a section (each key a text, each value a number)"),
     ("compress.bounds={layer1.*: few}", "compress.bounds['layer1.*'] = 'few': expected a number"),

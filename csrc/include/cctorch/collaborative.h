@@ -47,8 +47,9 @@ enum class Units { both, channels, singular_values };
 // running weight's singular vectors.
 enum class Basis { exact, fixed };
 
-// What there is a budget of: multiply-accumulates, parameters of the weights, or the unit of the layers' cost tables.
-enum class Budget { macs, parameters, table };
+// What there is a budget of: multiply-accumulates, parameters of the weights, bytes that these take in the bits of each
+// layer's spec (without the scales of quantized ones), or the unit of the layers' cost tables.
+enum class Budget { macs, parameters, bytes, table };
 
 struct Options {
   double target = 0.5;          // share of the model's budget to remove, in (0, 1)
@@ -108,8 +109,8 @@ std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs);
 using Progress = std::function<void(std::string_view stage, int64_t done, int64_t total)>;
 
 // `model_cost` is that of the whole network, in the unit of the budget: its multiply-accumulates, its weights'
-// parameters, or seconds. Throws c10::Error when a weight or gradient is not finite (naming the layer), when a table
-// does not fit its layer, or when no allocation reaches the target (stating the highest that can be reached).
+// parameters or bytes, or seconds. Throws c10::Error when a weight or gradient is not finite (naming the layer), when a
+// table does not fit its layer, or when no allocation reaches the target (stating the highest that can be reached).
 Solution solve(const std::vector<Layer>& layers, double model_cost, const Options& options,
                const Progress& progress = {});
 
@@ -132,7 +133,7 @@ class Search {
   std::shared_ptr<const State> state_;
 };
 
-// What a plan leaves of the model's multiply-accumulates or parameters: `final` counts dead filters too.
+// What a plan leaves of the model's multiply-accumulates, parameters or bytes: `final` counts dead filters too.
 int64_t remaining(const std::vector<LayerSpec>& model, const CompressionPlan& plan, Budget budget, bool final);
 
 // solve() for Budget::table in two steps, so that one search serves several targets. `select` minimizes the objective

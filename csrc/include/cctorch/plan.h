@@ -23,6 +23,7 @@ struct LayerSpec {
   int64_t kernel_width = 1;
   int64_t positions = 1;  // output height x width; for a linear layer, rows per example
   int64_t groups = 1;
+  int64_t bits = 32;  // that a weight is stored in
 
   int64_t kernel_size() const { return kernel_height * kernel_width; }
   int64_t macs() const;        // multiply-accumulates per example; 0 for a normalization

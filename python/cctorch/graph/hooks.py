@@ -80,11 +80,12 @@ class _Uses(TorchFunctionMode):
 
 
 def _hooked_spec(name: str, layer: nn.Conv2d | nn.Linear, outputs: int) -> LayerSpec:
+    bits = 8 * layer.weight.element_size()
     if isinstance(layer, nn.Linear):
         rows = outputs // layer.out_features
-        return LayerSpec(name, "linear", layer.in_features, layer.out_features, positions=rows)
+        return LayerSpec(name, "linear", layer.in_features, layer.out_features, positions=rows, bits=bits)
     high, wide = layer.kernel_size
     depthwise = layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
     kind: LayerKind = "depthwise_conv2d" if depthwise else "conv2d"
     positions = outputs // layer.out_channels
-    return LayerSpec(name, kind, layer.in_channels, layer.out_channels, high, wide, positions, layer.groups)
+    return LayerSpec(name, kind, layer.in_channels, layer.out_channels, high, wide, positions, layer.groups, bits)

@@ -36,6 +36,7 @@ class ModelGraph:
         warnings: one for each thing that was not followed, naming it.
         left_alone: names of the specs that a plan must not change: shared, grouped, with a computed weight...
         branches: residual branches, of which a plan may keep nothing but a constant; no two share a layer.
+        bits: of layers whose weights are to be quantized, which plans say then.
     """
 
     specs: list[LayerSpec]
@@ -43,6 +44,7 @@ class ModelGraph:
     warnings: list[str] = field(default_factory=list)
     left_alone: set[str] = field(default_factory=set)
     branches: list[Branch] = field(default_factory=list)
+    bits: dict[str, int] = field(default_factory=dict)
 
     def ends(self, layers: Iterable[str]) -> dict[str, str]:
         """The end of the branch that each of ``layers`` is in; of one in none, the layer."""

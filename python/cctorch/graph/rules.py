@@ -39,7 +39,8 @@ def _layer(walker: Walker, node: Node) -> Activation | None:
     kind: LayerKind = "depthwise_conv2d" if depthwise else "conv2d" if convolution else "linear"
     high, wide = shape[2:] if convolution else (1, 1)
     positions = _positions(value_of(node), out, walker.batch)
-    walker.record(LayerSpec(name, kind, shape[1] * groups, out, high, wide, positions, groups))
+    bits = 8 * value_of(weight).element_size()
+    walker.record(LayerSpec(name, kind, shape[1] * groups, out, high, wide, positions, groups, bits))
 
     reason = walker.why_not_followed(node, weight, path)
     if reason is None and convolution and value_of(node).dim() != 4:

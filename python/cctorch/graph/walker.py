@@ -185,6 +185,7 @@ def _with_positions(spec: LayerSpec, positions: int) -> LayerSpec:
         spec.kernel_width,
         positions,
         spec.groups,
+        spec.bits,
     )
 
 

@@ -1,6 +1,7 @@
 #include "csrc/collaborative/cost.h"
 
 #include <c10/util/Exception.h>
+#include <cctorch/nn/layers.h>
 #include <gtest/gtest.h>
 
 namespace cctorch::collaborative {
@@ -53,6 +54,35 @@ TEST(Cost, AFactoredFormIsTakenOnlyWhereItIsCheaper) {
   EXPECT_TRUE(cost.factoring_pays());
   EXPECT_FALSE(Cost(layer, {{8, 20}, {8}, {10, 40}, {11, 41}, 1}).factoring_pays());
   EXPECT_FALSE(Cost(layer, {{8, 20}, {}, {10, 40}, {}, 1}).factoring_pays());
+}
+
+TEST(Budget, BytesAreParametersInTheBitsOfEachLayer) {
+  LayerSpec conv{"conv", LayerKind::conv2d, 3, 5, 3, 3, 16}, linear{"linear", LayerKind::linear, 7, 2};
+  conv.bits = 3;
+  linear.bits = 16;
+  EXPECT_EQ(remaining({conv, linear}, {}, Budget::parameters, true), 135 + 14);
+  EXPECT_EQ(remaining({conv, linear}, {}, Budget::bytes, true), 51 + 28);  // 135 times 3 bits are 50.6 bytes
+  LayerPlan factored = LayerPlan::unchanged("conv", LayerKind::conv2d, 3, 5);
+  factored.kept_in = {0, 2};
+  factored.kept_out = {1, 2, 3};
+  factored.rank = 2;
+  const CompressionPlan plan{.method = "", .target = 0, .layers = {factored}};
+  EXPECT_EQ(remaining({conv, linear}, plan, Budget::bytes, true), 16 + 28);   // (2 * 9 + 3) * 2 times 3 bits
+  EXPECT_EQ(remaining({conv, linear}, plan, Budget::bytes, false), 18 + 28);  // with all 5 filters
+}
+
+TEST(Budget, ALayerStoresItsWeightsInTheBitsOfTheirType) {
+  nn::Conv2d conv(4, 6, 3);
+  nn::Linear linear(4, 6);
+  EXPECT_EQ(conv->spec("conv").bits, 32);
+  conv->to(torch::kBFloat16);
+  linear->to(torch::kDouble);
+  EXPECT_EQ(conv->spec("conv").bits, 16);
+  EXPECT_EQ(linear->spec("linear").bits, 64);
+  LayerPlan factored = LayerPlan::unchanged("linear", LayerKind::linear, 4, 6);
+  factored.rank = 2;
+  linear->compress(factored);
+  EXPECT_EQ(linear->spec("linear").bits, 64);
 }
 
 TEST(Cost, RefusesATableThatDoesNotFit) {

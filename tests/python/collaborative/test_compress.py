@@ -6,10 +6,11 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
-from cctorch import apply, compress
+from cctorch import CompressionPlan, apply, compress, prepare
 from cctorch.gradients import mean_gradients
 from cctorch.graph import trace
 from cctorch.layer_choice import bounds_of
+from cctorch.nn.gather import unwrapped
 from torch import Tensor, nn
 
 
@@ -210,7 +211,7 @@ def test_the_smallest_of_several_bounds_holds() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"budget": "table"}, ValueError, "budget = 'table', expected one of 'macs', 'parameters', 'latency'"),
+        ({"budget": "table"}, ValueError, "budget = 'table', expected one of 'macs', 'parameters', 'bytes', 'latency'"),
         ({"count": "finl"}, ValueError, "count = 'finl', expected one of 'final', 'nominal'"),
         ({"target": "0.5"}, TypeError, "target = '0.5', expected a number"),
         ({"gamma": None}, TypeError, "gamma = None, expected a number"),
@@ -230,11 +231,57 @@ def test_a_target_out_of_reach_says_what_is_left_alone() -> None:
         compress(model, [(images, torch.arange(4))], images, target=0.9)
 
 
+def grid(weight: Tensor) -> int:
+    """The most values that a row of a weight has."""
+    return max(len(row.unique()) for row in weight.detach().flatten(1))
+
+
+def test_bits_are_in_the_plan_and_count_in_a_budget_of_bytes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(i, 32, 3, padding=1) for i in (3, 32, 32)), nn.Flatten(), nn.Linear(32 * 64, 10))
+    data = [(torch.randn(4, 3, 8, 8), torch.arange(4))]
+    bits = {"1": 8, "?": 4, "4": 2}
+    found = compress(model, data, data[0][0], target=0.3, budget="bytes", bits=bits)
+    stored = {"0": 4, "1": 4, "2": 4, "4": 2}
+    dense = sum(model.get_submodule(name).get_parameter("weight").numel() * width / 8 for name, width in stored.items())
+    for plan, target in ((found.plan, 0.3), (found.at(0.2).plan, 0.2)):
+        assert {layer.name: layer.bits for layer in plan.layers if layer.bits} == stored
+        smaller = prepare(apply(copy.deepcopy(model), plan), plan)
+        left = 0.0
+        for name, width in stored.items():
+            layer: Any = unwrapped(smaller, name)
+            for factor in [layer.weight] if hasattr(layer, "weight") else [layer.first, layer.second]:
+                left += factor.numel() * width / 8
+                assert grid(factor) <= 2**width
+        assert target <= 1 - left / dense < target + 0.02
+    assert CompressionPlan.from_json(found.plan.to_json()) == found.plan
+
+
+def test_bits_go_with_any_budget_and_are_those_of_the_type_without() -> None:
+    torch.manual_seed(0)
+    model, data = CallsOneLayerTwice(), batches()
+    plain = compress(model, data, data[0][0], target=0.2)
+    found = compress(model, data, data[0][0], target=0.2, bits={"*": 5})
+    assert all(layer.bits is None for layer in plain.plan.layers)
+    quantized = {layer.name for layer in found.plan.layers if layer.bits == 5}
+    graph = trace(model, data[0][0])
+    assert quantized == {spec.name for spec in graph.specs} - graph.left_alone
+    assert {spec.bits for spec in graph.specs} == {32}
+    assert {spec.bits for spec in trace(model.bfloat16(), data[0][0].bfloat16()).specs} == {16}
+
+
+@pytest.mark.parametrize("bits", [{"*": 1}, {"*": 17}, {"*": True}, {"*": 4.0}, {"nothing": 4}])
+def test_bits_that_cannot_be_are_named(bits: dict[str, int]) -> None:
+    model, data = CallsOneLayerTwice(), batches()
+    with pytest.raises(ValueError, match="compress: bits"):
+        compress(model, data, data[0][0], target=0.2, bits=bits)
+
+
 @pytest.mark.parametrize("count", ["final", "nominal"])
 @pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("budget", ["macs", "parameters"])
+@pytest.mark.parametrize("budget", ["macs", "parameters", "bytes"])
 def test_lower_targets_of_one_search_have_the_plans_of_searches_of_their_own(
-    count: Literal["final", "nominal"], multiple: int, budget: Literal["macs", "parameters"]
+    count: Literal["final", "nominal"], multiple: int, budget: Literal["macs", "parameters", "bytes"]
 ) -> None:
     torch.manual_seed(0)
     model, data = CallsOneLayerTwice(), batches()

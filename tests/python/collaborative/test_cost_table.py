@@ -214,13 +214,16 @@ def test_plans_for_multiply_accumulates_are_those_of_the_solver_before_it_knew_o
     assert [(layer.kept_in, layer.rank) for layer in plan.layers] == [(list(kept), rank) for kept, rank in expected]
 
 
-@pytest.mark.parametrize("budget", ["macs", "parameters"])
+@pytest.mark.parametrize("budget", ["macs", "parameters", "bytes"])
 @pytest.mark.parametrize("multiple", [2, 8])
 @pytest.mark.parametrize("units", ["both", "channels", "singular_values"])
 def test_multiples_meet_a_budget_of_counts(budget, multiple, units):
     layers = network(7)
-    counted = lambda layer: layer.spec.macs if budget == "macs" else layer.spec.parameters  # noqa: E731
-    whole = sum(counted(layer) for layer in layers)
+    for layer, bits in zip(layers, itertools.cycle((4, 32, 16)), strict=False):
+        layer.spec.bits = bits
+    units_of = {"macs": lambda spec: spec.positions, "parameters": lambda _: 1, "bytes": lambda spec: spec.bits / 8}
+    scale = units_of[budget]
+    whole = sum(layer.spec.parameters * scale(layer.spec) for layer in layers)
     plan = solve(layers, model_macs=whole, target=0.4, units=units, budget=budget, multiple=multiple).plan
     left = 0
     for layer, found in zip(layers, plan.layers, strict=True):
@@ -232,7 +235,7 @@ def test_multiples_meet_a_budget_of_counts(budget, multiple, units):
         per_position = (
             found.out_channels * inputs * area if rank is None else rank * (inputs * area + found.out_channels)
         )
-        left += per_position * (layer.spec.positions if budget == "macs" else 1)
+        left += per_position * scale(layer.spec)
     assert left < whole
     assert 1 - left / whole >= 0.4 - 1e-9
     assert 1 - left / whole < 0.5

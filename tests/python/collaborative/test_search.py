@@ -1,10 +1,14 @@
 """One search for many targets, and targets of the final graph."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
-from cctorch import _C, compress
+from cctorch import _C, apply, compress
 from cctorch.graph import ModelGraph, trace
 from cctorch.models import create
+from cctorch.nn.gather import unwrapped
 from torch import Tensor, nn
 
 OPTIONS = {"target": 0.6, "step_fraction": 0.02}
@@ -42,7 +46,7 @@ def test_a_search_has_the_plans_of_lower_targets(
     assert [curve.allocated for curve in found.curves] == [curve.allocated for curve in alone.curves]
 
 
-@pytest.mark.parametrize("budget", ["macs", "parameters"])
+@pytest.mark.parametrize("budget", ["macs", "parameters", "bytes"])
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_the_final_graph_meets_the_target_and_no_more(
     traced: tuple[ModelGraph, list[_C.SolverLayer]], budget: str, multiple: int
@@ -70,6 +74,32 @@ def test_remaining_counts_macs_and_parameters(traced: tuple[ModelGraph, list[_C.
     assert dense == sum(weighted)
     with pytest.raises(ValueError, match="no closed form"):
         _C.remaining(graph.specs, plan, "table", True)
+
+
+def in_bits(spec: _C.LayerSpec, bits: int) -> _C.LayerSpec:
+    sizes = (spec.in_channels, spec.out_channels, spec.kernel_height, spec.kernel_width, spec.positions, spec.groups)
+    return _C.LayerSpec(spec.name, spec.kind, *sizes, bits)
+
+
+def test_bytes_are_parameters_in_the_bits_of_each_layer(traced: tuple[ModelGraph, list[_C.SolverLayer]]) -> None:
+    graph, layers = traced
+    widths = {spec.name: (3, 4, 8, 16, 32)[i % 5] for i, spec in enumerate(graph.specs)}
+    specs = [in_bits(spec, widths[spec.name]) for spec in graph.specs]
+    own = [(in_bits(layer.spec, widths[layer.spec.name]), layer.weight, layer.gradient) for layer in layers]
+    dense = _C.remaining(specs, _C.CompressionPlan(), "bytes", True)
+    assert dense == sum(math.ceil(spec.parameters * widths[spec.name] / 8) for spec in specs)
+    search = _C.Search([_C.SolverLayer(*layer) for layer in own], dense, _C.SolverOptions(**OPTIONS, budget="bytes"))
+    plan = search.at_final(0.4, specs, graph.channels).plan
+    graph.channels.resolve(plan)
+    _C.drop_idle_ranks(specs, plan)
+    model = apply(create("resnet20"), plan)
+    left = 0.0
+    for name, width in widths.items():
+        module: Any = unwrapped(model, name)
+        factors = [module.weight] if hasattr(module, "weight") else [module.first, module.second]
+        left += math.ceil(sum(factor.numel() for factor in factors) * width / 8)
+    assert left == _C.remaining(specs, plan, "bytes", True)
+    assert 0.4 <= 1 - left / dense < 0.41
 
 
 def test_targets_out_of_reach(traced: tuple[ModelGraph, list[_C.SolverLayer]]) -> None:

@@ -32,6 +32,7 @@ class WeightedLayer : public torch::nn::Cloneable<Derived>, public Compressible 
   void register_parameters(int64_t out, int64_t in, at::IntArrayRef kernel, bool with_bias);
 
   bool reads_nothing() const { return plan_ && plan_->reads_nothing(); }
+  int64_t stored_bits() const;  // of a weight
 
   // What the layer reads of x, along `dimension`.
   at::Tensor gathered(const at::Tensor& x, int64_t dimension);
