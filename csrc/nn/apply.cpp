@@ -79,6 +79,15 @@ void narrow_state(torch::optim::OptimizerParamState& state, const LayerPlan& pla
   if (momentum.defined()) momentum = nn::narrow(momentum, plan);
 }
 
+at::MemoryFormat format_of(const torch::nn::Module& model) {
+  // An image of one channel, and a kernel of one position, are in both layouts.
+  for (const at::Tensor& parameter : model.parameters()) {
+    if (parameter.dim() == 4 && !parameter.is_contiguous() && parameter.is_contiguous(at::MemoryFormat::ChannelsLast))
+      return at::MemoryFormat::ChannelsLast;
+  }
+  return at::MemoryFormat::Contiguous;
+}
+
 void check_optimizer(torch::optim::Optimizer& optimizer, const std::vector<PlannedLayer>& layers) {
   // It has one state for all parameters together, under the first of them.
   TORCH_CHECK_VALUE(
@@ -146,12 +155,13 @@ void apply(torch::nn::Module& model, const CompressionPlan& plan, torch::optim::
   const std::vector<PlannedLayer> layers = find_layers(model, plan);
   if (optimizer != nullptr) check_optimizer(*optimizer, layers);
 
+  const at::MemoryFormat format = format_of(model);
   Replacements replacements;
   // The old parameters live until the optimizer has let go of them: their addresses are its keys.
   std::vector<Parameters> replaced;
   for (const PlannedLayer& planned : layers) {
     replaced.push_back(planned.module->named_parameters(/*recurse=*/false));
-    planned.layer->compress(*planned.plan);
+    planned.layer->compress(*planned.plan, format);
     if (optimizer == nullptr) continue;
     const Parameters after = planned.module->named_parameters(/*recurse=*/false);
     replace_state(*optimizer, *planned.plan, replaced.back(), after, replacements);

@@ -27,7 +27,7 @@ LayerSpec BatchNorm2dImpl::spec(const std::string& name) const {
 
 at::Tensor BatchNorm2dImpl::forward(const at::Tensor& x) {
   if (observing_) positions_ += x.size(-2) * x.size(-1);
-  if (plan_ && plan_->reads_nothing()) return constant_of(bias, x, x.sizes().vec(), 1);
+  if (plan_ && plan_->reads_nothing()) return constant_of(bias, x, x.sizes().vec(), 1, format_);
   if (is_training() && ranks_.count() > 1) return synchronized_forward(x);
   return BatchNormImplBase::forward(x);
 }

@@ -36,8 +36,9 @@ void Compressible::check(const LayerPlan& plan) const {
   check_structure(plan);
 }
 
-void Compressible::compress(const LayerPlan& plan) {
+void Compressible::compress(const LayerPlan& plan, at::MemoryFormat format) {
   check(plan);
+  format_ = format;
   if (!plan.is_unchanged()) carry_out(plan);
 }
 

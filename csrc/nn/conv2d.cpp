@@ -70,7 +70,7 @@ at::Tensor Conv2dImpl::constant(const at::Tensor& x) const {
     const int64_t reach = (*options.dilation())[side] * ((*options.kernel_size())[side] - 1) + 1;
     sizes[2 + side] = (sizes[2 + side] + 2 * (*padding)[side] - reach) / (*options.stride())[side] + 1;
   }
-  return constant_of(bias, x, std::move(sizes), 1);
+  return constant_of(bias, x, std::move(sizes), 1, format_);
 }
 
 at::Tensor Conv2dImpl::forward(const at::Tensor& x) {

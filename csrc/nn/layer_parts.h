@@ -31,11 +31,13 @@ inline void initialize_uniform(at::Tensor& weight, at::Tensor* bias) {
   torch::nn::init::uniform_(*bias, -bound, bound);
 }
 
-// `bias` at every position of a tensor of `sizes` along `dimension`; no channels at all where it is undefined.
+// `bias` at every position of a tensor of `sizes` along `dimension`; no channels at all where it is undefined. In the
+// layout of x, or in that of `like` where x has no channels.
 inline at::Tensor constant_of(const at::Tensor& bias, const at::Tensor& x, std::vector<int64_t> sizes,
-                              int64_t dimension) {
+                              int64_t dimension, at::MemoryFormat like) {
   sizes[dimension] = bias.defined() ? bias.size(0) : 0;
-  const bool channels_last = sizes.size() == 4 && x.stride(1) == 1;
+  const bool told = x.numel() == 0 && like == at::MemoryFormat::ChannelsLast;
+  const bool channels_last = sizes.size() == 4 && (told || x.stride(1) == 1);
   const at::MemoryFormat format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   if (!bias.defined()) return at::empty(sizes, x.options().memory_format(format));
   std::vector<int64_t> broadcast(sizes.size(), 1);

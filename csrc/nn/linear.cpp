@@ -41,7 +41,7 @@ at::Tensor LinearImpl::forward(const at::Tensor& x) {
   at::Tensor y;
   if (reads_nothing()) {
     TORCH_CHECK_VALUE(x.dim() > 0, "Linear: x has no dimension, expected at least 1 (... x features)");
-    y = constant_of(bias, x, x.sizes().vec(), x.dim() - 1);
+    y = constant_of(bias, x, x.sizes().vec(), x.dim() - 1, at::MemoryFormat::Contiguous);
   } else {
     y = weight.defined() ? at::linear(input, weight, optional_bias)
                          : low_rank_linear(input, first, second, optional_bias);

@@ -267,7 +267,8 @@ def compress(
         latency_table: times of layers made before, in place of `latency_batch`.
         residual_branches: with a budget of latency, whole residual branches may go too: `apply` leaves the bias of
             their last layer, and `repair` makes it the branch's mean. Layers are then weighed by how much the loss of
-            the first 256 images rises when all of the layer, or of its branch, is replaced by its mean.
+            the first 256 images rises when all of the layer, or of its branch, is replaced by its mean: these should
+            be of all classes, so shuffle what is sorted by class.
         bits: for patterns of names, the bits, 2 to 16, that the weights are going to be quantized to; where several
             patterns fit, the fewest hold. The plan says them, and `prepare` quantizes by it, once `apply` has rebuilt
             the layers.

@@ -189,6 +189,24 @@ TEST(Branch, TheModelGoesOnWithoutIt) {
   EXPECT_TRUE(torch::equal(loaded->forward(x), model->forward(x)));
 }
 
+// relu() gives a tensor without channels in the layout of PyTorch's default.
+TEST(Branch, AConstantHasTheLayoutOfTheModelThatItWasCompressedIn) {
+  for (const at::MemoryFormat format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
+    Residual model;
+    for (at::Tensor& parameter : model->parameters()) {
+      if (parameter.dim() == 4) parameter.set_data(parameter.contiguous(format));
+    }
+    cctorch::apply(*model, plan_without_branch());
+    const auto copy = std::dynamic_pointer_cast<ResidualImpl>(model->clone());
+    for (Residual each : {model, Residual(copy)}) {
+      const at::Tensor x = torch::randn({4, 3, 6, 6}).contiguous(format);
+      const at::Tensor y = each->bn2(each->conv2(each->bn1(each->conv1(each->stem(x))).relu()));
+      EXPECT_EQ(y.sizes(), (std::vector<int64_t>{4, 4, 6, 6}));
+      EXPECT_TRUE(y.is_contiguous(format)) << format;
+    }
+  }
+}
+
 TEST(Branch, ItsWorkIsGone) {
   Residual model;
   const auto specs = layer_specs(*model, [&] { model->forward(torch::randn({2, 3, 6, 6})); });

@@ -21,8 +21,9 @@ class Compressible {
   void check(const LayerPlan& plan) const;
 
   // Replaces the parameters by narrowed or factored ones of the same dtype, device, memory format and requires_grad.
-  // Throws as check() does, and then leaves the layer as it was.
-  void compress(const LayerPlan& plan);
+  // Throws as check() does, and then leaves the layer as it was. `format` is that of the model: a constant in the place
+  // of the layer's output takes it where a tensor without channels arrives, of which activations lose the layout.
+  void compress(const LayerPlan& plan, at::MemoryFormat format = at::MemoryFormat::Contiguous);
 
   // What compress() carried out.
   const std::optional<LayerPlan>& plan() const { return plan_; }
@@ -37,6 +38,7 @@ class Compressible {
   bool observing_ = false;
   int64_t positions_ = 0;
   std::optional<LayerPlan> plan_;
+  at::MemoryFormat format_ = at::MemoryFormat::Contiguous;
 };
 
 // The entries of a layer's parameter, or of anything shaped like it, that survive `plan`: kept_out along dimension 0
