@@ -69,7 +69,7 @@ def _bias(layer: nn.Module, y: Tensor) -> Tensor:
     shape = [1] * y.dim()
     shape[channels] = -1
     bias = layer.bias
-    return torch.zeros_like(y) if not isinstance(bias, Tensor) else bias.view(shape).expand_as(y)
+    return torch.zeros_like(y) if not isinstance(bias, Tensor) else bias.to(y.dtype).view(shape).expand_as(y)
 
 
 @contextmanager

@@ -400,6 +400,14 @@ def test_a_branch_that_cannot_do_without_channels_stays() -> None:
     assert branches.removable(model, graph, graph.branches, x) == graph.branches
 
 
+def test_a_trial_under_autocast() -> None:
+    model, x = made(InPlace)
+    model, x = model.float(), x.float()
+    graph = trace(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert branches.removable(model, graph, graph.branches, x) == graph.branches
+
+
 def test_branches_of_a_network_that_changes_tensors_in_place() -> None:
     model, x = made(InPlace)
     graph = trace(model, x)
