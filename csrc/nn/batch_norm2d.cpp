@@ -56,7 +56,7 @@ void BatchNorm2dImpl::reset() {
 }
 
 void BatchNorm2dImpl::leave_bias_only() {
-  // A weight that nothing uses would wait for a gradient. The statistics stay: a module cannot give its buffers up.
+  // A weight that nothing uses would wait for a gradient.
   const bool requires_grad = !bias.defined() || bias.requires_grad();
   const at::TensorOptions like = running_mean.defined() ? running_mean.options() : at::TensorOptions();
   const at::Tensor left = bias.defined() ? bias.detach() : at::zeros(options.num_features(), like);

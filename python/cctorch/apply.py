@@ -166,12 +166,7 @@ def _empty(module: nn.Module, layer: LayerPlan, channels_last: bool) -> _Edit:
         bias = nn.Parameter(zeros, requires_grad=weight is None or weight.requires_grad)
         if weight is not None:
             successors[weight] = _Successor([bias])
-    statistics = {
-        name: _pick(buffer, [layer.kept_out]) if buffer.dim() else buffer
-        for name, buffer in module.named_buffers(recurse=False)
-    }
-    constant = Constant(module, bias, statistics, channels_last=channels_last)
-    return _Edit(module, constant, {}, {}, successors)
+    return _Edit(module, Constant(module, bias, channels_last=channels_last), {}, {}, successors)
 
 
 def _decompose(module: nn.Module, layer: LayerPlan, rank: int) -> _Edit:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +15,6 @@ class Constant(nn.Module):
     Args:
         layer: a ``nn.Conv2d``, ``nn.Linear`` or ``nn.BatchNorm2d``, whose geometry it takes over.
         bias: of each channel; None: there are no channels.
-        statistics: buffers of a normalization, by name. They are not used; they are in the state because a module of
-            LibTorch cannot give its buffers up.
         channels_last: layout of the output; later that of ``to(memory_format=...)``. The input can't tell: activations
             of tensors without channels are in the layout of PyTorch's default.
     """
@@ -30,14 +26,11 @@ class Constant(nn.Module):
         self,
         layer: nn.Conv2d | nn.Linear | nn.BatchNorm2d,
         bias: nn.Parameter | None,
-        statistics: Mapping[str, Tensor] | None = None,
         *,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.register_parameter("bias", bias)
-        for name, statistic in (statistics or {}).items():
-            self.register_buffer(name, statistic)
         format = torch.channels_last if channels_last else torch.contiguous_format
         like = next(layer.parameters(), torch.empty(0))
         self.register_buffer("layout", like.new_zeros(1, 2, 2, 2).contiguous(memory_format=format), persistent=False)

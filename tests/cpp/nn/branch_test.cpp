@@ -189,6 +189,20 @@ TEST(Branch, TheModelGoesOnWithoutIt) {
   EXPECT_TRUE(torch::equal(loaded->forward(x), model->forward(x)));
 }
 
+TEST(Branch, ItsStateIsItsBias) {
+  Residual model;
+  cctorch::apply(*model, plan_without_branch());
+  const Safetensors::Tensors state = state_dict(*model);
+  std::vector<std::string> names;
+  for (const auto& entry : state) names.push_back(entry.first);
+  EXPECT_EQ(names, (std::vector<std::string>{"bn2.bias", "linear.bias", "linear.weight", "stem.weight"}));
+  Residual other;
+  cctorch::apply(*other, plan_without_branch());
+  load_state_dict(*other, state);
+  const at::Tensor x = torch::randn({4, 3, 6, 6});
+  EXPECT_TRUE(torch::equal(other->forward(x), model->forward(x)));
+}
+
 // relu() gives a tensor without channels in the layout of PyTorch's default.
 TEST(Branch, AConstantHasTheLayoutOfTheModelThatItWasCompressedIn) {
   for (const at::MemoryFormat format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
