@@ -65,14 +65,23 @@ void take_if_no_dearer(Form& form, const Form& larger) {
   if (larger.cost <= form.cost) form = larger;
 }
 
+double of_a_parameter(Budget budget, const LayerSpec& spec) {
+  if (budget == Budget::macs) return static_cast<double>(spec.positions);
+  return budget == Budget::bytes ? static_cast<double>(spec.bits) / 8 : 1;
+}
+
 }  // namespace
+
+int64_t in_unit(Budget budget, const LayerSpec& spec, int64_t macs) {
+  if (budget == Budget::macs) return macs;
+  // They are its parameters at every position.
+  return static_cast<int64_t>(std::ceil(static_cast<double>(macs / spec.positions) * of_a_parameter(budget, spec)));
+}
 
 CostTable counted_costs(const LayerSpec& spec, Budget budget, int64_t multiple) {
   const int64_t inputs = spec.in_channels, outputs = spec.out_channels, kernel = spec.kernel_size();
   const int64_t highest = std::min(outputs, inputs * kernel);
-  const double scale = budget == Budget::macs    ? static_cast<double>(spec.positions)
-                       : budget == Budget::bytes ? static_cast<double>(spec.bits) / 8
-                                                 : 1;
+  const double scale = of_a_parameter(budget, spec);
   CostTable table;
   table.multiple = multiple;
   table.channels = inputs > 1 ? std::vector<int64_t>{1, inputs} : std::vector<int64_t>{1};

@@ -15,7 +15,10 @@ struct Form {
   std::optional<int64_t> rank;
 };
 
-// Multiply-accumulates or parameters, in steps of `multiple`; both are linear in each count, so the ends suffice.
+// A layer's multiply-accumulates, under any plan, in the unit of a budget that has a closed form.
+int64_t in_unit(Budget budget, const LayerSpec& spec, int64_t macs);
+
+// The same of all forms of a layer, in steps of `multiple`; both are linear in each count, so the ends suffice.
 CostTable counted_costs(const LayerSpec& spec, Budget budget, int64_t multiple);
 
 // A CostTable between its points. Counts go in steps of the table's multiple.

@@ -8,6 +8,8 @@
 #include <numeric>
 #include <utility>
 
+#include "csrc/collaborative/cost.h"
+
 namespace cctorch::collaborative {
 
 namespace {
@@ -59,13 +61,6 @@ void trace_removals(RunningLayer layer, const std::vector<int64_t>& order, size_
 }
 
 }  // namespace
-
-int64_t in_unit(Budget budget, const LayerSpec& spec, int64_t macs) {
-  if (budget == Budget::macs) return macs;
-  // They are its parameters at every position.
-  const int64_t parameters = macs / spec.positions;
-  return budget == Budget::bytes ? (parameters * spec.bits + 7) / 8 : parameters;
-}
 
 std::string_view to_string(Budget budget) {
   switch (budget) {

@@ -10,8 +10,6 @@
 
 namespace cctorch::collaborative {
 
-// A layer's multiply-accumulates, under any plan, in the unit of a budget that has a closed form; such a unit's name.
-int64_t in_unit(Budget budget, const LayerSpec& spec, int64_t macs);
 std::string_view to_string(Budget budget);
 
 // Divides the losses by the largest and fits loss ~ a exp(b rate), weighted by the root of the loss. Leaves a = b = 0

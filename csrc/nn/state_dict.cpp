@@ -26,9 +26,9 @@ void collect(const torch::nn::Module& module, const std::string& path, Named& fo
   for (const auto& entry : module.named_parameters(/*recurse=*/false))
     found.values[prefix + entry.key()] = entry.value().detach();
   // A module cannot give up the statistics of a normalization of which nothing but the bias is left.
-  const bool used = layer == nullptr || !layer->plan() || !layer->plan()->reads_nothing();
-  for (const auto& entry : module.named_buffers(/*recurse=*/false)) {
-    if (used) found.values[prefix + entry.key()] = entry.value();
+  if (layer == nullptr || !layer->plan() || !layer->plan()->reads_nothing()) {
+    for (const auto& entry : module.named_buffers(/*recurse=*/false))
+      found.values[prefix + entry.key()] = entry.value();
   }
   for (const auto& child : module.named_children()) collect(*child.value(), path + child.key() + ".", found);
 }

@@ -203,7 +203,7 @@ class LatencyTable:
             "batch": self.batch,
             "torch": torch.__version__,
             "layers": _LAYERS,
-            # On CPU a large result in fresh memory costs as much again in page faults.
+            # Otherwise large outputs cost page faults on CPU.
             "memory_kept": self.device.type == "cpu" and _C.keeps_freed_memory(),
         }
 

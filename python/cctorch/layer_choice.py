@@ -42,10 +42,12 @@ def quantize(graph: ModelGraph, bits: Mapping[str, int]) -> None:
             raise ValueError(f"compress: bits[{pattern!r}] = {count!r}, expected 2 to 16 bits for each weight")
         for name in _named(graph, pattern, "bits"):
             graph.bits[name] = min(count, graph.bits.get(name, count))
+    # Grouped convolutions are left as they are by a search, but can be quantized.
+    alone = [spec.name for spec in graph.specs if spec.name in graph.left_alone and spec.groups == 1]
+    unquantized = [name for name in alone if graph.bits.pop(name, None)]
+    if unquantized:
+        graph.warnings.append(f"bits: {', '.join(map(repr, unquantized))} keep theirs, as layers that are left alone")
     for spec in graph.specs:
-        # Grouped convolutions are left as they are by a search, but can be quantized.
-        if spec.name in graph.left_alone and spec.groups == 1:
-            graph.bits.pop(spec.name, None)
         spec.bits = graph.bits.get(spec.name, spec.bits)
 
 

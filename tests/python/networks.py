@@ -147,7 +147,8 @@ def projected(model: nn.Module, plan: CompressionPlan) -> nn.Module:
         if not layer.kept_in:
             assert weight is not None
             weight.zero_()
-        if layer.kind not in ("conv2d", "linear") or weight is None or not layer.kept_in:
+            continue
+        if layer.kind not in ("conv2d", "linear") or weight is None:
             continue
         gone = [i for i in range(layer.in_channels) if i not in set(layer.kept_in)]
         weight[:, gone] = 0

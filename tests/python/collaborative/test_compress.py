@@ -266,6 +266,8 @@ def test_bits_go_with_any_budget_and_are_those_of_the_type_without() -> None:
     quantized = {layer.name for layer in found.plan.layers if layer.bits == 5}
     graph = trace(model, data[0][0])
     assert quantized == {spec.name for spec in graph.specs} - graph.left_alone
+    alone = next(iter(graph.left_alone))
+    assert [warning for warning in found.warnings if warning.startswith(f"bits: '{alone}' keep theirs")]
     assert {spec.bits for spec in graph.specs} == {32}
     assert {spec.bits for spec in trace(model.bfloat16(), data[0][0].bfloat16()).specs} == {16}
 
