@@ -32,8 +32,11 @@ void check_layer(const Layer& layer) {
                     ", expected 1 to 64 for each weight");
   TORCH_CHECK_VALUE(layer.max_rate >= 0 && layer.max_rate <= 1, "compress: layer '", spec.name,
                     "': max_rate = ", layer.max_rate, ", expected 0 to 1");
-  TORCH_CHECK_VALUE(std::isfinite(layer.importance) && layer.importance >= 0, "compress: layer '", spec.name,
-                    "': importance = ", layer.importance, ", expected a finite number of at least 0");
+  for (const auto& [what, value] :
+       {std::pair{"importance", layer.importance}, {"lost", layer.lost}, {"cost_before", layer.cost_before}}) {
+    TORCH_CHECK_VALUE(std::isfinite(value) && value >= 0, "compress: layer '", spec.name, "': ", what, " = ", value,
+                      ", expected a finite number of at least 0");
+  }
   TORCH_CHECK_VALUE(layer.weight.size(0) == spec.out_channels && layer.weight.size(1) == spec.in_channels &&
                         layer.weight.numel() == spec.parameters() && spec.positions > 0,
                     "compress: layer '", spec.name, "' has a weight of shape ", layer.weight.sizes(), ", expected ",

@@ -86,7 +86,7 @@ LayerChoices removal_choices(const Layer& layer, const Options& options) {
   const LayerSpec& spec = layer.spec;
   const Cost cost(spec, layer.table);
   const RunningLayer dense(layer.weight, layer.gradient, options);
-  LayerChoices found{spec.name, dense.largest_loss(), layer.importance, {}};
+  LayerChoices found{spec.name, dense.largest_loss(), layer.importance, {}, layer.cost_before};
   found.choices.push_back(
       {cost.dense(), 0.0, LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels)});
   if (!(found.largest_loss > 0)) return found;
@@ -106,6 +106,8 @@ LayerChoices removal_choices(const Layer& layer, const Options& options) {
     found.choices.push_back({*layer.table.removed, found.largest_loss, std::move(none)});
   }
   keep_unbeaten(found.choices);
+  found.largest_loss += layer.lost;
+  for (Choice& choice : found.choices) choice.loss += layer.lost;
   return found;
 }
 

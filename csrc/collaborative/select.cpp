@@ -18,13 +18,7 @@ using Selection = std::vector<size_t>;  // the index of each layer's choice
 
 double dense_cost(const LayerChoices& layer) { return layer.choices.front().cost; }
 
-// The layer's term of the objective. (E1) is a sum of squared changes of the loss: its root is in the loss's own unit,
-// as the importance.
-double objective(const LayerChoices& layer, size_t choice) {
-  if (!(layer.largest_loss > 0)) return 0.0;
-  const double share = layer.choices[choice].loss / layer.largest_loss;
-  return layer.importance > 0 ? layer.importance * std::sqrt(share) : dense_cost(layer) * share;
-}
+double objective(const LayerChoices& layer, size_t choice) { return layer.objective(layer.choices[choice].loss); }
 
 double removed(const std::vector<LayerChoices>& layers, const Selection& selection) {
   double sum = 0;
@@ -77,6 +71,14 @@ RateCurve curve_of(const LayerChoices& layer, size_t chosen) {
 
 }  // namespace
 
+// (E1) is a sum of squared changes of the loss: its root is in the loss's own unit, as the importance.
+double LayerChoices::objective(double loss) const {
+  if (!(largest_loss > 0)) return 0.0;
+  const double share = loss / largest_loss;
+  if (importance > 0) return importance * std::sqrt(share);
+  return (cost_before > 0 ? cost_before : dense_cost(*this)) * share;
+}
+
 Solution select(const std::vector<LayerChoices>& layers, double model_cost, double target) {
   double reachable = 0, total = 0;
   const auto has_importance = [](const LayerChoices& layer) { return layer.importance > 0; };
@@ -110,6 +112,7 @@ Solution select(const std::vector<LayerChoices>& layers, double model_cost, doub
   solution.plan.target = target;
   solution.lambda = high;
   for (size_t l = 0; l < layers.size(); ++l) {
+    solution.losses.push_back(layers[l].choices[selection[l]].loss);
     solution.plan.layers.push_back(layers[l].choices[selection[l]].plan);
     solution.curves.push_back(curve_of(layers[l], selection[l]));
     if (!(layers[l].largest_loss > 0)) solution.warnings.push_back(left_alone(layers[l].name, {}));

@@ -2,7 +2,9 @@
 #include <cctorch/channel_graph.h>
 
 #include <algorithm>
+#include <map>
 #include <numeric>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 
@@ -196,6 +198,34 @@ std::vector<std::string> ChannelGraph::producers(const std::string& layer) const
     if (std::any_of(node.out.begin(), node.out.end(), carries)) names.push_back(node.name);
   }
   return names;
+}
+
+std::vector<std::vector<std::string>> ChannelGraph::streams() const {
+  struct Stream {
+    std::vector<std::string> readers;
+    bool shared = true;
+  };
+  std::vector<Stream> streams;
+  std::map<Channels, size_t> by_roots;
+  std::unordered_map<int64_t, size_t> by_root;
+  for (const Node& node : nodes_) {
+    if (passes_channels_on(node.kind)) continue;
+    Channels roots;
+    for (const int64_t channel : node.in) roots.push_back(root(channel));
+    const auto [found, first] = by_roots.try_emplace(roots, streams.size());
+    const size_t own = found->second;
+    if (first) streams.emplace_back();
+    streams[own].readers.push_back(node.name);
+    if (!first) continue;
+    for (const int64_t channel : roots) {
+      const auto [other, alone] = by_root.try_emplace(channel, own);
+      if (pinned_[channel] || !alone) streams[own].shared = streams[other->second].shared = false;
+    }
+  }
+  std::erase_if(streams, [](const Stream& stream) { return !stream.shared || stream.readers.size() < 2; });
+  std::vector<std::vector<std::string>> groups;
+  for (Stream& stream : streams) groups.push_back(std::move(stream.readers));
+  return groups;
 }
 
 }  // namespace cctorch

@@ -116,7 +116,8 @@ void bind_choices(py::module_& module) {
       .def_readonly("name", &collaborative::LayerChoices::name)
       .def_readonly("largest_loss", &collaborative::LayerChoices::largest_loss)
       .def_readonly("importance", &collaborative::LayerChoices::importance)
-      .def_readonly("choices", &collaborative::LayerChoices::choices);
+      .def_readonly("choices", &collaborative::LayerChoices::choices)
+      .def("objective", &collaborative::LayerChoices::objective, py::arg("loss"));
   module.def("layer_choices", &layer_choices, py::arg("layers"), py::arg("options"), py::arg("progress") = py::none());
   module.def("select", &collaborative::select, py::arg("layers"), py::arg("model_cost"), py::arg("target"),
              py::call_guard<py::gil_scoped_release>());
@@ -129,19 +130,26 @@ void bind_collaborative(py::module_& module) {
   bind_choices(module);
   py::class_<collaborative::Layer>(module, "SolverLayer")
       .def(py::init([](LayerSpec spec, at::Tensor weight, at::Tensor gradient, std::optional<CostTable> table,
-                       double max_rate, double importance) {
-             return collaborative::Layer{
-                 std::move(spec), std::move(weight), std::move(gradient), std::move(table).value_or(CostTable{}),
-                 max_rate,        importance};
+                       double max_rate, double importance, double lost, double cost_before) {
+             return collaborative::Layer{std::move(spec),
+                                         std::move(weight),
+                                         std::move(gradient),
+                                         std::move(table).value_or(CostTable{}),
+                                         max_rate,
+                                         importance,
+                                         lost,
+                                         cost_before};
            }),
            py::arg("spec"), py::arg("weight"), py::arg("gradient"), py::arg("table") = py::none(),
-           py::arg("max_rate") = 1.0, py::arg("importance") = 0.0)
+           py::arg("max_rate") = 1.0, py::arg("importance") = 0.0, py::arg("lost") = 0.0, py::arg("cost_before") = 0.0)
       .def_readwrite("spec", &collaborative::Layer::spec)
       .def_readwrite("weight", &collaborative::Layer::weight)
       .def_readwrite("gradient", &collaborative::Layer::gradient)
       .def_readwrite("table", &collaborative::Layer::table)
       .def_readwrite("max_rate", &collaborative::Layer::max_rate)
-      .def_readwrite("importance", &collaborative::Layer::importance);
+      .def_readwrite("importance", &collaborative::Layer::importance)
+      .def_readwrite("lost", &collaborative::Layer::lost)
+      .def_readwrite("cost_before", &collaborative::Layer::cost_before);
   py::class_<collaborative::RateCurve>(module, "RateCurve")
       .def_readonly("name", &collaborative::RateCurve::name)
       .def_readonly("rate", &collaborative::RateCurve::rate)
@@ -153,6 +161,7 @@ void bind_collaborative(py::module_& module) {
       .def_readonly("plan", &collaborative::Solution::plan)
       .def_readonly("curves", &collaborative::Solution::curves)
       .def_readonly("multiplier", &collaborative::Solution::lambda)
+      .def_readonly("losses", &collaborative::Solution::losses)
       .def_readonly("curve_seconds", &collaborative::Solution::curve_seconds)
       .def_readonly("heuristic_seconds", &collaborative::Solution::heuristic_seconds)
       .def_readonly("warnings", &collaborative::Solution::warnings);

@@ -171,6 +171,7 @@ void bind_channel_graph(py::module_& module) {
       .def("pin", &ChannelGraph::pin, py::arg("channels"))
       .def("unchanged", &ChannelGraph::unchanged, py::arg("layer"))
       .def("producers", &ChannelGraph::producers, py::arg("layer"))
+      .def("streams", &ChannelGraph::streams)
       .def("resolve", &ChannelGraph::resolve, py::arg("plan"));
 }
 

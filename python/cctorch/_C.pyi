@@ -108,6 +108,7 @@ class ChannelGraph:
     def pin(self, channels: Sequence[int]) -> None: ...
     def unchanged(self, layer: str) -> LayerPlan: ...
     def producers(self, layer: str) -> list[str]: ...
+    def streams(self) -> list[list[str]]: ...
     def resolve(self, plan: CompressionPlan) -> None: ...
 
 class SolverOptions:
@@ -157,6 +158,8 @@ class SolverLayer:
     table: CostTable
     max_rate: float
     importance: float
+    lost: float
+    cost_before: float
     def __init__(
         self,
         spec: LayerSpec,
@@ -165,6 +168,8 @@ class SolverLayer:
         table: CostTable | None = None,
         max_rate: float = 1.0,
         importance: float = 0.0,
+        lost: float = 0.0,
+        cost_before: float = 0.0,
     ) -> None: ...
 
 class Choice:
@@ -177,6 +182,7 @@ class LayerChoices:
     largest_loss: float
     importance: float
     choices: list[Choice]
+    def objective(self, loss: float) -> float: ...
 
 class RateCurve:
     name: str
@@ -191,6 +197,7 @@ class Solution:
     curves: list[RateCurve]
     # "lambda" is a keyword in Python
     multiplier: float
+    losses: list[float]
     curve_seconds: float
     heuristic_seconds: float
     warnings: list[str]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from cctorch import _C, branches
+from cctorch import _C
 from cctorch.apply import apply, is_channels_last
 from cctorch.graph import Branch, ModelGraph
 from cctorch.latency import LatencyTable, LayerShape
-from cctorch.modes import evaluating
+from cctorch.latency_predictor import Predictor, shapes_of
+from cctorch.streams import Narrowed, streams
 
 __all__ = ["Latency", "search", "table_for"]
 
@@ -55,61 +55,36 @@ def table_for(model: nn.Module, example: Tensor, batch: int) -> LatencyTable:
     return LatencyTable(example.device, example.dtype, layout, batch)
 
 
-class Predictor:
-    """Seconds of a model under a plan: those of its layers at their final sizes, and the rest, which stays."""
+@dataclass
+class _Setting:
+    """What is searched, and how it is measured."""
 
-    def __init__(self, model: nn.Module, graph: ModelGraph, example: Tensor, table: LatencyTable) -> None:
-        self.graph, self.table = graph, table
-        self.shapes = _shapes(model, example)
-        self.rest = 0.0
-        self.dense = self._layers(_C.CompressionPlan())
+    model: nn.Module
+    graph: ModelGraph
+    shapes: dict[str, LayerShape]
+    options: _C.SolverOptions
+    inputs: Tensor
+    table: LatencyTable
+    removable: Sequence[Branch]
+    progress: Progress | None
+    dense_seconds: float = 0.0
 
-    def include_rest(self, model_seconds: float) -> None:
-        """What the model takes besides its layers: activations, sums, pooling."""
-        self.rest = max(0.0, model_seconds - self.dense)
-
-    def producers(self, layer: str) -> list[LayerShape]:
-        return [self.shapes[name] for name in self.graph.channels.producers(layer) if name in self.shapes]
-
-    def beside(self, branch: Branch) -> list[LayerShape]:
-        """What else goes with a branch than its key and the layers that make the key's inputs."""
-        counted = {branch.key, *self.graph.channels.producers(branch.key)}
-        return [self.shapes[name] for name in branch.layers if name not in counted]
-
-    def removed(self, branch: Branch) -> list[LayerShape]:
-        """What is left of a branch."""
-        plan = _C.CompressionPlan()
-        branches.remove(plan, [branch], self.graph)
-        return [self.shapes[layer.name].under(layer) for layer in plan.layers]
-
-    def ratio(self, plan: _C.CompressionPlan) -> float:
-        return (self.rest + self._layers(plan)) / (self.rest + self.dense)
-
-    def drop_idle_ranks(self, plan: _C.CompressionPlan) -> None:
-        """Where a factored layer is no faster than its exact weight, once filters that nobody reads are gone."""
-        layers = plan.layers
-        for layer in layers:
-            if layer.rank is not None:
-                factored = self.shapes[layer.name].under(layer)
-                exact = dataclasses.replace(factored, rank=None)
-                if self.table.seconds(exact) <= self.table.seconds(factored):
-                    layer.rank = None
-        plan.layers = layers
-
-    def _layers(self, plan: _C.CompressionPlan) -> float:
-        planned = {layer.name: layer for layer in plan.layers}
-        shapes = [shape.under(planned[name]) if name in planned else shape for name, shape in self.shapes.items()]
-        self.table.time(shapes)
-        return sum(self.table.seconds(shape) for shape in shapes)
+    def timed(self, plan: _C.CompressionPlan) -> nn.Module:
+        """A copy of the model that a plan is carried out on."""
+        smaller = apply(copy.deepcopy(self.model), plan)
+        return smaller.to(memory_format=self.table.layout)  # type: ignore[call-overload,no-any-return]
 
 
 class _Targets:
     """Plans by predicted ratio: finds the share of the table's cost to remove that the final graph needs."""
 
-    def __init__(self, choices: list[_C.LayerChoices], predictor: Predictor, removable: Sequence[Branch]) -> None:
-        self.choices, self.predictor, self.removable = choices, predictor, removable
-        self.cost = sum(layer.choices[0].cost for layer in choices)
-        least = sum(layer.choices[-1].cost for layer in choices)
+    def __init__(self, setting: _Setting, layers: Sequence[_C.SolverLayer], narrowed: Narrowed | None = None) -> None:
+        self.setting, self.layers = setting, layers
+        self.predictor = Predictor(setting.graph, setting.shapes, setting.table, narrowed)
+        _add_tables(layers, self.predictor, setting)
+        self.choices = _C.layer_choices(layers, setting.options, setting.progress)
+        self.cost = sum(layer.choices[0].cost for layer in self.choices)
+        least = sum(layer.choices[-1].cost for layer in self.choices)
         self.highest = (1 - least / self.cost) * (1 - 1e-9)
 
     def plan(self, ratio: float) -> tuple[_C.Solution, float]:
@@ -127,14 +102,14 @@ class _Targets:
                 best = solution, predicted
         return best
 
+    def objective(self, solution: _C.Solution) -> float:
+        """What `select` minimizes."""
+        return sum(layer.objective(loss) for layer, loss in zip(self.choices, solution.losses, strict=True))
+
     def _at(self, target: float) -> tuple[_C.Solution, float]:
         solution = _C.select(self.choices, self.cost, target)
-        plan, graph = solution.plan, self.predictor.graph
-        emptied = {layer.name for layer in plan.layers if not layer.kept_in}
-        branches.remove(plan, [branch for branch in self.removable if branch.key in emptied], graph)
-        graph.channels.resolve(plan)
-        self.predictor.drop_idle_ranks(plan)
-        return solution, self.predictor.ratio(plan)
+        self.predictor.complete(solution.plan, self.setting.removable)
+        return solution, self.predictor.seconds(solution.plan) / self.setting.dense_seconds
 
 
 def search(
@@ -151,7 +126,7 @@ def search(
 
     Every layer's cost is read from ``table``; the plan is carried out on a copy of the model, which takes turns with
     the dense one; what the prediction was off by corrects the next plan, at most 8 times. Of the branches `removable` a
-    plan may keep nothing but a constant.
+    plan may keep nothing but a constant, and the readers of a stream share one kept set where that gives up less.
 
     Raises:
         ValueError: no layer has a cheaper form on this device, or no plan is as fast as wanted; the message states the
@@ -160,17 +135,18 @@ def search(
     wanted = 1 - options.target
     index = torch.arange(table.batch, device=example.device) % len(example)
     inputs = example[index].contiguous(memory_format=table.layout)
-    predictor = Predictor(model, graph, inputs, table)
-    _add_tables(layers, predictor, options, {branch.key: branch for branch in removable}, progress)
-    [dense] = table.timer([model], inputs)
-    predictor.include_rest(min(dense))
-    choices = _C.layer_choices(layers, options, progress)
-    if all(len(layer.choices) == 1 for layer in choices):
+    setting = _Setting(model, graph, shapes_of(model, inputs), options, inputs, table, removable, progress)
+    targets = _Targets(setting, layers)
+    if all(len(layer.choices) == 1 for layer in targets.choices):
         raise ValueError(
             "compress: no smaller form of any layer is faster than the dense one on this device at batch "
             f"{table.batch}; raise latency_batch, or use budget='macs'"
         )
-    targets = _Targets(choices, predictor, removable)
+    [dense] = table.timer([model], inputs)
+    layers_alone = targets.predictor.layers(_C.CompressionPlan())
+    setting.dense_seconds = max(min(dense), layers_alone)
+    targets.predictor.rest = setting.dense_seconds - layers_alone
+    targets = _narrower(targets, wanted) or targets
     rounds: list[tuple[_C.Solution, Latency]] = []
     aim = wanted
     for done in range(_ROUNDS):
@@ -179,7 +155,7 @@ def search(
         solution, predicted = targets.plan(aim)
         if any(solution.plan == earlier.plan for earlier, _ in rounds):
             break
-        latency = _measured(model, solution.plan, inputs, table, predicted)
+        latency = _measured(setting, solution.plan, predicted)
         rounds.append((solution, latency))
         if wanted - _TOLERANCE <= latency.ratio <= wanted:
             break
@@ -189,47 +165,104 @@ def search(
     return _chosen(rounds, wanted)
 
 
-def _add_tables(
-    layers: Sequence[_C.SolverLayer],
-    predictor: Predictor,
-    options: _C.SolverOptions,
-    removable: Mapping[str, Branch],
-    progress: Progress | None,
-) -> None:
-    table = predictor.table
+def _narrower(targets: _Targets, wanted: float) -> _Targets | None:
+    """The same search with streams whose readers share what they keep, where it gives up less for the time wanted."""
+    setting = targets.setting
+    solution, predicted = targets.plan(wanted)
+    if predicted > wanted or setting.options.units == "singular_values":
+        return None
+    kept = _worth_sharing(targets, solution)
+    if not kept:
+        return None
+    narrowed = Narrowed(setting.graph, kept)
+    found = _Targets(setting, narrowed.layers(targets.layers), narrowed)
+    dense, narrow = setting.table.timer([setting.model, setting.timed(narrowed.plan)], setting.inputs)
+    taken = min(narrow) / min(dense) * setting.dense_seconds
+    found.predictor.rest = max(0.0, taken - found.predictor.layers(narrowed.plan))
+    shared, reached = found.plan(wanted)
+    better = reached <= wanted and found.objective(shared) < targets.objective(solution)
+    return found if better else None
+
+
+def _worth_sharing(targets: _Targets, solution: _C.Solution) -> dict[str, list[int]]:
+    """The channels that the readers of each stream keep at the width that lowers objective + multiplier x seconds most.
+
+    All else stays as in `solution`, which is resolved; readers become dense.
+    """
+    predictor, graph = targets.predictor, targets.setting.graph
+    bounded = {layer.spec.name for layer in targets.layers if layer.max_rate < 1}
+    multiples = {layer.spec.name: layer.table.multiple for layer in targets.layers}
+    now = predictor.seconds(solution.plan)
+    kept: dict[str, list[int]] = {}
+    chosen = {layer.name: (layer, loss) for layer, loss in zip(targets.choices, solution.losses, strict=True)}
+    for stream in streams(graph, targets.layers, bounded, multiples):
+        best = 0.0
+        for width in stream.widths:
+            shared = {
+                layer.name: stream.kept(width)
+                for layer in solution.plan.layers
+                if layer.name in stream.readers and layer.kept_in
+            }
+            plan = _with_inputs(solution.plan, shared)
+            graph.channels.resolve(plan)
+            narrowed = Narrowed(graph, {name: stream.kept(width) for name in stream.readers})
+            lost = {layer.spec.name: layer.lost for layer in narrowed.layers(targets.layers)}
+            change = solution.multiplier * (predictor.seconds(plan) - now)
+            for name in shared:
+                layer, loss = chosen[name]
+                change += layer.objective(lost[name]) - layer.objective(loss)
+            if change < best:
+                best = change
+                kept |= {name: stream.kept(width) for name in stream.readers}
+    return kept
+
+
+def _with_inputs(plan: _C.CompressionPlan, kept: Mapping[str, list[int]]) -> _C.CompressionPlan:
+    """A copy in which these layers are dense and keep these inputs."""
+    copied = _C.CompressionPlan.from_json(plan.to_json())
+    layers = copied.layers
+    for layer in layers:
+        if layer.name in kept:
+            layer.kept_in, layer.rank = kept[layer.name], None
+    copied.layers = layers
+    return copied
+
+
+def _add_tables(layers: Sequence[_C.SolverLayer], predictor: Predictor, setting: _Setting) -> None:
+    table, units = setting.table, setting.options.units
+    removable = {branch.key: branch for branch in setting.removable}
     parts = {layer.spec.name: predictor.producers(layer.spec.name) for layer in layers}
     needed = [
         shape
         for name, producers in parts.items()
-        for cell in table.cost_shapes(predictor.shapes[name], producers, options.units)[2].values()
+        for cell in table.cost_shapes(predictor.shapes[name], producers, units)[2].values()
         for shape in cell
     ]
     for branch in removable.values():
         needed += [*predictor.beside(branch), *predictor.removed(branch)]
-    table.time(needed, progress)
+    table.time(needed, setting.progress)
     for layer in layers:
         name = layer.spec.name
         beside: list[LayerShape] = []
         left: list[LayerShape] | None = None
         if name in removable:
             beside, left = predictor.beside(removable[name]), predictor.removed(removable[name])
-        layer.table = table.cost_table(predictor.shapes[name], parts[name], options.units, beside=beside, left=left)
+        layer.table = table.cost_table(predictor.shapes[name], parts[name], units, beside=beside, left=left)
 
 
-def _measured(
-    model: nn.Module, plan: _C.CompressionPlan, inputs: Tensor, table: LatencyTable, predicted: float
-) -> Latency:
-    compressed = apply(copy.deepcopy(model), plan).to(memory_format=table.layout)  # type: ignore[call-overload]
+def _measured(setting: _Setting, plan: _C.CompressionPlan, predicted: float) -> Latency:
+    compressed = setting.timed(plan)
     runs: list[list[float]] = [[], []]
     begin = time.perf_counter()
     for _ in range(4):
-        for total, some in zip(runs, table.timer([model, compressed], inputs), strict=True):
+        for total, some in zip(runs, setting.table.timer([setting.model, compressed], setting.inputs), strict=True):
             total += some
         if time.perf_counter() - begin > _LONG:
             break
     dense, smaller = runs
     ratio = statistics.median(after / before for before, after in zip(dense, smaller, strict=True))
-    return Latency(len(inputs), statistics.median(dense), statistics.median(smaller), ratio, predicted)
+    inputs = len(setting.inputs)
+    return Latency(inputs, statistics.median(dense), statistics.median(smaller), ratio, predicted)
 
 
 def _next_aim(found: Sequence[Latency], wanted: float) -> float:
@@ -266,24 +299,3 @@ def _chosen(rounds: list[tuple[_C.Solution, Latency]], wanted: float) -> Found:
             f"the plan takes {latency.ratio:.3f} of the dense time, {wanted:.3f} was asked for: no plan tried is closer"
         )
     return Found(solution, latency, warnings)
-
-
-def _shapes(model: nn.Module, example: Tensor) -> dict[str, LayerShape]:
-    """Shapes of the model's layers at one forward pass, by path."""
-    shapes: dict[str, LayerShape] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
-
-            def record(layer: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                assert isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
-                shapes[name] = LayerShape.of(layer, inputs[0].shape)
-
-            hooks.append(module.register_forward_pre_hook(record))
-    try:
-        with evaluating(model):
-            model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return shapes

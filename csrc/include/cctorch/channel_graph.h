@@ -57,6 +57,11 @@ class ChannelGraph {
   // gather instead: another layer reads the same channels, or one of them cannot be removed or arrives more than once.
   std::vector<std::string> producers(const std::string& layer) const;
 
+  // Groups of at least two layers that read the same channels, in one order, and are the only ones that read any of
+  // them: what all of a group give up goes without a gather. Channels that cannot be removed or arrive more than once
+  // make no group. In order of execution.
+  std::vector<std::vector<std::string>> streams() const;
+
  private:
   struct Node {
     std::string name;

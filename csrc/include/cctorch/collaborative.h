@@ -39,6 +39,10 @@ struct Layer {
   // What removing all of the layer does to the network, in any unit, the same for all layers: weighs its loss in
   // select(). 0: its cost does, as in (E2).
   double importance = 0;
+  // For Budget::table, where the layer had more inputs or filters before: (E1) of those inputs, which all choices have
+  // lost too, and what the layer cost, as the objective weighs it. 0: it had not.
+  double lost = 0;
+  double cost_before = 0;
 };
 
 enum class Units { both, channels, singular_values };
@@ -80,6 +84,7 @@ struct Solution {
   CompressionPlan plan;
   std::vector<RateCurve> curves;
   double lambda = 0.0;
+  std::vector<double> losses;  // of select(): the loss of each layer's choice
   double curve_seconds = 0.0;
   double heuristic_seconds = 0.0;
   std::vector<std::string> warnings;
@@ -99,6 +104,10 @@ struct LayerChoices {
   double largest_loss = 0.0;  // all of the weight removed
   double importance = 0.0;    // of the Layer
   std::vector<Choice> choices;
+  double cost_before = 0.0;  // of the Layer
+
+  // The layer's term in what select() minimizes, with a form that loses `loss`.
+  double objective(double loss) const;
 };
 
 // Those that take part in the search: convolutions and linear layers, without the first convolution, the last linear

@@ -17,7 +17,7 @@ namespace {
 
 // Choices of given costs and losses; the plans are told apart by their counts of inputs.
 LayerChoices layer_of(const std::string& name, const std::vector<std::pair<double, double>>& costs_and_losses) {
-  LayerChoices layer{name, 1.0, 0.0, {}};
+  LayerChoices layer{.name = name, .largest_loss = 1.0, .choices = {}};
   for (const auto& [cost, loss] : costs_and_losses) {
     Choice choice{cost, loss, LayerPlan::unchanged(name, LayerKind::conv2d, 8, 4)};
     choice.plan.kept_in.resize(8 - layer.choices.size());
@@ -96,8 +96,34 @@ TEST(Choices, TheLastChoiceOfALayerThatCanGoIsNothing) {
   EXPECT_FALSE(choices.choices[choices.choices.size() - 2].plan.reads_nothing());
   Layer bounded = whole_layer();
   bounded.max_rate = 0.9;
-  for (const Choice& choice : layer_choices({bounded}, options).front().choices) {
-    EXPECT_FALSE(choice.plan.reads_nothing());
+  const LayerChoices stays = layer_choices({bounded}, options).front();
+  for (const Choice& choice : stays.choices) EXPECT_FALSE(choice.plan.reads_nothing());
+}
+
+// (E1) adds up over columns: by brute force on the whole layer.
+TEST(Choices, WhatWentBeforeIsLostInEveryChoice) {
+  Options options;
+  options.budget = Budget::table;
+  options.units = Units::channels;
+  const Layer whole = whole_layer();
+  const at::Tensor columns = (whole.weight * whole.gradient).to(torch::kDouble).square().sum({0, 2, 3});
+  const std::vector<int64_t> left = {1, 2, 4, 5, 6, 7};
+  Layer narrow = whole;
+  narrow.spec.in_channels = 6;
+  narrow.weight = whole.weight.index_select(1, torch::tensor(left));
+  narrow.gradient = whole.gradient.index_select(1, torch::tensor(left));
+  narrow.table = {.channels = {2, 4, 6}, .ranks = {}, .pruned = {1.0, 2.0, 3.0}, .factored = {}, .multiple = 2};
+  narrow.lost = (columns[0] + columns[3]).item<double>();
+  narrow.cost_before = 4;
+
+  const LayerChoices found = layer_choices({narrow}, options).front();
+  EXPECT_NEAR(found.largest_loss, columns.sum().item<double>(), 1e-5 * found.largest_loss);
+  EXPECT_EQ(found.choices.size(), 3U);
+  for (const Choice& choice : found.choices) {
+    double lost = columns.sum().item<double>();
+    for (const int64_t kept : choice.plan.kept_in) lost -= columns[left[kept]].item<double>();
+    EXPECT_NEAR(choice.loss, lost, 1e-5 * found.largest_loss);
+    EXPECT_NEAR(found.objective(choice.loss), 4.0 * lost / found.largest_loss, 1e-5);
   }
 }
 
@@ -111,6 +137,12 @@ TEST(Choices, RefusesCostsAndImportancesThatAreNone) {
     layer = whole_layer();
     layer.importance = bad;
     EXPECT_NE(refusal([&] { layer_choices({layer}, options); }).find("importance"), std::string::npos) << bad;
+    layer = whole_layer();
+    layer.lost = bad;
+    EXPECT_NE(refusal([&] { layer_choices({layer}, options); }).find("lost"), std::string::npos) << bad;
+    layer = whole_layer();
+    layer.cost_before = bad;
+    EXPECT_NE(refusal([&] { layer_choices({layer}, options); }).find("cost_before"), std::string::npos) << bad;
   }
 }
 

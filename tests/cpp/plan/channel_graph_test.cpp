@@ -150,6 +150,34 @@ TEST(ChannelGraph, ProducersAreWhoLosesFiltersWithTheInputs) {
   EXPECT_THROW(graph.producers("f"), c10::ValueError);
 }
 
+TEST(ChannelGraph, StreamsAreReadByTheirGroupAlone) {
+  using Groups = std::vector<std::vector<std::string>>;
+  ChannelGraph graph;
+  const auto image = graph.input(3);
+  graph.pin(graph.layer("edge", LayerKind::conv2d, image, 3));
+  auto x = graph.layer("stem", LayerKind::conv2d, image, 4);
+  for (const std::string block : {"1", "2"}) {
+    auto y = graph.layer("in" + block, LayerKind::conv2d, x, 6);
+    y = graph.layer("bn" + block, LayerKind::batch_norm2d, y, 6);
+    x = graph.join(x, graph.layer("out" + block, LayerKind::conv2d, y, 4));
+  }
+  x = graph.layer("bn", LayerKind::batch_norm2d, x, 4);
+  // Two that read a part of what others read, two that read each channel twice, two of which one has another order.
+  const auto a = graph.layer("a", LayerKind::conv2d, x, 4);
+  const auto b = graph.layer("b", LayerKind::conv2d, x, 4);
+  const auto some = ChannelGraph::Channels(a.begin(), a.begin() + 2);
+  for (const std::string name : {"some1", "some2"}) graph.pin(graph.layer(name, LayerKind::conv2d, some, 2));
+  const auto c = graph.layer("all", LayerKind::conv2d, a, 4);
+  for (const std::string name : {"twice1", "twice2"}) {
+    graph.pin(graph.layer(name, LayerKind::linear, ChannelGraph::flatten(c, 2), 2));
+  }
+  graph.pin(graph.layer("first", LayerKind::conv2d, b, 2));
+  graph.pin(graph.layer("turned", LayerKind::conv2d, {b.rbegin(), b.rend()}, 2));
+  EXPECT_EQ(graph.streams(), (Groups{{"in1", "in2", "a", "b"}}));
+  graph.pin({x.back()});
+  EXPECT_EQ(graph.streams(), Groups{});
+}
+
 TEST(ChannelGraph, TermsOfASumWithOneReaderAreAllProducers) {
   ChannelGraph graph;
   const auto image = graph.input(3);
