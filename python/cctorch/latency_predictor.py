@@ -48,7 +48,7 @@ class Predictor:
         return [dataclasses.replace(shape, inputs=0, outputs=shape.outputs if kept else 0) for shape, kept in left]
 
     def complete(self, plan: _C.CompressionPlan, removable: Sequence[Branch]) -> None:
-        """Makes of the chosen forms a plan to carry out: branches go, and dead filters, and ranks that are idle then."""
+        """Makes of the chosen forms a plan to carry out: branches go, dead filters, and ranks that are idle then."""
         if self.narrowed:
             self.narrowed.widen(plan)
         emptied = {layer.name for layer in plan.layers if not layer.kept_in}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cctorch import CompressionPlan, _C, apply, collaborative, compress, latency_budget, measure
+from cctorch import _C, CompressionPlan, apply, collaborative, compress, latency_budget, measure
 from cctorch.graph import trace
 from cctorch.latency import LatencyTable
 from cctorch.streams import Narrowed, streams
@@ -118,7 +118,7 @@ def test_a_plan_of_the_narrowed_network_is_one_of_the_whole_network(
 
 def test_what_a_layer_loses_with_the_stream_is_counted(model: nn.Module) -> None:
     layers = searched(model)
-    narrowed = Narrowed(trace(model, torch.randn(2, 3, 8, 8)), dict.fromkeys(READERS, list(range(8))))
+    narrowed = Narrowed(trace(model, torch.randn(2, 3, 8, 8)), {name: list(range(8)) for name in READERS})
     for whole, narrow in zip(layers, narrowed.layers(layers), strict=True):
         rows = range(8) if whole.spec.name in WRITERS else range(whole.spec.out_channels)
         product = (whole.weight.double() * whole.gradient.double())[list(rows)]
@@ -146,7 +146,7 @@ class DearGathers(FakeTimer):
 
 
 def test_a_stream_becomes_narrower_where_gathers_are_dear(model: nn.Module) -> None:
-    timer = DearGathers(launch=0.0)
+    timer = DearGathers(launch=0.0, rest=1e-4)
     found = run(timer, model, target=0.6, units="channels")
     layers = {layer.name: layer for layer in found.plan.layers}
     kept = [layers[name].kept_in for name in READERS]
@@ -194,7 +194,7 @@ def test_it_gives_up_less_than_the_search_without(model: nn.Module, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    "options", [{"units": "singular_values", "target": 0.2}, {"exclude": ["down"]}, {"bounds": {"blocks.0.conv1": 0.9}}]
+    "options", [{"units": "singular_values", "target": 0.6}, {"exclude": ["down"]}, {"bounds": {"blocks.0.conv1": 0.9}}]
 )
 def test_streams_stay_whole_where_a_reader_must_keep_its_inputs(model: nn.Module, options: dict[str, Any]) -> None:
     found = run(DearGathers(launch=0.0), model, **{"target": 0.3, **options})
