@@ -256,7 +256,8 @@ def compress(
             take, or latency. ``bytes`` are those of the weights' type, or of their `bits`: `target` is what goes
             besides the quantization, whose scales do not count. ``latency`` is measured on the device of `example`,
             with its dtype and layout and as many threads as torch uses now: layers are timed by their shapes, forms
-            that don't pay are left out, and the whole model is measured.
+            that don't pay are left out, and the whole model is measured. Layers that read one residual stream keep the
+            same channels of it where that gives up less than a choice of their own, for which they have to gather.
         count: what counts as removed, with any other budget than ``latency``. ``final`` is what the network has
             lost once the filters that nobody reads any more are gone too; ``nominal`` is what the layers' removed
             inputs and singular values save, as in the paper, and the network may lose more.

@@ -223,7 +223,7 @@ def _with_inputs(plan: _C.CompressionPlan, kept: Mapping[str, list[int]]) -> _C.
     layers = copied.layers
     for layer in layers:
         if layer.name in kept:
-            layer.kept_in, layer.rank = kept[layer.name], None
+            layer.kept_in, layer.gather, layer.rank = kept[layer.name], [], None
     copied.layers = layers
     return copied
 

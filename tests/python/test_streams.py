@@ -162,6 +162,23 @@ def test_a_stream_becomes_narrower_where_gathers_are_dear(model: nn.Module) -> N
     assert found.latency.ratio == pytest.approx(ratio)
 
 
+def test_readers_gather_what_they_keep_where_that_gives_up_less(model: nn.Module) -> None:
+    """Two readers that need different channels: a set that both share has to be wider."""
+    with torch.no_grad():
+        for name, needed in (("blocks.0.conv1", slice(0, 16)), ("blocks.1.conv1", slice(16, 32))):
+            weight = model.get_submodule(name).weight
+            rest = torch.ones(32, dtype=torch.bool)
+            rest[needed] = False
+            weight[:, rest] *= 1e-4
+    timer = FakeTimer(launch=0.0)
+    found = run(timer, model, target=0.25, units="channels", exclude=["blocks.*.conv2"])
+    layers = {layer.name: layer for layer in found.plan.layers}
+    assert set(layers["blocks.0.conv1"].kept_in) <= set(range(16))
+    assert set(layers["blocks.1.conv1"].kept_in) <= set(range(16, 32))
+    assert layers["blocks.0.conv1"].gather
+    assert layers["blocks.1.conv1"].gather
+
+
 def test_it_gives_up_less_than_the_search_without(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted by (E1) of both plans' weights over all of the layer's, as the objective of (E2) has it."""
 
