@@ -19,13 +19,16 @@ void check_options(const Options& options) {
   TORCH_CHECK_VALUE(options.effort > 0, "compress: effort = ", options.effort, ", expected more than 0");
 }
 
-void check_layer(const Layer& layer) {
+void check_layer(const Layer& layer, const Options& options) {
   const LayerSpec& spec = layer.spec;
   const bool convolution = spec.kind == LayerKind::conv2d && layer.weight.dim() == 4;
-  const bool linear = spec.kind == LayerKind::linear && layer.weight.dim() == 2;
-  TORCH_CHECK_VALUE(convolution || linear, "compress: layer '", spec.name, "' is a ", to_string(spec.kind),
+  const bool lstm = spec.kind == LayerKind::lstm;
+  const bool matrix = (spec.kind == LayerKind::linear || lstm) && layer.weight.dim() == 2;
+  TORCH_CHECK_VALUE(convolution || matrix, "compress: layer '", spec.name, "' is a ", to_string(spec.kind),
                     " with a weight of ", layer.weight.dim(),
-                    " dimensions, expected a conv2d with 4 or a linear layer with 2");
+                    " dimensions, expected a conv2d with 4, or a linear layer or lstm with 2");
+  TORCH_CHECK_VALUE(!lstm || options.units != Units::channels, "compress: layer '", spec.name,
+                    "' is a weight of an lstm, of which singular values alone can go: units = channels leaves it out");
   TORCH_CHECK_VALUE(spec.groups == 1, "compress: layer '", spec.name, "' has ", spec.groups,
                     " groups, expected 1; leave grouped convolutions out");
   TORCH_CHECK_VALUE(spec.bits >= 1 && spec.bits <= 64, "compress: layer '", spec.name, "': bits = ", spec.bits,
@@ -48,6 +51,12 @@ void check_layer(const Layer& layer) {
     TORCH_CHECK_VALUE(bad == 0, "compress: layer '", spec.name, "': ", bad, " of ", tensor->numel(), " ", what,
                       " elements are NaN or infinite; was the model trained with too high a learning rate?");
   }
+}
+
+Options of_layer(const LayerSpec& spec, const Options& options) {
+  Options own = options;
+  if (spec.kind == LayerKind::lstm) own.units = Units::singular_values;
+  return own;
 }
 
 }  // namespace cctorch::collaborative

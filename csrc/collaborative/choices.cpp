@@ -115,10 +115,10 @@ std::vector<LayerChoices> layer_choices(const std::vector<Layer>& layers, const 
                                         const Progress& progress) {
   check_options(options);
   TORCH_CHECK_VALUE(!layers.empty(), "compress: the model has no layer that can be compressed");
-  for (const Layer& layer : layers) check_layer(layer);
+  for (const Layer& layer : layers) check_layer(layer, options);
   std::vector<LayerChoices> choices(layers.size());
   for_each_layer(layers, streams_of(layers, options), "multi-step heuristic", options, progress,
-                 [&](size_t l) { choices[l] = removal_choices(layers[l], options); });
+                 [&](size_t l) { choices[l] = removal_choices(layers[l], of_layer(layers[l].spec, options)); });
   return choices;
 }
 

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <utility>
 
+#include "csrc/collaborative/checks.h"
 #include "csrc/collaborative/cost.h"
 
 namespace cctorch::collaborative {
@@ -133,7 +134,7 @@ double allocate(std::vector<RateCurve>& curves, const std::vector<Layer>& layers
   double low = std::numeric_limits<double>::infinity(), high = -low, reachable = 0;
   for (size_t l = 0; l < curves.size(); ++l) {
     if (!(curves[l].b > 0)) continue;
-    highest[l] = highest_rate(layers[l], options);
+    highest[l] = highest_rate(layers[l], of_layer(layers[l].spec, options));
     const double log_at_zero = std::log(curves[l].a * curves[l].b);
     low = std::min(low, log_at_zero);
     high = std::max(high, log_at_zero + curves[l].b * highest[l]);

@@ -54,7 +54,7 @@ struct Search::State {
     TORCH_CHECK_VALUE(!layers.empty(), "compress: the model has no layer that can be compressed");
     int64_t total = 0;
     for (const Layer& layer : layers) {
-      check_layer(layer);
+      check_layer(layer, options);
       total += in_unit(options.budget, layer.spec, layer.spec.macs());
     }
     TORCH_CHECK_VALUE(model_cost >= static_cast<double>(total), "compress: model_cost = ", model_cost, " ",
@@ -66,7 +66,7 @@ struct Search::State {
     const Streams streams = streams_of(layers, options);
     for_each_layer(layers, streams, "rate optimization", options, progress, [&](size_t l) {
       RunningLayer layer(layers[l].weight, layers[l].gradient, options);
-      curves[l] = rate_curve(layers[l].spec.name, layer, options);
+      curves[l] = rate_curve(layers[l].spec.name, layer, of_layer(layers[l].spec, options));
       if (layer.share() > 0) dense[l] = std::move(layer);
     });
     double lambda = 0;
@@ -75,7 +75,7 @@ struct Search::State {
     start = Clock::now();
     for_each_layer(layers, streams, "multi-step heuristic", options, progress, [&](size_t l) {
       if (!dense[l]) dense[l].emplace(layers[l].weight, layers[l].gradient, options);
-      paths[l] = removal_path(std::move(*dense[l]), highest[l].allocated, options);
+      paths[l] = removal_path(std::move(*dense[l]), highest[l].allocated, of_layer(layers[l].spec, options));
       dense[l].reset();
     });
     heuristic_seconds = seconds_since(start);

@@ -8,7 +8,7 @@
 
 namespace cctorch::collaborative {
 
-std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs) {
+std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs, Units units) {
   const auto first = std::find_if(specs.begin(), specs.end(), [](const LayerSpec& spec) {
     return spec.kind == LayerKind::conv2d || spec.kind == LayerKind::depthwise_conv2d;
   });
@@ -19,7 +19,8 @@ std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs) {
     const bool weighted = (spec.kind == LayerKind::conv2d && spec.groups == 1) || spec.kind == LayerKind::linear;
     const bool is_first = first != specs.end() && &spec == &*first;
     const bool is_last = last != specs.rend() && &spec == &*last;
-    if (weighted && !is_first && !is_last) chosen.push_back(spec);
+    const bool recurrent = spec.kind == LayerKind::lstm && units != Units::channels;
+    if (recurrent || (weighted && !is_first && !is_last)) chosen.push_back(spec);
   }
   return chosen;
 }

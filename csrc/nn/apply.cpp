@@ -40,6 +40,11 @@ std::vector<PlannedLayer> find_layers(torch::nn::Module& model, const Compressio
   std::vector<PlannedLayer> found;
   std::unordered_map<const nn::Compressible*, const LayerPlan*> seen;
   for (const LayerPlan& layer_plan : plan.layers) {
+    if (layer_plan.kind == LayerKind::lstm) {
+      TORCH_CHECK_VALUE(layer_plan.is_unchanged(), "layer '", layer_plan.name,
+                        "' is a weight of an lstm, which apply() cannot decompose: leave it out of the plan");
+      continue;
+    }
     const auto* const module = modules.find(layer_plan.name);
     TORCH_CHECK_VALUE(module != nullptr, "plan: the model has no layer '", layer_plan.name, "', it has ",
                       first_names(modules), ": the plan was made for another architecture");

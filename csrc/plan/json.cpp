@@ -20,7 +20,7 @@ using nlohmann::json;
 
 constexpr int format_version = 1;
 constexpr std::array kinds = {LayerKind::conv2d, LayerKind::depthwise_conv2d, LayerKind::linear,
-                              LayerKind::batch_norm2d};
+                              LayerKind::batch_norm2d, LayerKind::lstm};
 constexpr std::array mask_kinds = {MaskPlan::Kind::magnitude, MaskPlan::Kind::nm, MaskPlan::Kind::channel};
 
 template <class Kinds>

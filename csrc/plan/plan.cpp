@@ -34,11 +34,22 @@ void check_reads_nothing(const LayerPlan& layer) {
                     "' keeps none of its inputs, and so takes no gather, rank, mask or bits");
 }
 
+void check_lstm(const LayerPlan& layer) {
+  TORCH_CHECK_VALUE(size(layer.kept_in) == layer.in_channels && size(layer.kept_out) == layer.out_channels &&
+                        layer.gather.empty() && !layer.mask && !layer.bits,
+                    "plan: layer '", layer.name,
+                    "': a weight of an lstm keeps all its inputs and outputs, and takes no gather, mask or bits");
+  const int64_t highest = std::min(layer.in_channels, layer.out_channels);
+  TORCH_CHECK_VALUE(!layer.rank || (*layer.rank >= 1 && *layer.rank <= highest), "plan: layer '", layer.name,
+                    "': rank = ", layer.rank.value_or(0), ", expected 1 to ", highest);
+}
+
 void check_layer(const LayerPlan& layer) {
   TORCH_CHECK_VALUE(layer.in_channels > 0 && layer.out_channels > 0, "plan: layer '", layer.name,
                     "': ", layer.in_channels, " -> ", layer.out_channels, " channels, expected at least 1 -> 1");
   check_indices(layer, "kept_in", layer.kept_in, layer.in_channels);
   check_indices(layer, "kept_out", layer.kept_out, layer.out_channels);
+  if (layer.kind == LayerKind::lstm) return check_lstm(layer);
   if (layer.reads_nothing()) return check_reads_nothing(layer);
   TORCH_CHECK_VALUE(!layer.kept_out.empty(), "plan: layer '", layer.name,
                     "': kept_out is empty, but it reads inputs: keep at least one, or empty kept_in too");
@@ -94,6 +105,8 @@ std::string_view to_string(LayerKind kind) {
       return "linear";
     case LayerKind::batch_norm2d:
       return "batch_norm2d";
+    case LayerKind::lstm:
+      return "lstm";
   }
   TORCH_INTERNAL_ASSERT(false, "unknown LayerKind");
 }

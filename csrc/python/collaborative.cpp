@@ -177,7 +177,12 @@ void bind_collaborative(py::module_& module) {
         return collaborative::remaining(model, plan, parse(budget_names, "budget", budget), final);
       },
       py::arg("model"), py::arg("plan"), py::arg("budget"), py::arg("final"));
-  module.def("participants", &collaborative::participants, py::arg("specs"));
+  module.def(
+      "participants",
+      [](const std::vector<LayerSpec>& specs, const std::string& units) {
+        return collaborative::participants(specs, parse(units_names, "units", units));
+      },
+      py::arg("specs"), py::arg("units") = "both");
   module.def("solve", &solve, py::arg("layers"), py::arg("model_cost"), py::arg("options"),
              py::arg("progress") = py::none());
   module.def("unit_scores", &collaborative::unit_scores, py::arg("weight"), py::arg("gradient"), py::arg("running"),

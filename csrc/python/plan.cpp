@@ -19,10 +19,11 @@ namespace cctorch::python {
 
 namespace {
 
-constexpr Names<LayerKind, 4> layer_kinds{{{"conv2d", LayerKind::conv2d},
+constexpr Names<LayerKind, 5> layer_kinds{{{"conv2d", LayerKind::conv2d},
                                            {"depthwise_conv2d", LayerKind::depthwise_conv2d},
                                            {"linear", LayerKind::linear},
-                                           {"batch_norm2d", LayerKind::batch_norm2d}}};
+                                           {"batch_norm2d", LayerKind::batch_norm2d},
+                                           {"lstm", LayerKind::lstm}}};
 constexpr Names<MaskPlan::Kind, 3> mask_kinds{
     {{"magnitude", MaskPlan::Kind::magnitude}, {"nm", MaskPlan::Kind::nm}, {"channel", MaskPlan::Kind::channel}}};
 

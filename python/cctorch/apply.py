@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from cctorch import _C
 from cctorch._C import CompressionPlan, LayerPlan
 from cctorch.described import describe, describe_plan, fits
+from cctorch.graph.lstm import module_of
 from cctorch.graph.model_graph import is_hooked, owners, runs_its_own_forward
-from cctorch.nn import BatchNorm2d, Constant, GatherChannels, LowRankConv2d, LowRankLinear
+from cctorch.nn import BatchNorm2d, Constant, GatherChannels, LowRankConv2d, LowRankLinear, LowRankLSTM
 from cctorch.plan import check_plan
 
-_KINDS: dict[str, type[nn.Conv2d] | type[nn.Linear] | type[nn.BatchNorm2d]] = {
+_KINDS: dict[str, type[nn.Module]] = {
     "conv2d": nn.Conv2d,
     "depthwise_conv2d": nn.Conv2d,
     "linear": nn.Linear,
     "batch_norm2d": nn.BatchNorm2d,
+    "lstm": nn.LSTM,
 }
 
 
@@ -25,7 +27,8 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
     """Rebuilds the layers of ``model`` that ``plan`` names, in place, and returns it.
 
     A layer keeps the rows ``kept_out`` and the columns ``kept_in`` of its weight; one with a ``rank`` becomes a
-    :class:`~cctorch.nn.LowRankConv2d` or :class:`~cctorch.nn.LowRankLinear` of the truncated SVD; one with a ``gather``
+    :class:`~cctorch.nn.LowRankConv2d` or :class:`~cctorch.nn.LowRankLinear` of the truncated SVD, an ``nn.LSTM`` of
+    which a weight has one a :class:`~cctorch.nn.LowRankLSTM`; one with a ``gather``
     is wrapped in :class:`~cctorch.nn.GatherChannels`; one without ``kept_in``, of a removed residual branch, becomes a
     :class:`~cctorch.nn.Constant` of its bias; every ``nn.BatchNorm2d`` becomes a :class:`~cctorch.nn.BatchNorm2d`, a
     class of its own: a model that asks ``type(m) is nn.BatchNorm2d``, in place of ``isinstance``, computes something
@@ -49,7 +52,9 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
         raise ValueError("apply: LBFGS keeps one history over all parameters; make it anew after apply(model, plan)")
     paths = owners(model)
     channels_last = is_channels_last(model)
-    edits = [_edit(model, layer, paths, channels_last) for layer in plan.layers if _changes_shape(layer)]
+    changed = [layer for layer in plan.layers if _changes_shape(layer)]
+    edits = [_edit(model, layer, paths, channels_last) for layer in changed if layer.kind != "lstm"]
+    edits += _recurrent_edits(model, [layer for layer in changed if layer.kind == "lstm"], paths)
     successors: dict[Tensor, _Successor] = {}
     replaced: dict[nn.Module, nn.Module] = {}
     for edit in edits:
@@ -202,6 +207,27 @@ def _decompose(module: nn.Module, layer: LayerPlan, rank: int) -> _Edit:
     return _Edit(module, replacement, {}, {}, successors)
 
 
+def _recurrent_edits(model: nn.Module, layers: Sequence[LayerPlan], paths: dict[int, list[str]]) -> list[_Edit]:
+    """One of each LSTM, of which several weights may have a rank."""
+    ranks: dict[nn.LSTM, dict[str, int]] = {}
+    for layer in layers:
+        module = _checked_module(model, layer, paths)
+        assert isinstance(module, nn.LSTM)
+        assert layer.rank is not None
+        ranks.setdefault(module, {})[layer.name.rpartition(".")[2]] = layer.rank
+    edits = []
+    for module, of_weights in ranks.items():
+        factored = LowRankLSTM.from_dense(module, of_weights)
+        successors: dict[Tensor, _Successor] = {
+            old: _Successor(
+                [factored.get_parameter(part) for part in factored.parts(name)], None if name in of_weights else []
+            )
+            for name, old in module.named_parameters()
+        }
+        edits.append(_Edit(module, factored, {}, {}, successors))
+    return edits
+
+
 def _pick(tensor: Tensor, kept: Sequence[Sequence[int]]) -> Tensor:
     picked = tensor.detach()
     for dim, indices in enumerate(kept):
@@ -223,7 +249,7 @@ def _checked_module(model: nn.Module, layer: LayerPlan, paths: dict[int, list[st
     expected = f"the plan expects a {describe_plan(layer)}"
     advice = "apply a plan once, to the dense model that it was made for"
     try:
-        module = model.get_submodule(layer.name)
+        module = model.get_submodule(module_of(layer))
     except AttributeError:
         raise ValueError(f"plan: {type(model).__name__} has no layer '{layer.name}'; {expected}; {advice}") from None
     found = f"plan: layer '{layer.name}' of {type(model).__name__} is a {describe(module)}; {expected}; {advice}"

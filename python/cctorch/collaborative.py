@@ -214,7 +214,7 @@ def compress(
     example: Tensor,
     *,
     target: float = 0.5,
-    units: Literal["both", "channels", "singular_values"] = "both",
+    units: layer_choice.Units = "both",
     basis: Literal["exact", "fixed"] = "fixed",
     gamma: float = 0.9,
     step_fraction: float = 0.01,
@@ -248,7 +248,8 @@ def compress(
         batches: (images, labels) of the un-augmented training set, on the model's device.
         example: one batch of inputs, to trace the model with; N x C x H x W.
         target: fraction of the budget to remove, in (0, 1): 0.4 of the latency leaves 0.6 of the dense time.
-        units: what may be removed: input channels, singular values, or both.
+        units: what may be removed: input channels, singular values, or both. Weights of an ``nn.LSTM`` give up
+            singular values alone; each of them is a layer, named as the parameter is: ``rnn.weight_hh_l0``.
         basis: `exact` decomposes the weight anew for every candidate channel, `fixed` keeps its singular vectors.
         step_fraction: share of a layer's units removed between two rankings.
         max_rate: no layer gives up more than this share.
@@ -310,7 +311,7 @@ def compress(
     start = time.perf_counter()
     layer_choice.quantize(graph, bits or {})
     bounded = layer_choice.bounds_of(graph, bounds or {}, exclude)
-    searched = layer_choice.candidates(graph, exclude)
+    searched = layer_choice.candidates(graph, exclude, units, timed=budget == "latency")
     head = Head(batches)
     found = (
         mean_gradients(model, head, searched, loss=loss, progress=progress, across_ranks=across_ranks)

@@ -12,7 +12,10 @@ def describe_plan(layer: LayerPlan) -> str:
 
 
 def fits(module: nn.Module, layer: LayerPlan) -> bool:
-    """Whether the module is of the kind and sizes that a plan expects."""
+    """Whether the module is of the kind and sizes that a plan expects; of an LSTM, the weight that it names."""
+    if layer.kind == "lstm":
+        weight = getattr(module, layer.name.rpartition(".")[2], None) if isinstance(module, nn.LSTM) else None
+        return weight is not None and tuple(weight.shape) == (layer.out_channels, layer.in_channels)
     found = describe(module)
     # The groups of a layer that goes as a whole don't matter.
     return (found if layer.kept_in else found.partition(" in ")[0]) == describe_plan(layer)

@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def _exported(model: nn.Module, example: Tensor) -> ExportedProgram:
         return torch.export.export(model, (example,), strict=False)
 
 
-def _decompositions() -> dict[Any, Callable[..., Tensor]]:
+def _decompositions() -> dict[Any, Callable[..., Tensor | tuple[Tensor, ...]]]:
     # The low-rank ones too: run_decompositions() keeps composite operators of other libraries as they are.
     library = torch.ops.cctorch
     return {
@@ -86,6 +86,7 @@ def _decompositions() -> dict[Any, Callable[..., Tensor]]:
         library.hard_concrete.default: _hard_concrete,
         library.low_rank_linear.default: _low_rank_linear,
         library.low_rank_conv2d.default: _low_rank_conv2d,
+        library.low_rank_lstm.default: _low_rank_lstm,
         library.tucker2_conv2d.default: _tucker2_conv2d,
     }
 
@@ -206,6 +207,38 @@ def _low_rank_conv2d(
     dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
     return F.conv2d(F.conv2d(x, first, None, stride, padding, dilation), second, bias)
+
+
+def _low_rank_lstm(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: list[Tensor],
+    weight_hh: list[Tensor],
+    weight_hr: list[Tensor],
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if batch_sizes is not None:
+        raise ValueError("save_program: a packed sequence has as many steps as its values say, expected a padded one")
+
+    def product(y: Tensor, weight: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+        for factor in weight[:-1]:
+            y = F.linear(y, factor)
+        return F.linear(y, weight[-1], bias)
+
+    steps = list(product(x, weight_ih, bias_ih).unbind(0))
+    outputs = []
+    for step in reversed(steps) if reverse else steps:
+        i, f, g, o = (step + product(h, weight_hh, bias_hh)).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        if weight_hr:
+            h = product(h, weight_hr)
+        outputs.append(h)
+    return torch.stack(outputs[::-1] if reverse else outputs), h, c
 
 
 def _tucker2_conv2d(

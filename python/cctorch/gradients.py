@@ -28,7 +28,7 @@ def mean_gradients(
 
     Args:
         batches: pairs (inputs, labels) on the model's device, un-augmented; weighted by their number of examples.
-        layers: paths of modules with a `weight`.
+        layers: paths of modules with a `weight`, or of parameters, as those of an LSTM.
         loss: mean loss of a batch.
         across_ranks: `batches` are this rank's share; every rank calls, and gets the gradients over all of them.
 
@@ -99,7 +99,9 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
+    path, _, own = name.rpartition(".")
+    owner = model.get_submodule(path)
+    weight = getattr(owner, own) if own in owner._parameters else model.get_submodule(name).weight
     if not isinstance(weight, Tensor):
         raise ValueError(f"compress: layer '{name}' has no weight tensor")
     return weight

@@ -2,9 +2,13 @@
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from cctorch import _C
 from cctorch.graph import ModelGraph
+from cctorch.graph.lstm import module_of
+
+Units = Literal["both", "channels", "singular_values"]
 
 
 def _named(graph: ModelGraph, pattern: str, option: str) -> list[str]:
@@ -47,22 +51,38 @@ def quantize(graph: ModelGraph, bits: Mapping[str, int]) -> None:
     unquantized = [name for name in alone if graph.bits.pop(name, None)]
     if unquantized:
         graph.warnings.append(f"bits: {', '.join(map(repr, unquantized))} keep theirs, as layers that are left alone")
+    recurrent = [spec.name for spec in graph.specs if spec.kind == "lstm" and spec.name in graph.bits]
+    for name in recurrent:
+        del graph.bits[name]
+    if recurrent:
+        graph.warnings.append(f"bits: {', '.join(map(repr, recurrent))} keep theirs, as weights of an LSTM")
     for spec in graph.specs:
         spec.bits = graph.bits.get(spec.name, spec.bits)
 
 
-def candidates(graph: ModelGraph, exclude: Sequence[str]) -> list[str]:
-    """The layers that can be compressed, without those that a pattern excludes. Raises ValueError if there are none."""
-    excluded = _excluded(graph, exclude)
-    found = [
-        spec.name
-        for spec in _C.participants(graph.specs)
-        if spec.name not in graph.left_alone and spec.name not in excluded
-    ]
+def candidates(graph: ModelGraph, exclude: Sequence[str], units: Units = "both", timed: bool = False) -> list[str]:
+    """The layers that can be compressed, without those that a pattern excludes.
+
+    Args:
+        units: weights of an LSTM have singular values alone to give.
+        timed: with a budget of latency; an LSTM is not, and keeps its weights, with a warning.
+
+    Raises:
+        ValueError: there are none.
+    """
+    passed_over = _excluded(graph, exclude) | graph.left_alone
+    chosen = [spec for spec in _C.participants(graph.specs, units) if spec.name not in passed_over]
+    if timed:
+        recurrent = dict.fromkeys(module_of(spec) for spec in chosen if spec.kind == "lstm")
+        chosen = [spec for spec in chosen if spec.kind != "lstm"]
+        if recurrent:
+            names = ", ".join(map(repr, recurrent))
+            graph.warnings.append(f"LSTM {names} is left alone: no layer of its kind is timed for a budget of latency")
+    found = [spec.name for spec in chosen]
     if not found:
         raise ValueError(
             f"compress: none of the model's {len(graph.specs)} layers can be compressed, expected a convolution or a "
-            "linear layer besides the first convolution and the last linear layer"
+            "linear layer besides the first convolution and the last linear layer, or an LSTM"
             + "".join(f"; {warning}" for warning in graph.warnings)
         )
     return found

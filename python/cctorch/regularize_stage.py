@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from cctorch import sharding
 from cctorch.config import ConfigError, Regularize
-from cctorch.nn import Constant, LowRankConv2d, LowRankLinear
+from cctorch.nn import Constant, LowRankConv2d, LowRankLinear, LowRankLSTM
 from cctorch.nn.gather import unwrapped
 from cctorch.regularize import Compose, Event, Events
 from cctorch.sharded_events import ShardedEvents
@@ -138,7 +138,8 @@ def located(model: nn.Module, names: list[str]) -> list[tuple[str, Tensor]]:
         if isinstance(layer, Constant) and layer._parameters.get(kind) is None:
             continue
         factored = kind == "weight" and isinstance(layer, LowRankConv2d | LowRankLinear)
-        for part in ("first", "second") if factored else (kind,):
+        whole = layer.parts(kind) if isinstance(layer, LowRankLSTM) else (kind,)
+        for part in ("first", "second") if factored else whole:
             found.append((f"{path}.{part}".lstrip("."), layer.get_parameter(part)))
     return found
 

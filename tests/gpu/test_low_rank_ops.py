@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cctorch import _C, ops
-from cctorch.nn import LowRankConv2d, LowRankLinear, LowRankWeight
+from cctorch.nn import LowRankConv2d, LowRankLinear, LowRankLSTM, LowRankWeight
 from placed import DEVICE, assert_same, needs_device
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -140,6 +140,25 @@ def test_layers_from_dense_ones(layout: str) -> None:
     linear, y = nn.Linear(8, 12).double(), torch.randn(3, 8, dtype=torch.float64)
     expected = LowRankLinear.from_dense(linear, 4)(y)
     assert_same(LowRankLinear.from_dense(linear.to(DEVICE), 4)(y.to(DEVICE)), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_lstm_from_a_dense_one(packed: bool) -> None:
+    torch.manual_seed(0)
+    dense = nn.LSTM(8, 12, 2, bidirectional=True).double()
+    ranks = {"weight_ih_l0": 4, "weight_hh_l0": 3, "weight_hh_l1_reverse": 5}
+    x = torch.randn(6, 3, 8, dtype=torch.float64)
+    outputs, gradients = [], []
+    for device in (torch.device("cpu"), DEVICE):
+        lstm = LowRankLSTM.from_dense(dense.to(device), ranks)
+        given = nn.utils.rnn.pack_padded_sequence(x.to(device), torch.tensor([6, 4, 1])) if packed else x.to(device)
+        y, (h, c) = lstm(given)
+        outputs.append((y.data if packed else y, h, c))
+        (outputs[-1][0].square().sum() + c.sum()).backward()
+        # Factors are any of many: what is the same for all is the gradient of what they are products with.
+        gradients.append([lstm.weight_ih_l1.grad, lstm.bias_hh_l0.grad])
+    for ours, expected in zip((*outputs[1], *gradients[1]), (*outputs[0], *gradients[0]), strict=True):
+        assert_same(ours, expected, atol=1e-9)
 
 
 def test_a_weight_of_low_rank_trains() -> None:

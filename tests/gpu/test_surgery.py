@@ -140,7 +140,7 @@ def test_the_plan_is_that_of_a_cpu(units: str, basis: str) -> None:
     assert tree(ours.at(0.2).plan) == tree(theirs.at(0.2).plan)
 
 
-@pytest.mark.parametrize("name", ["padded resnet", "dense", "attention", "resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["padded resnet", "dense", "attention", "recurrent", "resnet18", "mobilenet_v2"])
 def test_compress_and_apply(name: str) -> None:
     """All of it, with what a GPU's users get: multiples of 8, where a layer has as many."""
     model = built(name)

@@ -91,6 +91,9 @@ OF_PYTORCHS: dict[str, Callable[[Tensor], Tensor]] = {
         torch.ones(2, 2, 3, 3).double(),
         torch.ones(4, 2, 1, 1).double(),
     ),
+    "low_rank_lstm": lambda x: ops.low_rank_lstm(
+        x.view(2, 2, 6), X[:2, :3], X[2:, :3], [X[:2], torch.ones(12, 2).double()], [torch.ones(12, 3).double()]
+    )[0],
     "hard_concrete": lambda x: ops.hard_concrete(x, training=False),
     "hard_concrete_open": ops.hard_concrete_open,
 }

@@ -32,7 +32,7 @@ struct CostTable {
 
 struct Layer {
   LayerSpec spec;
-  at::Tensor weight;     // N x C x kh x kw, or N x C for a linear layer; any floating dtype, any device
+  at::Tensor weight;     // N x C x kh x kw, or N x C for a linear layer or lstm; any floating dtype, any device
   at::Tensor gradient;   // same shape: gradient of the mean loss over the training set
   CostTable table = {};  // for Budget::table
   double max_rate = 1;   // the largest share of its own budget to take from it; Options::max_rate holds too
@@ -60,7 +60,7 @@ struct Options {
   double gamma = 0.9;           // weight of the look-ahead in eq. (E3)
   double step_fraction = 0.01;  // of a layer's units removed between two rankings
   double max_rate = 0.95;       // no layer is asked to give up more than this
-  Units units = Units::both;
+  Units units = Units::both;    // weights of an lstm give up singular values alone
   Basis basis = Basis::fixed;
   Budget budget = Budget::macs;
   int64_t multiple = 1;  // of kept channels and ranks, where not all are kept; with Budget::table, the table's holds
@@ -111,8 +111,8 @@ struct LayerChoices {
 };
 
 // Those that take part in the search: convolutions and linear layers, without the first convolution, the last linear
-// layer, and depthwise or grouped convolutions.
-std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs);
+// layer, and depthwise or grouped convolutions; and, where singular values may go, the weights of an lstm.
+std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs, Units units = Units::both);
 
 // Called from any thread, never from two at once; may throw to stop the search.
 using Progress = std::function<void(std::string_view stage, int64_t done, int64_t total)>;

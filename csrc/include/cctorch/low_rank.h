@@ -38,6 +38,20 @@ at::Tensor tucker2_conv2d(const at::Tensor& x, const at::Tensor& first, const at
                           at::IntArrayRef stride = {1, 1}, at::IntArrayRef padding = {0, 0},
                           at::IntArrayRef dilation = {1, 1});
 
+// One layer of an LSTM in one direction, over all steps; `reverse` starts at the last one. Each weight is a list of one
+// matrix, or of two factors, `first` and `second` as in low_rank_linear, which are never multiplied out: the input
+// products are of all steps at once. For gates [i f g o] = x_t W_ih^T + b_ih + h W_hh^T + b_hh,
+//   c = sigmoid(f) c + sigmoid(i) tanh(g),  h = sigmoid(o) tanh(c)  (times W_hr^T where that is not empty).
+//
+// x is steps x batch x inputs, h batch x outputs, c batch x hidden. With `batch_sizes`, the examples at each step, on
+// the CPU, falling and the first one the batch, x is the data of a packed sequence: rows x inputs. Returns the outputs,
+// of the shape of x but for the last dimension, and the last h and c.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> low_rank_lstm(
+    const at::Tensor& x, const at::Tensor& h, const at::Tensor& c, at::TensorList weight_ih, at::TensorList weight_hh,
+    at::TensorList weight_hr = {}, const std::optional<at::Tensor>& bias_ih = std::nullopt,
+    const std::optional<at::Tensor>& bias_hh = std::nullopt,
+    const std::optional<at::Tensor>& batch_sizes = std::nullopt, bool reverse = false);
+
 // Tucker-2 of many weights, N x C x ...: cores[i] (ranks_out[i] x ranks_in[i] x ...), bases_out[i] (N x ranks_out[i])
 // and bases_in[i] (C x ranks_in[i]), whose columns are orthonormal: the truncated higher-order SVD and then
 // `iterations` of orthogonal iteration. The last two lists are of an earlier call for similar weights, or empty. No

@@ -9,19 +9,20 @@
 
 namespace cctorch {
 
-enum class LayerKind { conv2d, depthwise_conv2d, linear, batch_norm2d };
+// lstm: one weight matrix of a recurrent module. It keeps all its channels and may have a rank.
+enum class LayerKind { conv2d, depthwise_conv2d, linear, batch_norm2d, lstm };
 
 std::string_view to_string(LayerKind kind);
 
 // One layer of the dense model, as far as counting its work needs it.
 struct LayerSpec {
-  std::string name;  // path of the module in the model, e.g. "layer1.0.conv1"
+  std::string name;  // path of the module in the model, e.g. "layer1.0.conv1"; of the parameter, for lstm
   LayerKind kind = LayerKind::conv2d;
   int64_t in_channels = 0;  // features for a linear layer
   int64_t out_channels = 0;
   int64_t kernel_height = 1;
   int64_t kernel_width = 1;
-  int64_t positions = 1;  // output height x width; for a linear layer, rows per example
+  int64_t positions = 1;  // output height x width; rows per example of a linear layer, steps in time of an lstm
   int64_t groups = 1;
   int64_t bits = 32;  // that a weight is stored in
 

@@ -5,6 +5,7 @@ from torch import nn
 
 from cctorch import _C
 from cctorch._C import LayerSpec
+from cctorch.graph.lstm import weight_names
 from cctorch.nn import BatchNorm2d
 
 
@@ -31,7 +32,8 @@ class ModelGraph:
     """What :func:`cctorch.graph.trace` found.
 
     Attributes:
-        specs: convolutions and linear layers in order of execution; all of the model's multiply-accumulates.
+        specs: convolutions, linear layers and the weights of LSTMs in order of execution; all of the model's
+            multiply-accumulates but for those of other recurrent layers.
         channels: which filters are read by nobody once a plan has chosen the input channels of every layer.
         warnings: one for each thing that was not followed, naming it.
         left_alone: names of the specs that a plan must not change: shared, grouped, with a computed weight...
@@ -54,6 +56,8 @@ class ModelGraph:
 
 def runs_its_own_forward(module: nn.Module) -> bool:
     """Whether a layer computes what PyTorch's class of that kind does, with a weight that is a plain parameter."""
+    if isinstance(module, nn.LSTM):
+        return type(module).forward is nn.LSTM.forward and all(n in module._parameters for n in weight_names(module))
     if "weight" not in module._parameters:
         return False
     if isinstance(module, nn.Conv2d):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from cctorch._C import LayerSpec
+from cctorch.graph import lstm
 from cctorch.graph.model_graph import is_hooked, normalizes_as_usual
 from cctorch.graph.walker import Activation, Rule, Walker, op_of, path_of, value_of
 
@@ -62,6 +63,23 @@ def _positions(output: Tensor, channels: int, batch: int) -> int:
     """Of one example; of the whole pass where the output does not grow with the batch (a table that a layer reads)."""
     of_all = output.numel() // channels
     return of_all // batch if output.dim() > 1 and output.shape[0] % batch == 0 else of_all
+
+
+def _lstm(walker: Walker, node: Node) -> Activation | None:
+    """Its weights become layers, of which singular values alone can go: all channels that it reads or gives stay."""
+    path, source = path_of(node), node.args[0]
+    module = walker.modules.get(path)
+    if isinstance(module, nn.LSTM):
+        assert isinstance(source, Node)
+        rows = value_of(source).shape[:-1].numel()
+        # The example has several examples; a sequence that they share is run once.
+        steps = rows // walker.batch if rows % walker.batch == 0 else rows
+        for spec in lstm.specs(path, module, steps):
+            walker.record(spec)
+        reason = walker.why_lstm_not_followed(node, module, path)
+        if reason is not None:
+            walker.left_alone.setdefault(path, reason)
+    return None
 
 
 def _batch_norm(walker: Walker, node: Node) -> Activation | None:
@@ -261,6 +279,7 @@ _POOLS_AND_RESIZES = (
 RULES: dict[str, Rule] = {
     "conv2d": _layer,
     "linear": _layer,
+    "lstm": _lstm,
     "batch_norm": _batch_norm,
     "cat": _concat,
     "flatten": _flatten,

@@ -70,7 +70,7 @@ def _narrowed(walker: Walker) -> CompressionPlan:
                 kept_in=list(range((spec.in_channels + 7) // 8)),
             )
             for spec in walker.specs.values()
-            if spec.kind != "depthwise_conv2d" and spec.name not in walker.left_alone
+            if spec.kind not in ("depthwise_conv2d", "lstm") and spec.name not in walker.left_alone
         ]
     )
     walker.graph.resolve(plan)

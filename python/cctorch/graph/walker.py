@@ -11,7 +11,10 @@ from torch.fx import Node
 
 from cctorch import _C
 from cctorch._C import LayerSpec
+from cctorch.graph.lstm import module_of
 from cctorch.graph.model_graph import Branch, ModelGraph, is_hooked, owners, runs_its_own_forward
+
+_HOOKED = "it has hooks; remove them before it is compressed"
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,12 @@ class Walker:
             layers = ", ".join(dict.fromkeys(f"'{path.rpartition('.')[0]}'" for path in paths))
             reason = f"{layers} in it are left alone, not counted"
             self.warnings.append(f"{op_of(node)} in '{place}' is not followed: {reason}")
-        elif read and op_of(node) not in ("conv2d", "linear"):
+        elif read and op_of(node) not in ("conv2d", "linear") and not self.is_lstm(node):
             self.not_followed.setdefault(op_of(node), []).append(place)
+
+    def is_lstm(self, node: Node) -> bool:
+        """Whether layers stand for it, although its channels are not followed."""
+        return op_of(node) == "lstm" and isinstance(self.modules.get(path_of(node)), nn.LSTM)
 
     def keep_within(self, kind: type[nn.Module]) -> bool:
         """Pins the channels that modules of a kind read and write, with one warning. False if that was done before."""
@@ -95,7 +102,8 @@ class Walker:
 
     def replaceable(self) -> tuple[list[str], list[str]]:
         """In whose place `apply` may put other modules: layers, and normalizations, which stay ones."""
-        layers = [name for name in self.specs if name and name not in self.left_alone]
+        paths = dict.fromkeys(module_of(spec) for spec in self.specs.values())
+        layers = [path for path in paths if path and path not in self.left_alone]
         return layers, [name for name, module in self.modules.items() if name and type(module) is nn.BatchNorm2d]
 
     def leave_alone(self, reasons: Mapping[str, str]) -> None:
@@ -127,7 +135,8 @@ class Walker:
             places = ", ".join(f"'{path}'" for path in paths if path)
             place = f"{kind.__name__} in {places}" if places else kind.__name__
             warnings.append(f"{place} computes with numbers of channels: all channels in it stay")
-        specs, left_alone = list(self.specs.values()), set(self.left_alone)
+        specs = list(self.specs.values())
+        left_alone = set(self.left_alone) | {spec.name for spec in specs if module_of(spec) in self.left_alone}
         return ModelGraph(specs, self.graph, warnings + self.warnings, left_alone, branches)
 
     def pin(self, node: Node) -> bool:
@@ -159,15 +168,34 @@ class Walker:
         if not isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) or not runs_its_own_forward(module):
             return f"{type(module).__name__} computes something of its own"
         if is_hooked(module):
-            return "it has hooks; remove them before it is compressed"
+            return _HOOKED
         if self.parameters[self.weight_paths[weight.name]] is not module.weight:
             return "its weight belongs to another module"
-        for parameter in module._parameters.values():
-            if parameter is not None and len(self.owners[id(parameter)]) > 1:
-                return f"it shares a parameter: {', '.join(self.owners[id(parameter)])}"
+        shared = self.shared(module)
+        if shared is not None:
+            return shared
         arguments = [weight, *(a for a in node.all_input_nodes if a.name in self.weight_paths)]
         if any(len(argument.users) > 1 for argument in arguments):
             return "it is used more than once"
+        return None
+
+    def why_lstm_not_followed(self, node: Node, module: nn.LSTM, path: str) -> str | None:
+        """The same of an LSTM; one that is called several times loses no more than its weights' ranks."""
+        if not runs_its_own_forward(module):
+            return f"{type(module).__name__} computes something of its own, or a weight of it is not a parameter"
+        if is_hooked(module):
+            return _HOOKED
+        shared = self.shared(module)
+        if shared is not None:
+            return shared
+        read = {self.weight_paths.get(source.name) for source in node.all_input_nodes}
+        own = {f"{path}.{name}".lstrip(".") for name in module._parameters}
+        return None if own <= read else "its weights belong to another module"
+
+    def shared(self, module: nn.Module) -> str | None:
+        for parameter in module._parameters.values():
+            if parameter is not None and len(self.owners[id(parameter)]) > 1:
+                return f"it shares a parameter: {', '.join(self.owners[id(parameter)])}"
         return None
 
 

@@ -7,6 +7,7 @@ from cctorch.nn.fake_quant import FakeQuant
 from cctorch.nn.gather import GatherChannels
 from cctorch.nn.hard_concrete_gate import HardConcreteGate
 from cctorch.nn.low_rank import LowRankConv2d, LowRankLinear, LowRankWeight
+from cctorch.nn.low_rank_lstm import LowRankLSTM
 from cctorch.nn.mask import Mask
 from cctorch.nn.soft_threshold import SoftThreshold
 
@@ -18,6 +19,7 @@ __all__ = [
     "GatherChannels",
     "HardConcreteGate",
     "LowRankConv2d",
+    "LowRankLSTM",
     "LowRankLinear",
     "LowRankWeight",
     "Mask",

@@ -5,8 +5,8 @@ format of its input. All are traced by ``torch.compile(fullgraph=True)`` and ``t
 
 Differentiate them by ``backward`` and ``torch.autograd.grad``, of ``torch.vmap`` too. ``torch.func.grad`` and its kin
 (``vjp``, ``jvp``, ``jacrev``) take :func:`low_rank_linear`, :func:`low_rank_conv2d`, :func:`tucker2_conv2d`,
-:func:`hard_concrete` and :func:`hard_concrete_open`, which are PyTorch's operators. The others are refused: their
-derivatives are C++, of which PyTorch has no transforms.
+:func:`low_rank_lstm`, :func:`hard_concrete` and :func:`hard_concrete_open`, which are PyTorch's operators. The others
+are refused: their derivatives are C++, of which PyTorch has no transforms.
 """
 
 from cctorch.ops import batching as _batching  # noqa: F401
@@ -18,6 +18,7 @@ from cctorch.ops.float_quant import fp8_quant, power_of_two_quant
 from cctorch.ops.gates import hard_concrete, hard_concrete_open, sigmoid_gate
 from cctorch.ops.gather_channels import gather_channels
 from cctorch.ops.low_rank import low_rank_conv2d, low_rank_linear, truncated_svd, tucker2, tucker2_conv2d
+from cctorch.ops.low_rank_lstm import low_rank_lstm
 from cctorch.ops.mask import apply_mask, block_masks, channel_masks, magnitude_masks, magnitude_prune, nm_masks
 from cctorch.ops.quant_range import observe_range_, quant_range, quant_range_offset
 from cctorch.ops.soft_threshold import soft_threshold
@@ -52,6 +53,7 @@ __all__ = [
     "hard_concrete_open",
     "low_rank_conv2d",
     "low_rank_linear",
+    "low_rank_lstm",
     "magnitude_masks",
     "magnitude_prune",
     "nm_masks",

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cctorch._C import CompressionPlan
+from cctorch.graph.lstm import module_of
 from cctorch.graph.model_graph import owners, runs_its_own_forward
 from cctorch.nn import LowRankConv2d, LowRankLinear
 
@@ -47,7 +48,8 @@ def _groups(module: nn.Module) -> int:
 def find(model: nn.Module, example: Tensor, plan: CompressionPlan) -> list[Place]:
     """The repairable layers that the dense `model(example)` executes exactly once, in that order.
 
-    Of a residual branch that the plan removes, the layer, of whatever kind, in whose place there is a constant.
+    Of a residual branch that the plan removes, the layer, of whatever kind, in whose place there is a constant. Among
+    them are the LSTMs of which the plan decomposes weights: what runs after one reads other inputs.
     """
     removed = {layer.name: not layer.kept_out for layer in plan.layers if not layer.kept_in}
     paths = owners(model)
@@ -61,6 +63,7 @@ def find(model: nn.Module, example: Tensor, plan: CompressionPlan) -> list[Place
         name: module for name, module in model.named_modules() if name not in layers and _holds_an_intercept(module)
     }
     order: list[str] = []
+    recurrent = {module_of(layer) for layer in plan.layers if layer.kind == "lstm" and not layer.is_unchanged}
     normed: list[tuple[str, str]] = []
     joined: list[tuple[str, str | None]] = []
     used: list[str] = []
@@ -72,8 +75,20 @@ def find(model: nn.Module, example: Tensor, plan: CompressionPlan) -> list[Place
         on_join=lambda layer, norm, *_: joined.append((layer, norm)),
         on_use=used.append,
     ):
-        model(example)
-    return [_place(layer, normed, joined, used) for layer in order if order.count(layer) == 1]
+        hooks = [
+            model.get_submodule(path).register_forward_hook(lambda *_, path=path: order.append(path))
+            for path in recurrent
+        ]
+        try:
+            model(example)
+        finally:
+            for handle in hooks:
+                handle.remove()
+    return [
+        _place(layer, normed, joined, used)
+        for layer in dict.fromkeys(order)
+        if order.count(layer) == 1 or layer in recurrent
+    ]
 
 
 def _place(layer: str, normed: list[tuple[str, str]], joined: list[tuple[str, str | None]], used: list[str]) -> Place:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cctorch import _C, distributed
 from cctorch._C import CompressionPlan
 from cctorch.described import describe, describe_plan, fits
+from cctorch.graph.lstm import module_of
 from cctorch.modes import evaluating
 from cctorch.nn import Constant
 from cctorch.nn.gather import unwrapped
@@ -105,7 +106,7 @@ def repair(
 
 def _check_dense(dense: nn.Module, plan: CompressionPlan) -> None:
     for layer in plan.layers:
-        found = dict(dense.named_modules()).get(layer.name)
+        found = dict(dense.named_modules()).get(module_of(layer))
         if found is None or not fits(found, layer):
             what = "missing" if found is None else f"a {describe(found)}"
             raise ValueError(
@@ -135,9 +136,10 @@ class _Sampling:
 
 
 def _from_first_change(places: list[Place], plan: CompressionPlan) -> list[Place]:
-    changed = {layer.name for layer in plan.layers if not layer.is_unchanged}
+    changed = {module_of(layer) for layer in plan.layers if not layer.is_unchanged}
+    recurrent = {module_of(layer) for layer in plan.layers if layer.kind == "lstm"}
     first = next((i for i, place in enumerate(places) if place.layer in changed), len(places))
-    return places[first:]
+    return [place for place in places[first:] if place.layer not in recurrent]
 
 
 def _targets(

@@ -81,6 +81,15 @@ TEST(Apply, WorkFallsAsThePlanSays) {
   EXPECT_LT(macs, dense_macs(specs));
 }
 
+TEST(Apply, LeavesLstmsAloneAndRefusesToDecomposeThem) {
+  TinyNet model;
+  LayerPlan lstm = LayerPlan::unchanged("lstm.weight_ih_l0", LayerKind::lstm, 6, 16);
+  cctorch::apply(*model, {.method = "", .target = 0.0, .layers = {lstm}});
+  lstm.rank = 2;
+  const std::string text = refusal([&] { cctorch::apply(*model, {.method = "", .target = 0.0, .layers = {lstm}}); });
+  EXPECT_NE(text.find("'lstm.weight_ih_l0' is a weight of an lstm, which apply() cannot"), std::string::npos) << text;
+}
+
 using MakeOptimizer = std::function<std::unique_ptr<torch::optim::Optimizer>(TinyNet&)>;
 
 class OptimizerTest : public testing::TestWithParam<MakeOptimizer> {};

@@ -99,6 +99,30 @@ TEST(Plan, ALayerThatReadsNothingHasNothingElse) {
   EXPECT_EQ(layer_macs(spec, &plan, false), 0);
 }
 
+TEST(Plan, AWeightOfAnLstmHasARankAndNothingElse) {
+  LayerPlan layer = LayerPlan::unchanged("r.weight_ih_l0", LayerKind::lstm, 6, 16);
+  layer.rank = 3;
+  CompressionPlan plan{.method = "", .target = 0.0, .layers = {layer}};
+  EXPECT_EQ(CompressionPlan::from_json(plan.to_json()), plan);
+  EXPECT_NE(plan.to_json().find("\"lstm\""), std::string::npos);
+  const LayerSpec spec{"r.weight_ih_l0", LayerKind::lstm, 6, 16, 1, 1, 5};
+  EXPECT_EQ(spec.macs(), 6 * 16 * 5);
+  EXPECT_EQ(final_macs({spec}, plan), (6 + 16) * 3 * 5);
+
+  const auto refused = [&](const auto& change) {
+    CompressionPlan changed = plan;
+    change(changed.layers[0]);
+    return refusal([&] { changed.validate(); });
+  };
+  EXPECT_NE(refused([](LayerPlan& l) { l.rank = 7; }).find("rank = 7, expected 1 to 6"), std::string::npos);
+  const std::string other = "'r.weight_ih_l0': a weight of an lstm keeps all";
+  EXPECT_NE(refused([](LayerPlan& l) { l.kept_in = {0, 1}; }).find(other), std::string::npos);
+  EXPECT_NE(refused([](LayerPlan& l) { l.kept_in.clear(); }).find(other), std::string::npos);
+  EXPECT_NE(refused([](LayerPlan& l) { l.kept_out.pop_back(); }).find(other), std::string::npos);
+  EXPECT_NE(refused([](LayerPlan& l) { l.mask = MaskPlan{}; }).find(other), std::string::npos);
+  EXPECT_NE(refused([](LayerPlan& l) { l.bits = 4; }).find(other), std::string::npos);
+}
+
 TEST(Plan, CountsMultiplyAccumulatesByHand) {
   const std::vector<LayerSpec> model = {{"conv", LayerKind::conv2d, 4, 6, 3, 3, 100, 1},
                                         {"head", LayerKind::linear, 8, 3, 1, 1, 1, 1},

@@ -15,7 +15,8 @@ namespace cctorch {
 //
 // Throws c10::Error naming the layer, what was found and what was expected: a name that the model does not have,
 // another kind or other channels (another architecture), a layer that is compressed already, a mask or bits (apply()
-// only rebuilds layers), state of another optimizer. The model and the optimizer are then as before.
+// only rebuilds layers), a rank of a weight of an lstm, state of another optimizer. The model and the optimizer are
+// then as before.
 void apply(torch::nn::Module& model, const CompressionPlan& plan, torch::optim::Optimizer* optimizer = nullptr);
 
 }  // namespace cctorch

@@ -1,0 +1,64 @@
+"""Times the forward pass, and a training step, of a low-rank LSTM beside the dense one and a loop in Python.
+
+    OMP_NUM_THREADS=1 python benchmarks/low_rank_lstm.py [--size 256] [--steps 32] [--batch 16] [--rank 32]
+
+Milliseconds, medians of runs taken in turns. The loop is what one writes without an operator: the same products, a step
+at a time, from Python.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from cctorch.nn import LowRankLSTM
+from timing import in_turns
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+def looped(lstm: LowRankLSTM, x: Tensor) -> Tensor:
+    h = c = x.new_zeros(x.shape[1], lstm.hidden_size)
+    (ih_first, ih_second), (hh_first, hh_second) = (
+        [lstm.get_parameter(part) for part in lstm.parts(name)] for name in ("weight_ih_l0", "weight_hh_l0")
+    )
+    inputs = linear(linear(x, ih_first), ih_second, lstm.bias_ih_l0 + lstm.bias_hh_l0)
+    outputs = []
+    for step in inputs.unbind(0):
+        i, f, g, o = (step + linear(linear(h, hh_first), hh_second)).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("size", 256), ("steps", 32), ("batch", 16), ("rank", 32)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    dense = nn.LSTM(given.size, given.size)
+    lstm = LowRankLSTM.from_dense(dense, dict.fromkeys(("weight_ih_l0", "weight_hh_l0"), given.rank))
+    x = torch.randn(given.steps, given.batch, given.size)
+    contenders: dict[str, Callable[[], Tensor]] = {
+        "nn.LSTM": lambda: dense(x)[0],
+        "LowRankLSTM": lambda: lstm(x)[0],
+        "Python": lambda: looped(lstm, x),
+    }
+    torch.testing.assert_close(contenders["Python"](), contenders["LowRankLSTM"]())
+
+    def step(run: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: run().square().mean().backward()
+
+    with torch.inference_mode():
+        forward = in_turns(dict(contenders), 3.0, "cpu")
+    training = in_turns({name: step(run) for name, run in contenders.items()}, 3.0, "cpu")
+    threads = torch.get_num_threads()
+    print(f"size {given.size}, {given.steps} steps, batch {given.batch}, rank {given.rank}, {threads} threads")
+    print("| ms | forward | forward and backward |\n|---|---|---|")
+    for name in contenders:
+        print(f"| {name} | {forward[name]:.2f} | {training[name]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
