@@ -39,7 +39,7 @@ def _layer(walker: Walker, node: Node) -> Activation | None:
     depthwise = groups > 1 and groups == shape[1] * groups == out
     kind: LayerKind = "depthwise_conv2d" if depthwise else "conv2d" if convolution else "linear"
     high, wide = shape[2:] if convolution else (1, 1)
-    positions = _positions(value_of(node), out, walker.batch)
+    positions = _positions(value_of(node), out, walker.batch, node in walker.behind_lstms)
     bits = 8 * value_of(weight).element_size()
     walker.record(LayerSpec(name, kind, shape[1] * groups, out, high, wide, positions, groups, bits))
 
@@ -59,10 +59,12 @@ def _layer(walker: Walker, node: Node) -> Activation | None:
     return Activation(channels, dim)
 
 
-def _positions(output: Tensor, channels: int, batch: int) -> int:
+def _positions(output: Tensor, channels: int, batch: int, behind_lstm: bool) -> int:
     """Of one example; of the whole pass where the output does not grow with the batch (a table that a layer reads)."""
     of_all = output.numel() // channels
-    return of_all // batch if output.dim() > 1 and output.shape[0] % batch == 0 else of_all
+    # An LSTM has the batch second, as a rule; and torch.export gives its states a dimension too many in front of it.
+    grows = output.shape[0] % batch == 0 or (behind_lstm and batch in output.shape[1:-1])
+    return of_all // batch if output.dim() > 1 and grows else of_all
 
 
 def _lstm(walker: Walker, node: Node) -> Activation | None:

@@ -26,8 +26,8 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
     computes with the number of its channels, as ``x / x.shape[1]``: a narrower copy is compared. A layer whose type or
     attributes the model reads, as ``isinstance(m, nn.Conv2d)``, is left alone. So are layers in the branches of
     ``torch.cond``, which are not listed: which of them run is not known. A model that cannot be exported gets a graph
-    in which no filter can be removed, and one warning. Each weight of an ``nn.LSTM`` is a layer, named as the parameter is
-    (``rnn.weight_hh_l0``), of which the rank alone can change. Where layers run in training mode only, as
+    in which no filter can be removed, and one warning. Each weight of an ``nn.LSTM`` is a layer, named as the parameter
+    is (``rnn.weight_hh_l0``), of which the rank alone can change. Where layers run in training mode only, as
     GoogLeNet's auxiliary heads, the channels are those of training mode, so that these layers go on working; what runs
     in evaluation mode is listed. The model and its mode stay as they are.
 

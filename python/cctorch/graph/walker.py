@@ -59,10 +59,13 @@ class Walker:
         """Of those left alone, grouped convolutions that can go with a residual branch."""
         self.not_followed: dict[str, list[str]] = {}
         self.counting: dict[type[nn.Module], list[str]] = {}
+        self.behind_lstms: set[Node] = set()
         self.warnings: list[str] = []
 
     def run(self, rules: "Mapping[str, Rule]") -> None:
         for node in self.program.graph.nodes:
+            if op_of(node) == "lstm" or not self.behind_lstms.isdisjoint(node.all_input_nodes):
+                self.behind_lstms.add(node)
             if node.op == "output":
                 self.pin_inputs(node)
             elif op_of(node) == "_assert_tensor_metadata":  # of x.to(...), for the exported program alone
@@ -136,7 +139,8 @@ class Walker:
             place = f"{kind.__name__} in {places}" if places else kind.__name__
             warnings.append(f"{place} computes with numbers of channels: all channels in it stay")
         specs = list(self.specs.values())
-        left_alone = set(self.left_alone) | {spec.name for spec in specs if module_of(spec) in self.left_alone}
+        of_modules = {spec.name for spec in specs if module_of(spec) in self.left_alone}
+        left_alone = set(self.left_alone) - {module_of(spec) for spec in specs} | of_modules
         return ModelGraph(specs, self.graph, warnings + self.warnings, left_alone, branches)
 
     def pin(self, node: Node) -> bool:

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <cctorch/low_rank.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/types.h>
 
 #include <array>

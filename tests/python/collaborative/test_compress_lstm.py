@@ -110,6 +110,25 @@ def test_all_multiply_accumulates_are_counted(options: dict[str, Any], arrange: 
     assert _C.dense_macs(graph.specs) == STEPS * 28 * (10 + 7)
 
 
+class Layout(nn.Module):
+    """Steps first, an odd number of them; and a layer that reads the last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.r = nn.LSTM(10, 7)
+        self.each, self.last = nn.Linear(7, 4), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, (h, _) = self.r(x.transpose(0, 1))
+        return self.each(y).sum((0, 2)) + self.last(h[-1]).sum(1)
+
+
+@pytest.mark.parametrize("examples", [1, 3])
+def test_layers_behind_it_are_counted_for_one_example(examples: int) -> None:
+    graph = trace(Layout(), torch.zeros(examples, 5, 10))
+    assert {spec.name: spec.positions for spec in graph.specs if spec.kind == "linear"} == {"each": 5, "last": 1}
+
+
 def test_the_layers_around_it_keep_what_it_reads_and_gives() -> None:
     model = built()
     graph = trace(model, torch.zeros(1, STEPS, 10).double())
@@ -195,12 +214,11 @@ def test_one_that_cannot_be_rebuilt_is_left_alone_but_counted(change: Callable[[
 
 
 class Twice(Recurrent):
-    """On a sequence, and on its outputs in reverse: the ranks of its weights can go all the same."""
+    """On a sequence, and on two steps of it from the end: the ranks of its weights can go all the same."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.a(x))
-        states = self.r(y)[1]
-        return self.head(F.relu(self.b(self.r(y.flip(1)[:, :2], states)[0][:, -1])))
+        return self.head(F.relu(self.b(self.r(y)[0][:, -1] + self.r(y.flip(1)[:, :2])[0][:, -1])))
 
 
 class Packed(Recurrent):
@@ -349,7 +367,7 @@ def test_train_store_and_load(name: str, tmp_path: Path) -> None:
     stored = checkpoint.load(tmp_path / "model.h5")
     for state, of in (
         (safetensors.torch.load_file(tmp_path / "model.safetensors"), cctorch.load_plan(tmp_path / "plan.json")),
-        (stored.tensors, stored.plan),
+        (stored.tensors, CompressionPlan.from_json(stored.plan)),
     ):
         torch.manual_seed(5)
         again = apply(Recurrent(**OPTIONS[name]), of).eval()
