@@ -56,10 +56,9 @@ BinaryCodeQuantization::BinaryCodeQuantization(int64_t bits, bool per_channel)
 
 void BinaryCodeQuantization::replace(std::vector<Weight>& weights) {
   if (weights.front().value.is_cpu()) {
-    replace_cpu_rows_in_float64(weights, per_channel_,
-                                [&](cpu::RowFit& fit, double* row, int64_t size, at::ScalarType type) {
-                                  fit.binary_code(row, size, bits_, precision_of(type));
-                                });
+    replace_cpu_rows(weights, per_channel_, [&](cpu::RowFit& fit, double* row, int64_t size, at::ScalarType type) {
+      fit.binary_code(row, size, bits_, precision_of(type));
+    });
   } else {
     replace_rows(weights, per_channel_,
                  [&](const at::Tensor& rows, at::ScalarType type) { return as_binary_code(rows, bits_, type); });

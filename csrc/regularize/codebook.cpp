@@ -35,9 +35,9 @@ CodebookQuantization::CodebookQuantization(int64_t bits) : bits_(bits) {
 void CodebookQuantization::replace(std::vector<Weight>& weights) {
   const int64_t count = int64_t{1} << bits_;
   if (weights.front().value.is_cpu()) {
-    replace_cpu_rows_in_float64(
-        weights, /*per_channel=*/false,
-        [&](cpu::RowFit& fit, double* row, int64_t size, at::ScalarType) { fit.codebook(row, size, count); });
+    replace_cpu_rows(weights, /*per_channel=*/false, [&](cpu::RowFit& fit, double* row, int64_t size, at::ScalarType) {
+      fit.codebook(row, size, count);
+    });
   } else {
     replace_rows(weights, /*per_channel=*/false,
                  [&](const at::Tensor& rows, at::ScalarType) { return on_codebook(rows, count); });

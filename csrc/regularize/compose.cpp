@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "csrc/regularize/rewrite.h"
 #include "csrc/regularize/state.h"
 
 namespace cctorch::regularize {
@@ -25,12 +26,16 @@ void Compose::replace(std::vector<Weight>& weights) {
     std::vector<Weight> chosen;
     std::vector<size_t> positions;
     for (size_t i = 0; i < weights.size(); ++i) {
+      weights[i].squares.clear();  // not the slices that the part asks for, or of the values before the last part
       if (!part->acts_on(weights[i].value)) continue;
       chosen.push_back(weights[i]);
       positions.push_back(i);
     }
     if (!chosen.empty()) part->replace(chosen);
-    for (size_t j = 0; j < positions.size(); ++j) weights[positions[j]] = std::move(chosen[j]);
+    for (size_t j = 0; j < positions.size(); ++j) {
+      finish(chosen[j]);
+      weights[positions[j]] = std::move(chosen[j]);
+    }
   }
 }
 

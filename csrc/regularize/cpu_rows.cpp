@@ -20,10 +20,22 @@ struct Task {
 
 constexpr int64_t kPerTask = 16384;
 
+void project_row(const ProjectRow& project, const void* row, void* projected, int64_t size, at::ScalarType type) {
+  thread_local cpu::RowFit fit;
+  thread_local std::vector<double> values;
+  values.resize(size);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "replace_cpu_rows", [&] {
+    const auto* from = static_cast<const scalar_t*>(row);
+    auto* to = static_cast<scalar_t*>(projected);
+    for (int64_t i = 0; i < size; ++i) values[i] = static_cast<double>(from[i]);
+    project(fit, values.data(), size, type);
+    for (int64_t i = 0; i < size; ++i) to[i] = static_cast<scalar_t>(values[i]);
+  });
+}
+
 }  // namespace
 
-void replace_cpu_rows(std::vector<Weight>& weights, bool per_channel,
-                      const std::function<void(const Row& row)>& project) {
+void replace_cpu_rows(std::vector<Weight>& weights, bool per_channel, const ProjectRow& project) {
   std::vector<SliceRows> rows;
   std::vector<Task> tasks;
   std::vector<double> costs;
@@ -41,27 +53,12 @@ void replace_cpu_rows(std::vector<Weight>& weights, bool per_channel,
     const auto* from = static_cast<const char*>(matrix.from.const_data_ptr());
     auto* to = static_cast<char*>(matrix.to.mutable_data_ptr());
     for (int64_t row = tasks[i].begin; row < tasks[i].end; ++row) {
-      project({from + row * bytes, to + row * bytes, matrix.size(), matrix.from.scalar_type()});
+      project_row(project, from + row * bytes, to + row * bytes, matrix.size(), matrix.from.scalar_type());
     }
   });
   for (size_t i = 0; i < weights.size(); ++i) {
     weights[i].value = rows[i].result(weights[i].value).view_as(weights[i].value);
   }
-}
-
-void replace_cpu_rows_in_float64(std::vector<Weight>& weights, bool per_channel, const ProjectRow& project) {
-  replace_cpu_rows(weights, per_channel, [&](const Row& row) {
-    thread_local cpu::RowFit fit;
-    thread_local std::vector<double> values;
-    values.resize(row.size);
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, row.type, "replace_cpu_rows", [&] {
-      const auto* from = static_cast<const scalar_t*>(row.from);
-      auto* to = static_cast<scalar_t*>(row.to);
-      for (int64_t i = 0; i < row.size; ++i) values[i] = static_cast<double>(from[i]);
-      project(fit, values.data(), row.size, row.type);
-      for (int64_t i = 0; i < row.size; ++i) to[i] = static_cast<scalar_t>(values[i]);
-    });
-  });
 }
 
 }  // namespace cctorch::regularize

@@ -3,6 +3,7 @@
 #include <cctorch/regularize.h>
 #include <torch/optim/optimizer.h>
 
+#include <cmath>
 #include <unordered_set>
 
 #include "csrc/regularize/projection.h"
@@ -89,18 +90,18 @@ NamedParameters RegularizationEvents::active() const {
 
 Event RegularizationEvents::run_event() {
   expect_in_optimizer();
-  const Projection projection = regularizer_->project(active());
+  const Prepared prepared = prepare(*regularizer_, active());
   // Read together: a device is waited for once.
-  const at::Tensor norms = at::stack({update_norm(projection), projection.weight_norm}).cpu();
+  const at::Tensor norms = at::stack({update_norm(prepared), prepared.weight_norm}).cpu();
   const auto* norm = norms.const_data_ptr<double>();
-  check_finite(norm[0], "in Q(w)", projection.parameters, projection.values);
-  write(projection);
-  const Event event{steps_, since_event_, norm[0], norm[1], projection.bits, projection.dense_bits};
+  check_finite(norm[0], "in Q(w)", prepared.parameters, prepared.values());
+  const double update = std::hypot(norm[0], write(prepared));
+  const Event event{steps_, since_event_, update, norm[1], prepared.bits, prepared.dense_bits};
   since_event_ = 0;
   ++events_;
   schedule_->record(event.relative_update());
   if (options_.clear_momentum) {
-    for (const auto& [name, parameter] : projection.parameters) {
+    for (const auto& [name, parameter] : prepared.parameters) {
       options_.optimizer->state().erase(parameter.unsafeGetTensorImpl());
     }
   }
@@ -143,15 +144,15 @@ AsIfAtEvent::AsIfAtEvent(RegularizationEvents& events) : events_(events) {
   events.expect_in_optimizer();
   Regularizer& regularizer = *events.regularizer_;
   const State before = regularizer.state_dict();
-  const Projection projection = regularizer.project(events.active());
+  const Prepared prepared = prepare(regularizer, events.active());
   regularizer.load_state_dict(before);
-  bits_ = projection.bits;
+  bits_ = prepared.bits;
   if (!events.at_event()) {
-    for (const auto& [name, parameter] : projection.parameters) {
+    for (const auto& [name, parameter] : prepared.parameters) {
       parameters_.push_back(parameter);
       originals_.push_back(parameter.detach().clone());
     }
-    write(projection);
+    write(prepared);
   }
   inside_ = events.swapped_ = true;
 }

@@ -4,13 +4,19 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
+#include <cstring>
 #include <map>
+#include <numeric>
 #include <span>
 #include <utility>
 
+#include "csrc/ops/cpu/channelwise.h"
 #include "csrc/ops/cpu/select.h"
 #include "csrc/ops/mask.h"
+#include "csrc/regularize/norms.h"
 #include "csrc/regularize/prune.h"
+#include "csrc/regularize/rewrite.h"
 
 namespace cctorch::regularize {
 
@@ -157,6 +163,48 @@ void ChannelPruning::check_shapes(const NamedParameters& selected) const {
   }
 }
 
+namespace {
+
+// What channel_masks keeps of one weight.
+std::vector<bool> best_slices(const std::vector<double>& squares, int64_t kept) {
+  std::vector<size_t> order(squares.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::vector<double> norms;
+  for (const double square : squares) norms.push_back(std::sqrt(square));
+  std::nth_element(order.begin(), order.begin() + (kept - 1), order.end(),
+                   [&](size_t a, size_t b) { return norms[a] > norms[b] || (norms[a] == norms[b] && a < b); });
+  std::vector<bool> best(squares.size());
+  for (int64_t i = 0; i < kept; ++i) best[order[i]] = true;
+  return best;
+}
+
+void keep_best_on_cpu(Weight& weight, int64_t axis, int64_t kept) {
+  if (weight.squares.empty()) weight.squares = part_squares({weight.value}, axis)[0];
+  auto keep = best_slices(weight.squares, kept);
+  const at::Tensor dense_value = dense(weight.value);
+  const auto layout = channelwise::layout(dense_value, axis < 0 ? axis + dense_value.dim() : axis);
+  if (channelwise::has_long_rows(layout)) {
+    weight.value = dense_value;
+    const int64_t bytes = dense_value.element_size();
+    weight.rewrite = {layout.inner, [keep = std::move(keep), inner = layout.inner, bytes](const void*, void* to,
+                                                                                          int64_t begin, int64_t size) {
+                        const bool changes = !keep[begin / inner % keep.size()];
+                        if (changes) std::memset(to, 0, size * bytes);
+                        return changes;
+                      }};
+  } else {
+    std::vector<int64_t> shape(dense_value.dim(), 1);
+    shape[axis < 0 ? axis + dense_value.dim() : axis] = static_cast<int64_t>(keep.size());
+    const at::Tensor mask = at::empty({static_cast<int64_t>(keep.size())}, at::kBool);
+    std::copy(keep.begin(), keep.end(), mask.mutable_data_ptr<bool>());
+    weight.value = apply_mask(weight.value, mask.view(shape).expand_as(weight.value));
+  }
+  // A mask of another pruning is on it, so that what is left of it has to be counted.
+  if (weight.storage.index_bits > 0) finish(weight);
+}
+
+}  // namespace
+
 at::Tensor keep_best_slices(const at::Tensor& weights, int64_t axis, int64_t kept) {
   const at::Tensor norms =
       at::linalg_vector_norm(weights.movedim(axis + 1, 1).flatten(2), 2, {-1}, /*keepdim=*/false, at::kDouble);
@@ -178,7 +226,7 @@ void ChannelPruning::replace(std::vector<Weight>& weights) {
     const int64_t channels = weight.value.size(axis_);
     all.push_back({&weight, weight.value.numel() / channels * kept_of(channels), channels});
     if (weight.value.is_cpu()) {
-      weight.value = apply_mask(weight.value, channel_masks({weight.value}, sparsity_, axis_)[0]);
+      keep_best_on_cpu(weight, axis_, kept_of(channels));
     } else {
       groups[{weight.value.scalar_type(), weight.value.sizes().vec()}].push_back(&weight);
     }

@@ -3,7 +3,6 @@
 
 #include "csrc/ops/cpu/channelwise.h"
 #include "csrc/ops/cpu/simd/uniform_grid.h"
-#include "csrc/regularize/cpu_rows.h"
 #include "csrc/regularize/matrices.h"
 #include "csrc/regularize/uniform_grid.h"
 
@@ -16,10 +15,23 @@ simd::UniformGrid uniform_grid(at::ScalarType type) {
   return for_isa(&simd::baseline::uniform_grid, &simd::avx2::uniform_grid, &simd::avx512::uniform_grid)(storage);
 }
 
-// The same grids row by row, each in a thread's cache.
+// Rows one after the other in memory.
+at::Tensor with_rows_in_order(const at::Tensor& weight, bool per_channel) {
+  const bool dense = weight.is_non_overlapping_and_dense();
+  return dense && (!per_channel || channelwise::layout(weight, 0).outer == 1) ? weight : weight.contiguous();
+}
+
+// The same grids row by row, each in a thread's cache. A level is not larger than the row's largest magnitude.
 void quantize_on_cpu(std::vector<Weight>& weights, bool per_channel, double q, bool search) {
-  replace_cpu_rows(weights, per_channel,
-                   [&](const Row& row) { uniform_grid(row.type)(row.from, row.to, row.size, q, search); });
+  for (Weight& weight : weights) {
+    weight.value = with_rows_in_order(weight.value, per_channel);
+    weight.rewrite.size = per_channel ? weight.value.numel() / weight.value.size(0) : weight.value.numel();
+    weight.rewrite.piece = [quantize = uniform_grid(weight.value.scalar_type()), q, search](const void* from, void* to,
+                                                                                            int64_t, int64_t size) {
+      quantize(from, to, size, q, search);
+      return true;
+    };
+  }
 }
 
 }  // namespace

@@ -8,18 +8,12 @@
 #include <set>
 #include <typeinfo>
 
-#include "csrc/regularize/norms.h"
 #include "csrc/regularize/projection.h"
+#include "csrc/regularize/rewrite.h"
 
 namespace cctorch::regularize {
 
 namespace {
-
-std::vector<at::Tensor> tensors_of(const NamedParameters& parameters) {
-  std::vector<at::Tensor> tensors;
-  for (const auto& [name, parameter] : parameters) tensors.push_back(parameter.detach());
-  return tensors;
-}
 
 // The parameters of quantizers, which in groups have two dimensions as weights have. A module's name is all before the
 // last dot: one whose parameters are a log_scale, or that and an offset, is a FakeQuant.
@@ -54,18 +48,6 @@ std::string kind(const Regularizer& regularizer) {
 
 Storage Storage::dense(const at::Tensor& parameter) {
   return {.values = parameter.numel(), .bits_per_value = 8 * parameter.element_size()};
-}
-
-at::Tensor update_norm(const Projection& projection) {
-  return total_distance(projection.values, tensors_of(projection.parameters));
-}
-
-void write(const Projection& projection) {
-  if (projection.values.empty()) return;
-  const c10::NoGradGuard no_grad;
-  std::vector<at::Tensor> parameters;
-  for (const auto& [name, parameter] : projection.parameters) parameters.push_back(parameter);
-  at::_foreach_copy_(parameters, projection.values);
 }
 
 void check_finite(double norm, const char* what, const NamedParameters& parameters, at::TensorList tensors) {
@@ -112,30 +94,17 @@ NamedParameters Regularizer::select(const NamedParameters& parameters) const {
 }
 
 Projection Regularizer::project(const NamedParameters& parameters) {
-  const c10::NoGradGuard no_grad;
-  Projection result;
-  result.parameters = select(parameters);
-  const auto before = tensors_of(result.parameters);
-  result.weight_norm = total_norm(before);
-  check_finite(result.weight_norm.item<double>(), "before the event", result.parameters, before);
-  std::vector<Weight> weights;
-  for (size_t i = 0; i < before.size(); ++i) {
-    weights.push_back({result.parameters[i].first, before[i], Storage::dense(before[i])});
-    result.dense_bits += weights.back().storage.bits();
-  }
-  if (!weights.empty()) replace(weights);
-  for (const Weight& weight : weights) {
-    result.values.push_back(weight.value);
-    result.bits += weight.storage.bits();
-  }
-  return result;
+  Prepared prepared = prepare(*this, parameters);
+  for (Weight& weight : prepared.weights) finish(weight);
+  return {prepared.parameters, prepared.values(), prepared.weight_norm, prepared.bits, prepared.dense_bits};
 }
 
 Outcome Regularizer::apply(const NamedParameters& parameters) {
-  const Projection projection = project(parameters);
-  const at::Tensor update = update_norm(projection);
-  write(projection);
-  return {update, projection.weight_norm, projection.bits, projection.dense_bits};
+  const Prepared prepared = prepare(*this, parameters);
+  at::Tensor update = update_norm(prepared);
+  const double rewritten = write(prepared);
+  if (rewritten > 0) update = at::hypot(update, at::scalar_tensor(rewritten, update.options()));
+  return {update, prepared.weight_norm, prepared.bits, prepared.dense_bits};
 }
 
 }  // namespace cctorch::regularize

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -41,11 +42,23 @@ struct Storage {
   int64_t bits() const { return values * bits_per_value + index_bits + table_bits; }
 };
 
-// One parameter on its way through Q. `value` is replaced, never written into.
+// What is left to do to a value on CPU, in pieces of its memory that any thread may take in any order. An event does it
+// where the parameter lies, which takes no second copy and sees every value once.
+struct Rewrite {
+  int64_t size = 0;  // of a piece, the last one may be smaller; 0 where nothing is left to do
+  // Writes to `to`, which is elsewhere, what becomes of the values [begin, begin + size), which lie at `from`. Finite
+  // where they are: nothing looks before the parameter is written. False, and nothing written, where they stay.
+  std::function<bool(const void* from, void* to, int64_t begin, int64_t size)> piece = {};
+};
+
+// One parameter on its way through Q. `value` is replaced, never written into, and dense where a `rewrite` is left.
 struct Weight {
   std::string name;
   at::Tensor value;
   Storage storage;
+  Rewrite rewrite = {};
+  // Sums of squares of parts of `value`, on CPU where it is a parameter as it was; those of the slices that Q asks for.
+  std::vector<double> squares = {};
 };
 
 // Q(w), with w as it was. Only the parameters that Q acts on; tied and empty ones are left out.
@@ -84,8 +97,12 @@ class Regularizer {
   // Those of `parameters` that Q changes: each once, none empty. Throws as project does, but reads no data.
   NamedParameters select(const NamedParameters& parameters) const;
 
-  // What `project` is made of: replaces the values of finite, distinct, non-empty weights that `acts_on` accepted.
+  // What `project` is made of: replaces the values of finite, distinct, non-empty weights that `acts_on` accepted, or
+  // says how to rewrite them.
   virtual void replace(std::vector<Weight>& weights) = 0;
+
+  // The dimension whose slices `replace` wants the squares of: they are then what ||w|| is summed from.
+  virtual std::optional<int64_t> sliced_dimension() const { return std::nullopt; }
 
   virtual State state_dict() const { return {}; }
   virtual void load_state_dict(const State&) {}
@@ -119,6 +136,9 @@ class UniformNoise final : public Regularizer {
   void load_state_dict(const State& state) override;
 
  private:
+  void add_on_cpu(std::vector<Weight>& weights);
+  void add_on_device(std::vector<Weight>& weights);
+
   double strength_;
   int64_t seed_;
   at::Generator generator_;  // made on the parameters' device when first drawn from
@@ -159,6 +179,7 @@ class ChannelPruning final : public Regularizer {
  public:
   explicit ChannelPruning(double sparsity, int64_t axis = 0);
   void replace(std::vector<Weight>& weights) override;
+  std::optional<int64_t> sliced_dimension() const override { return axis_; }
 
  protected:
   void check_shapes(const NamedParameters& selected) const override;
