@@ -20,7 +20,9 @@ namespace cctorch::regularize {
 
 namespace {
 
-constexpr int64_t kPiece = 8192;
+// What a piece is made of and what it becomes stay in the first-level cache. A piece of noise has a start, of 624 words.
+constexpr int64_t kPiece = 4096;
+constexpr int64_t kNoisePiece = 8192;
 
 simd::DecayNoise loops(const at::Tensor& weight) {
   const auto storage = channelwise::storage(weight.scalar_type());
@@ -150,11 +152,11 @@ void UniformNoise::add_on_cpu(std::vector<Weight>& weights) {
     const double rms = norm / std::sqrt(static_cast<double>(w.numel())) * strength_;
     const double amplitude = at::scalar_tensor(rms, at::kDouble).to(w.scalar_type()).item<double>();
     const int64_t each = w.scalar_type() == at::kDouble ? 2 : 1;
-    weight.rewrite = {kPiece, [add = loops(w).add_uniform, starts = words.next(each * w.numel(), each * kPiece), each,
+    weight.rewrite = {kNoisePiece, [add = loops(w).add_uniform, starts = words.next(each * w.numel(), each * kNoisePiece), each,
                                amplitude](const void* from, void* to, int64_t begin, int64_t size) {
                         thread_local std::vector<uint32_t> drawn;
-                        drawn.resize(each * kPiece);
-                        simd::Mt19937 generator = starts[begin / kPiece];
+                        drawn.resize(each * kNoisePiece);
+                        simd::Mt19937 generator = starts[begin / kNoisePiece];
                         mt19937().draw(generator, drawn.data(), each * size);
                         add(from, to, size, drawn.data(), amplitude);
                         return true;

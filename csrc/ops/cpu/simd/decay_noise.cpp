@@ -20,26 +20,24 @@ void scale(const void* x, void* y, int64_t n, double factor) {
   }
 }
 
-// Bits of a word that at::rand makes a number of this type of.
+// 2 u - 1 of the u in [0, 1) that at::rand makes of a word, or two: exact.
 template <typename S>
-constexpr int kDigits = __is_same(S, double)  ? 53
-                        : __is_same(S, float) ? 24
-                        : __is_same(S, Half)  ? 11
-                                              : 8;
-
-// 2 u - 1 of the u in [0, 1) that at::rand draws: exact.
-template <typename S, typename T>
-void symmetric(const uint32_t* words, T* u, int64_t n) {
-  constexpr int64_t half = int64_t{1} << (kDigits<S> - 1);
+void symmetric(const uint32_t* words, float* u, int64_t n) {
+  constexpr int digits = __is_same(S, float) ? 24 : __is_same(S, Half) ? 11 : 8;
+  constexpr uint32_t half = 1U << (digits - 1);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    if constexpr (__is_same(S, double)) {
-      const uint64_t both = static_cast<uint64_t>(words[2 * i]) << 32 | words[2 * i + 1];
-      u[i] = static_cast<T>(static_cast<int64_t>(both & (2 * half - 1)) - half) * (T(1) / half);
-    } else {
-      u[i] =
-          static_cast<T>(static_cast<int32_t>(words[i] & (2 * half - 1)) - static_cast<int32_t>(half)) * (T(1) / half);
-    }
+    u[i] = static_cast<float>(static_cast<int32_t>((words[i] & (2 * half - 1)) - half)) * (1.0F / half);
+  }
+}
+
+template <typename S>
+void symmetric(const uint32_t* words, double* u, int64_t n) {
+  constexpr uint64_t half = uint64_t{1} << 52;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t both = static_cast<uint64_t>(words[2 * i]) << 32 | words[2 * i + 1];
+    u[i] = static_cast<double>(static_cast<int64_t>((both & (2 * half - 1)) - half)) * (1.0 / half);
   }
 }
 
