@@ -20,7 +20,8 @@ namespace cctorch::regularize {
 
 namespace {
 
-// What a piece is made of and what it becomes stay in the first-level cache. A piece of noise has a start, of 624 words.
+// What a piece is made of and what it becomes stay in the first-level cache. A piece of noise has a start, of 624
+// words.
 constexpr int64_t kPiece = 4096;
 constexpr int64_t kNoisePiece = 8192;
 
@@ -92,7 +93,7 @@ void WeightDecay::replace(std::vector<Weight>& weights) {
     weight.rewrite = {kPiece, [scale = loops(weight.value).scale, factor = 1 - strength_](const void* from, void* to,
                                                                                           int64_t, int64_t size) {
                         scale(from, to, size, factor);
-                        return true;
+                        return std::nullopt;
                       }};
   }
   if (values[0].is_cpu()) return;
@@ -152,14 +153,15 @@ void UniformNoise::add_on_cpu(std::vector<Weight>& weights) {
     const double rms = norm / std::sqrt(static_cast<double>(w.numel())) * strength_;
     const double amplitude = at::scalar_tensor(rms, at::kDouble).to(w.scalar_type()).item<double>();
     const int64_t each = w.scalar_type() == at::kDouble ? 2 : 1;
-    weight.rewrite = {kNoisePiece, [add = loops(w).add_uniform, starts = words.next(each * w.numel(), each * kNoisePiece), each,
-                               amplitude](const void* from, void* to, int64_t begin, int64_t size) {
+    weight.rewrite = {kNoisePiece,
+                      [add = loops(w).add_uniform, starts = words.next(each * w.numel(), each * kNoisePiece), each,
+                       amplitude](const void* from, void* to, int64_t begin, int64_t size) {
                         thread_local std::vector<uint32_t> drawn;
                         drawn.resize(each * kNoisePiece);
                         simd::Mt19937 generator = starts[begin / kNoisePiece];
                         mt19937().draw(generator, drawn.data(), each * size);
                         add(from, to, size, drawn.data(), amplitude);
-                        return true;
+                        return std::nullopt;
                       }};
     // No weight is above their norm. Where a sum may overflow, what came out is looked at before a weight is changed.
     if (norm + amplitude > 0.9 * largest(w.scalar_type())) finish(weight);

@@ -186,11 +186,15 @@ void keep_best_on_cpu(Weight& weight, int64_t axis, int64_t kept) {
   if (channelwise::has_long_rows(layout)) {
     weight.value = dense_value;
     const int64_t bytes = dense_value.element_size();
-    weight.rewrite = {layout.inner, [keep = std::move(keep), inner = layout.inner, bytes](const void*, void* to,
-                                                                                          int64_t begin, int64_t size) {
-                        const bool changes = !keep[begin / inner % keep.size()];
-                        if (changes) std::memset(to, 0, size * bytes);
-                        return changes;
+    weight.rewrite = {layout.inner,
+                      [keep = std::move(keep), squares = weight.squares, layout, bytes](
+                          const void*, void* to, int64_t begin, int64_t size) -> std::optional<double> {
+                        const int64_t channel = begin / layout.inner % layout.channels;
+                        if (keep[channel]) return 0;
+                        std::memset(to, 0, size * bytes);
+                        // A square that underflowed does not say that they are zeros.
+                        return layout.outer == 1 && squares[channel] > 0 ? std::optional(squares[channel])
+                                                                         : std::nullopt;
                       }};
   } else {
     std::vector<int64_t> shape(dense_value.dim(), 1);

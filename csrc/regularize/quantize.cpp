@@ -29,7 +29,7 @@ void quantize_on_cpu(std::vector<Weight>& weights, bool per_channel, double q, b
     weight.rewrite.piece = [quantize = uniform_grid(weight.value.scalar_type()), q, search](const void* from, void* to,
                                                                                             int64_t, int64_t size) {
       quantize(from, to, size, q, search);
-      return true;
+      return std::nullopt;
     };
   }
 }

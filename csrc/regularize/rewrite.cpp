@@ -42,11 +42,12 @@ double run(const Task& task) {
     const int64_t size = std::min(job.rewrite->size, task.end - begin);
     const char* from = job.from + begin * width;
     char* to = job.to + begin * width;
-    const bool changed = job.rewrite->piece(from, in_place ? cache.data() : to, begin, size);
-    if (in_place && changed) {
-      moved += squared_distance(job.type, from, cache.data(), size);
+    const auto known = job.rewrite->piece(from, in_place ? cache.data() : to, begin, size);
+    const bool stays = known == 0.0;
+    if (in_place && !stays) {
+      moved += known ? *known : squared_distance(job.type, from, cache.data(), size);
       std::memcpy(to, cache.data(), size * width);
-    } else if (!in_place && !changed) {
+    } else if (!in_place && stays) {
       std::memcpy(to, from, size * width);
     }
   }

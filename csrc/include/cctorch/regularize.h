@@ -47,8 +47,9 @@ struct Storage {
 struct Rewrite {
   int64_t size = 0;  // of a piece, the last one may be smaller; 0 where nothing is left to do
   // Writes to `to`, which is elsewhere, what becomes of the values [begin, begin + size), which lie at `from`. Finite
-  // where they are: nothing looks before the parameter is written. False, and nothing written, where they stay.
-  std::function<bool(const void* from, void* to, int64_t begin, int64_t size)> piece = {};
+  // where they are: nothing looks before the parameter is written. Returns ||to - from||^2 where that is known without
+  // looking; 0 where they stay, and then it need not write.
+  std::function<std::optional<double>(const void* from, void* to, int64_t begin, int64_t size)> piece = {};
 };
 
 // One parameter on its way through Q. `value` is replaced, never written into, and dense where a `rewrite` is left.
