@@ -51,7 +51,7 @@ void add_uniform(const void* x, void* y, int64_t n, const uint32_t* words, doubl
   S stored[kTile];
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int64_t size = tile_size(begin, n);
-    // The product is rounded to the storage's type before it is added.
+    // The product is rounded to the storage's type before it is added: stored, and no fused multiply-add.
     Writer<S, T> write_noise;
     T* noise = write_noise.tile(stored, 0);
     symmetric<S>(words + words_each * begin, noise, size);
