@@ -26,7 +26,7 @@ void Compose::replace(std::vector<Weight>& weights) {
     std::vector<Weight> chosen;
     std::vector<size_t> positions;
     for (size_t i = 0; i < weights.size(); ++i) {
-      weights[i].squares.clear();  // not the slices that the part asks for, or of the values before the last part
+      weights[i].squares.clear();  // of the values before the last part
       if (!part->acts_on(weights[i].value)) continue;
       chosen.push_back(weights[i]);
       positions.push_back(i);

@@ -35,7 +35,10 @@ at::Tensor norm_of(std::vector<Weight>& weights, at::TensorList values, std::opt
   if (!values[0].is_cpu()) return total_norm_on_device(values);
   auto squares = part_squares(values, dimension);
   const at::Tensor norm = total_norm(squares);
-  for (size_t i = 0; i < weights.size(); ++i) weights[i].squares = std::move(squares[i]);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    weights[i].squares = std::move(squares[i]);
+    weights[i].sliced_dimension = dimension;
+  }
   return norm;
 }
 

@@ -179,16 +179,17 @@ std::vector<bool> best_slices(const std::vector<double>& squares, int64_t kept) 
 }
 
 void keep_best_on_cpu(Weight& weight, int64_t axis, int64_t kept) {
-  if (weight.squares.empty()) weight.squares = part_squares({weight.value}, axis)[0];
-  auto keep = best_slices(weight.squares, kept);
+  const bool known = !weight.squares.empty() && weight.sliced_dimension == axis;
+  const auto squares = known ? weight.squares : part_squares({weight.value}, axis)[0];
+  auto keep = best_slices(squares, kept);
   const at::Tensor dense_value = dense(weight.value);
   const auto layout = channelwise::layout(dense_value, axis < 0 ? axis + dense_value.dim() : axis);
   if (channelwise::has_long_rows(layout)) {
     weight.value = dense_value;
     const int64_t bytes = dense_value.element_size();
     weight.rewrite = {layout.inner,
-                      [keep = std::move(keep), squares = weight.squares, layout, bytes](
-                          const void*, void* to, int64_t begin, int64_t size) -> std::optional<double> {
+                      [keep = std::move(keep), squares, layout, bytes](const void*, void* to, int64_t begin,
+                                                                       int64_t size) -> std::optional<double> {
                         const int64_t channel = begin / layout.inner % layout.channels;
                         if (keep[channel]) return 0;
                         std::memset(to, 0, size * bytes);

@@ -58,8 +58,10 @@ struct Weight {
   at::Tensor value;
   Storage storage;
   Rewrite rewrite = {};
-  // Sums of squares of parts of `value`, on CPU where it is a parameter as it was; those of the slices that Q asks for.
+  // Sums of squares of parts of `value`, on CPU where it is a parameter as it was: of its slices along
+  // `sliced_dimension`, if Q asks for those.
   std::vector<double> squares = {};
+  std::optional<int64_t> sliced_dimension = std::nullopt;
 };
 
 // Q(w), with w as it was. Only the parameters that Q acts on; tied and empty ones are left out.

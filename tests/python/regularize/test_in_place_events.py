@@ -139,8 +139,8 @@ def test_levels_up_to_the_largest_magnitude(layout: Layout, dtype: torch.dtype, 
     for _, w in named:
         rows = w.detach().double()
         largest = rows.abs().amax(list(range(1, w.dim())), keepdim=True) if per_channel else rows.abs().amax()
-        # In half precision some lie halfway between two levels, where the last digit of the quotient decides; 7 / largest
-        # would be another one, of the reciprocal.
+        # In half precision some lie halfway between two levels, where the last digit of the quotient decides;
+        # 7 / largest would be another one, of the reciprocal.
         codes = torch.round(rows * torch.full_like(largest, 7).div_(largest)).clamp_(-7, 7)
         expected.append((codes / 7 * largest).to(dtype))
     event(r.UniformQuantization(4, per_channel, "absmax"), named, expected)
