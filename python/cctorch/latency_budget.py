@@ -40,6 +40,8 @@ class Latency:
     predicted_ratio: float
     rounds: list[tuple[float, float]] = field(default_factory=list)
     """(predicted, measured) ratio of each plan that was tried."""
+    shared: list[str] = field(default_factory=list)
+    """Layers that keep the same channels of a stream as all that read it."""
 
 
 @dataclass
@@ -162,7 +164,10 @@ def search(
         aim = _next_aim([found for _, found in rounds], wanted)
     if progress:
         progress("latency rounds", _ROUNDS, _ROUNDS)
-    return _chosen(rounds, wanted)
+    found = _chosen(rounds, wanted)
+    if targets.predictor.narrowed:
+        found.latency.shared = targets.predictor.narrowed.readers
+    return found
 
 
 def _narrower(targets: _Targets, wanted: float) -> _Targets | None:

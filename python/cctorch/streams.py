@@ -76,7 +76,7 @@ class Narrowed:
     """
 
     def __init__(self, graph: ModelGraph, kept: Mapping[str, list[int]]) -> None:
-        self.graph, self.plan = graph, _C.CompressionPlan()
+        self.graph, self.plan, self.readers = graph, _C.CompressionPlan(), list(kept)
         layers = [graph.channels.unchanged(name) for name in kept]
         for layer in layers:
             layer.kept_in = kept[layer.name]

@@ -155,6 +155,7 @@ def test_a_stream_becomes_narrower_where_gathers_are_dear(model: nn.Module) -> N
     assert not any(layer.gather for layer in found.plan.layers)
     assert all(layers[name].kept_out == kept[0] for name in WRITERS)
     assert found.latency is not None
+    assert found.latency.shared == READERS
     assert found.latency.predicted_ratio == pytest.approx(found.latency.ratio, rel=1e-6)
     assert 0.35 < found.latency.ratio <= 0.4
     smaller = apply(copy.deepcopy(model), found.plan)
@@ -177,6 +178,8 @@ def test_readers_gather_what_they_keep_where_that_gives_up_less(model: nn.Module
     assert set(layers["blocks.1.conv1"].kept_in) <= set(range(16, 32))
     assert layers["blocks.0.conv1"].gather
     assert layers["blocks.1.conv1"].gather
+    assert found.latency is not None
+    assert not found.latency.shared
 
 
 def test_it_gives_up_less_than_the_search_without(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
