@@ -194,15 +194,20 @@ def _worth_sharing(targets: _Targets, solution: _C.Solution) -> dict[str, list[i
 
     All else stays as in `solution`, which is resolved; readers become dense.
     """
-    predictor, graph = targets.predictor, targets.setting.graph
+    predictor, graph, progress = targets.predictor, targets.setting.graph, targets.setting.progress
     bounded = {layer.spec.name for layer in targets.layers if layer.max_rate < 1}
     multiples = {layer.spec.name: layer.table.multiple for layer in targets.layers}
     now = predictor.seconds(solution.plan)
     kept: dict[str, list[int]] = {}
     chosen = {layer.name: (layer, loss) for layer, loss in zip(targets.choices, solution.losses, strict=True)}
-    for stream in streams(graph, targets.layers, bounded, multiples):
+    found = streams(graph, targets.layers, bounded, multiples)
+    done, trials = 0, sum(len(stream.widths) for stream in found)
+    for stream in found:
         best = 0.0
         for width in stream.widths:
+            if progress:
+                progress("shared streams", done, trials)
+            done += 1
             shared = {
                 layer.name: stream.kept(width)
                 for layer in solution.plan.layers
@@ -219,6 +224,8 @@ def _worth_sharing(targets: _Targets, solution: _C.Solution) -> dict[str, list[i
             if change < best:
                 best = change
                 kept |= {name: stream.kept(width) for name in stream.readers}
+    if progress and trials:
+        progress("shared streams", trials, trials)
     return kept
 
 

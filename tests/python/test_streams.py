@@ -147,7 +147,9 @@ class DearGathers(FakeTimer):
 
 def test_a_stream_becomes_narrower_where_gathers_are_dear(model: nn.Module) -> None:
     timer = DearGathers(launch=0.0, rest=1e-4)
-    found = run(timer, model, target=0.6, units="channels")
+    said: list[tuple[str, int, int]] = []
+    found = run(timer, model, target=0.6, units="channels", progress=lambda *state: said.append(state))
+    assert [state for state in said if state[0] == "shared streams"] == [("shared streams", i, 3) for i in range(4)]
     layers = {layer.name: layer for layer in found.plan.layers}
     kept = [layers[name].kept_in for name in READERS]
     assert kept[0] == kept[1] == kept[2]
