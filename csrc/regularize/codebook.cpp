@@ -1,5 +1,5 @@
 #include <ATen/ATen.h>
-#include <cctorch/regularize.h>
+#include <cctorch/regularizers.h>
 
 #include "csrc/ops/row_fits.h"
 #include "csrc/regularize/cpu_rows.h"

@@ -1,5 +1,5 @@
 #include <ATen/core/Tensor.h>
-#include <cctorch/regularize.h>
+#include <cctorch/regularizers.h>
 
 #include <algorithm>
 

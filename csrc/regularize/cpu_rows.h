@@ -1,6 +1,6 @@
 #pragma once
 
-#include <cctorch/regularize.h>
+#include <cctorch/regularizers.h>
 
 #include <functional>
 

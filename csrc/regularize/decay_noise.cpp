@@ -1,7 +1,7 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Dispatch.h>
-#include <cctorch/regularize.h>
+#include <cctorch/regularizers.h>
 
 #include <algorithm>
 #include <cmath>

@@ -1,6 +1,6 @@
 #include <ATen/ATen.h>
 #include <cctorch/mask.h>
-#include <cctorch/regularize.h>
+#include <cctorch/regularizers.h>
 
 #include <algorithm>
 #include <bit>

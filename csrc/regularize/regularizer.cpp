@@ -1,7 +1,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Type.h>
-#include <cctorch/regularize.h>
+#include <cctorch/regularizers.h>
 
 #include <cmath>
 #include <map>
