@@ -24,6 +24,8 @@ _TOLERANCE = 0.01
 _ROUNDS = 8
 # Seconds after which a plan has been measured for long enough: slow models' times scatter less.
 _LONG = 5.0
+# Layers that take so many times as long, one by one, as the whole model were timed when the device was slower.
+_OUTDATED = 1.1
 
 Progress = Callable[[str, int, int], None]
 
@@ -165,6 +167,11 @@ def search(
     if progress:
         progress("latency rounds", _ROUNDS, _ROUNDS)
     found = _chosen(rounds, wanted)
+    if layers_alone > _OUTDATED * min(dense):
+        found.warnings.append(
+            f"the times of layers add up to {layers_alone:.3g} s, but the whole model takes {min(dense):.3g} s: they were "
+            f"taken when the device was slower; delete {table.path} to time layers anew"
+        )
     if targets.predictor.narrowed:
         found.latency.shared = targets.predictor.narrowed.readers
     return found

@@ -155,6 +155,24 @@ def test_layers_are_timed_in_the_layout_of_the_model(channels: int) -> None:
     assert latency_budget.table_for(model, example, 4).layout == torch.channels_last
 
 
+@pytest.mark.parametrize(("slower", "warned"), [(1.05, False), (1.5, True)])
+def test_a_table_of_slower_times_is_named(slower: float, warned: bool) -> None:
+    class ThenSlower(FakeTimer):
+        """Layers alone take longer than in the model: they were timed when the device was slower."""
+
+        def __call__(self, modules: Any, x: Tensor) -> list[list[float]]:
+            whole = len(modules) > 1 or isinstance(modules[0], Net)
+            return [[t * (1 if whole else slower) for t in times] for times in super().__call__(modules, x)]
+
+    _, found = run(ThenSlower(launch=1e-6), target=0.3)
+    said = [warning for warning in found.warnings if "time layers anew" in warning]
+    assert len(said) == warned
+    if warned:
+        path = re.search(r"delete (\S+\.json) to", said[0])
+        assert path is not None
+        assert Path(path[1]).is_file()
+
+
 def test_a_target_out_of_reach_states_what_was_reached() -> None:
     timer = FakeTimer(launch=1e-6, rest=3e-3)
     reached = r"batch 4: the fastest plan \(of 1\) takes (0\.\d+) of the dense time, wanted 0\.300"
