@@ -169,8 +169,8 @@ def search(
     found = _chosen(rounds, wanted)
     if layers_alone > _OUTDATED * min(dense):
         found.warnings.append(
-            f"the times of layers add up to {layers_alone:.3g} s, but the whole model takes {min(dense):.3g} s: they were "
-            f"taken when the device was slower; delete {table.path} to time layers anew"
+            f"the times of layers add up to {layers_alone:.3g} s, but the whole model takes {min(dense):.3g} s: they "
+            f"were taken when the device was slower; delete {table.path} to time layers anew"
         )
     if targets.predictor.narrowed:
         found.latency.shared = targets.predictor.narrowed.readers
