@@ -202,11 +202,13 @@ def _worth_sharing(targets: _Targets, solution: _C.Solution) -> dict[str, list[i
     All else stays as in `solution`, which is resolved; readers become dense.
     """
     predictor, graph, progress = targets.predictor, targets.setting.graph, targets.setting.progress
-    bounded = {layer.spec.name for layer in targets.layers if layer.max_rate < 1}
-    multiples = {layer.spec.name: layer.table.multiple for layer in targets.layers}
+    searched = {layer.spec.name: layer for layer in targets.layers}
+    bounded = {name for name, layer in searched.items() if layer.max_rate < 1}
+    multiples = {name: layer.table.multiple for name, layer in searched.items()}
     now = predictor.seconds(solution.plan)
     kept: dict[str, list[int]] = {}
     chosen = {layer.name: (layer, loss) for layer, loss in zip(targets.choices, solution.losses, strict=True)}
+    reading = {layer.name for layer in solution.plan.layers if layer.kept_in}
     found = streams(graph, targets.layers, bounded, multiples)
     done, trials = 0, sum(len(stream.widths) for stream in found)
     for stream in found:
@@ -215,33 +217,28 @@ def _worth_sharing(targets: _Targets, solution: _C.Solution) -> dict[str, list[i
             if progress:
                 progress("shared streams", done, trials)
             done += 1
-            shared = {
-                layer.name: stream.kept(width)
-                for layer in solution.plan.layers
-                if layer.name in stream.readers and layer.kept_in
-            }
+            shared = dict.fromkeys(stream.readers, stream.kept(width))
             plan = _with_inputs(solution.plan, shared)
             graph.channels.resolve(plan)
-            narrowed = Narrowed(graph, {name: stream.kept(width) for name in stream.readers})
-            lost = {layer.spec.name: layer.lost for layer in narrowed.layers(targets.layers)}
+            narrowed = Narrowed(graph, shared)
             change = solution.multiplier * (predictor.seconds(plan) - now)
-            for name in shared:
+            for name in filter(reading.__contains__, stream.readers):
                 layer, loss = chosen[name]
-                change += layer.objective(lost[name]) - layer.objective(loss)
+                change += layer.objective(narrowed.lost(searched[name])) - layer.objective(loss)
             if change < best:
                 best = change
-                kept |= {name: stream.kept(width) for name in stream.readers}
+                kept |= shared
     if progress and trials:
         progress("shared streams", trials, trials)
     return kept
 
 
 def _with_inputs(plan: _C.CompressionPlan, kept: Mapping[str, list[int]]) -> _C.CompressionPlan:
-    """A copy in which these layers are dense and keep these inputs."""
+    """A copy in which these layers, if they read anything, are dense and keep these inputs."""
     copied = _C.CompressionPlan.from_json(plan.to_json())
     layers = copied.layers
     for layer in layers:
-        if layer.name in kept:
+        if layer.name in kept and layer.kept_in:
             layer.kept_in, layer.gather, layer.rank = kept[layer.name], [], None
     copied.layers = layers
     return copied

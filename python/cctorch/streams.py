@@ -108,8 +108,6 @@ class Narrowed:
                 layer.spec.groups,
                 layer.spec.bits,
             )
-            dropped = torch.ones(layer.spec.in_channels, dtype=torch.bool)
-            dropped[left.kept_in] = False
             weight, gradient = (
                 whole[left.kept_out][:, left.kept_in].contiguous() for whole in (layer.weight, layer.gradient)
             )
@@ -119,9 +117,16 @@ class Narrowed:
                 gradient,
                 max_rate=layer.max_rate,
                 importance=layer.importance,
-                lost=float(_columns(layer, left.kept_out)[dropped].sum()),
+                lost=self.lost(layer),
                 cost_before=layer.table.pruned[-1],
             )
+
+    def lost(self, layer: _C.SolverLayer) -> float:
+        """(E1) of the inputs that a narrowed layer has lost, for the filters that are left of it."""
+        left = self._left[layer.spec.name]
+        dropped = torch.ones(layer.spec.in_channels, dtype=torch.bool)
+        dropped[left.kept_in] = False
+        return float(_columns(layer, left.kept_out)[dropped].sum())
 
     def widen(self, plan: _C.CompressionPlan) -> None:
         """Makes of a plan of the narrowed network one of the whole network; it is to be resolved afterwards."""
