@@ -1,6 +1,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/tensor.h>
+#include <cctorch/codes.h>
 #include <cctorch/nn/compressible.h>
 #include <cctorch/nn/state_dict.h>
 
@@ -58,7 +59,8 @@ Safetensors::Tensors state_dict(const torch::nn::Module& model) {
   return std::move(found.values);
 }
 
-void load_state_dict(torch::nn::Module& model, const Safetensors::Tensors& state) {
+void load_state_dict(torch::nn::Module& model, const Safetensors::Tensors& given) {
+  const Safetensors::Tensors state = decode_weights(given);
   Named found = named_tensors(model);
   for (const auto& [name, value] : found.values) find(name, value, state);
   for (const auto& [name, index] : found.indices) {

@@ -4,6 +4,7 @@
 
 namespace cctorch::python {
 
+void bind_codes(pybind11::module_& module);
 void bind_plan(pybind11::module_& module);
 void bind_collaborative(pybind11::module_& module);
 void bind_regularize(pybind11::module_& module);

@@ -16,6 +16,7 @@ PYBIND11_MODULE(_C, module) {
       "Tell glibc to keep freed memory for the process. On CPU a training step then spends no time on page faults.");
   module.def("keeps_freed_memory", &cctorch::keeps_freed_memory,
              "Whether keep_freed_memory() was called, and took effect.");
+  cctorch::python::bind_codes(module);
   cctorch::python::bind_plan(module);
   cctorch::python::bind_collaborative(module);
   cctorch::python::bind_regularize(module);

@@ -1,6 +1,6 @@
 """The C++ library without its operators. Same names and meanings as in csrc/include/cctorch/."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -10,6 +10,8 @@ TORCH_VERSION: str
 
 def keep_freed_memory() -> bool: ...
 def keeps_freed_memory() -> bool: ...
+def encode_weights(state: dict[str, Tensor], grids: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]: ...
+def decode_weights(state: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
 LayerKind = Literal["conv2d", "depthwise_conv2d", "linear", "batch_norm2d", "lstm"]
 

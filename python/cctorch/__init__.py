@@ -26,6 +26,7 @@ torch.ops.load_library(str(_library))  # type: ignore[no-untyped-call]
 
 from cctorch import nn, ops, regularize  # noqa: E402
 from cctorch.apply import apply  # noqa: E402
+from cctorch.codes import dequantized_state_dict, quantized_state_dict  # noqa: E402
 from cctorch.collaborative import Compression, compress  # noqa: E402
 from cctorch.plan import CompressionPlan, LayerPlan, LayerSpec, MaskPlan, load_plan, save_plan  # noqa: E402
 from cctorch.prepare import convert, prepare  # noqa: E402
@@ -46,10 +47,12 @@ __all__ = [
     "cmake_prefix_path",
     "compress",
     "convert",
+    "dequantized_state_dict",
     "load_plan",
     "nn",
     "ops",
     "prepare",
+    "quantized_state_dict",
     "regularize",
     "repair",
     "save_plan",

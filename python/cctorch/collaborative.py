@@ -19,7 +19,7 @@ from cctorch.graph import Branch, ModelGraph, trace
 from cctorch.importance import Head, importances
 from cctorch.latency import LatencyTable
 from cctorch.latency_budget import Latency
-from cctorch.plan import CompressionPlan, LayerPlan, LayerSpec
+from cctorch.plan import CompressionPlan, LayerSpec
 
 __all__ = ["Compression", "compress", "solve", "solve_latency"]
 
@@ -177,23 +177,8 @@ def _solver_layers(
     ]
 
 
-def _say_bits(plan: CompressionPlan, graph: ModelGraph) -> None:
-    """Of the layers that are to be quantized, the plan's and those that it leaves as they are."""
-    layers = plan.layers
-    planned = {layer.name: layer for layer in layers}
-    for spec in graph.specs:
-        if spec.name not in graph.bits:
-            continue
-        if spec.name not in planned:
-            planned[spec.name] = LayerPlan(spec.name, spec.kind, spec.in_channels, spec.out_channels)
-            layers.append(planned[spec.name])
-        if planned[spec.name].kept_in:
-            planned[spec.name].bits = graph.bits[spec.name]
-    plan.layers = layers
-
-
 def _compression(graph: ModelGraph, solution: _C.Solution, nominal_macs: int, gradient_seconds: float) -> Compression:
-    _say_bits(solution.plan, graph)
+    layer_choice.say_bits(solution.plan, graph)
     return Compression(
         plan=solution.plan,
         curves=solution.curves,

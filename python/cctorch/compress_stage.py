@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from cctorch import collaborative, data, distributed, layer_choice
+from cctorch import _C, batch_norm, collaborative, data, distributed, layer_choice
+from cctorch.apply import apply
 from cctorch.config import Compress, ConfigError
 from cctorch.gradients import Progress
 from cctorch.graph import trace
-from cctorch.store import Folder
+from cctorch.log import Log
+from cctorch.network import Network
+from cctorch.repair import repair
+from cctorch.store import Events, Folder
+from cctorch.summary import search_results
 
 
 def search(
@@ -21,6 +28,7 @@ def search(
     settings: Compress,
     *,
     target: float | None = None,
+    bits: Mapping[str, int] | None = None,
     gradients: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> collaborative.Compression:
@@ -45,12 +53,84 @@ def search(
         multiple=settings.multiple,
         latency_batch=settings.latency_batch,
         residual_branches=settings.residual_branches,
+        bits=bits,
         exclude=settings.exclude,
         bounds=settings.bounds,
         gradients=gradients,
         progress=progress,
         across_ranks=True,
     )
+
+
+@dataclass(frozen=True)
+class CompressStage:
+    """Search, surgery, BatchNorm statistics and repair of a run's `network`, which is whole on every rank.
+
+    `images` are batches of the training images of `dataset`.
+    """
+
+    settings: Compress
+    seed: int
+    network: Network
+    dataset: data.Dataset
+    images: data.Batches
+
+    def execute(
+        self,
+        folder: Folder,
+        bits: Mapping[str, int],
+        events: Events,
+        log: Log,
+        results: dict[str, Any],
+        dense: Callable[[], nn.Module],
+    ) -> _C.CompressionPlan:
+        """Adds to `results`; `dense` makes the model that the repair looks up to."""
+        model = self.network.model
+        with log.stages() as progress:
+            found = search(model, self.images, self.seed, self.settings, bits=bits, progress=progress)
+        for warning in found.warnings:
+            log.warning(warning)
+        distributed.on_main(lambda: save(found, folder))
+        log.line(
+            f"search: gradients {found.gradient_seconds:.1f} s, rate curves {found.curve_seconds:.1f} s, heuristic "
+            f"{found.heuristic_seconds:.1f} s; MACs {found.dense_macs / 1e6:.2f} M -> {found.final_macs / 1e6:.2f} M"
+        )
+        results |= search_results(found)
+        self.network.model = self.network.place(apply(model, found.plan, self.network.optimizer))
+        self.network.assert_identical("the compressed layers")
+        self._reestimate(events, log, results)
+        if self.settings.repair:
+            self._repair(found.plan, dense(), events, log, results)
+        return found.plan
+
+    def _reestimate(self, events: Events, log: Log, results: dict[str, Any]) -> None:
+        top1 = self.network.accuracy(self.dataset.test)
+        events.add("compressed", "compress", accuracy=top1)
+        log.line(f"right after compression: test top-1 {top1:.2f} %")
+        results |= {"top1_compressed": top1, "top1_reestimated": None}
+        if self.settings.bn_reestimate_images:
+            images = self.images.head(self.settings.bn_reestimate_images, self.seed)
+            slices = images.sliced(distributed.rank(), distributed.world_size())
+            batch_norm.reestimate(self.network.model, slices, across_ranks=True)
+            top1 = self.network.accuracy(self.dataset.test)
+            events.add("reestimated", "compress", accuracy=top1)
+            log.line(f"BatchNorm statistics re-estimated: test top-1 {top1:.2f} %")
+            results["top1_reestimated"] = top1
+
+    def _repair(
+        self, plan: _C.CompressionPlan, dense: nn.Module, events: Events, log: Log, results: dict[str, Any]
+    ) -> None:
+        images = self.images.head(self.settings.repair_images, self.seed)
+        batches = images.block(distributed.rank(), distributed.world_size())
+        with log.stages() as progress:
+            repaired = repair(self.network.model, dense, plan, batches, progress=progress, across_ranks=True)
+        for warning in repaired.warnings:
+            log.warning(warning)
+        seconds = repaired.seconds
+        top1 = self.network.accuracy(self.dataset.test)
+        events.add("repaired", "compress", accuracy=top1, seconds=seconds)
+        log.line(f"weights fitted to the dense model's outputs in {seconds:.1f} s: test top-1 {top1:.2f} %")
+        results |= {"top1_repaired": top1, "repair_seconds": seconds}
 
 
 def check_names(model: nn.Module, example: Tensor, settings: Compress) -> None:

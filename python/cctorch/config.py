@@ -35,6 +35,9 @@ def expand(path: str) -> Path:
     return Path(re.sub(r"\$\{(\w+)\}|\$(\w+)", value, path)).expanduser()
 
 
+Bits = Annotated[int, Field(ge=2, le=16)]
+
+
 class Data(Section):
     kind: Literal["fashion_mnist", "cifar10", "image_folder"]
     # Absent: the environment variable CCTORCH_DATA, then where the data set is usually found.
@@ -173,6 +176,14 @@ class Regularize(Training):
         return self
 
 
+class Quantize(Finetune):
+    """Training with fake-quantized weights, a learned scale for each output channel (LSQ)."""
+
+    # 2 to 16, of all convolutions and linear layers, but at least 8 of the first convolution and the last linear layer;
+    # or by patterns of names, of which the fewest bits hold: {layer1.*: 4, linear: 8}.
+    bits: Bits | Annotated[dict[str, Bits], Field(min_length=1)]
+
+
 class Measure(Section):
     batch_sizes: list[int] = Field(default=[1, 128])
     repeats: int = Field(default=20, ge=1)
@@ -232,7 +243,9 @@ class Config(Section):
     # null: no Collaborative Compression, and no fine-tuning after it.
     compress: Compress | None = Compress()
     finetune: Finetune | None = None
+    # After these, or with compress: null after the training alone; one of them.
     regularize: Regularize | None = None
+    quantize: Quantize | None = None
     measure: Measure = Measure()
     checkpoint: Checkpoint = Checkpoint()
     export: bool = True
@@ -243,8 +256,17 @@ class Config(Section):
             raise ValueError("finetune is missing: expected a section of training settings, or compress: null")
         if self.compress is None and self.finetune is not None:
             raise ValueError("finetune without compress: expected finetune: null, or a section for compress")
-        if self.compress is None and self.regularize is None:
-            raise ValueError("compress and regularize are both null: expected a section for at least one of them")
+        if self.compress is None and self.regularize is None and self.quantize is None:
+            raise ValueError("compress, regularize and quantize are null: expected a section for at least one of them")
+        if self.regularize is not None and self.quantize is not None:
+            raise ValueError(
+                "regularize with quantize: expected one of them, since training that follows events undoes them"
+            )
+        if self.quantize is not None and self.checkpoint.lossy:
+            raise ValueError(
+                f"quantize with checkpoint.codec = {self.checkpoint.codec}: expected zstd or safetensors, which keep "
+                "the codes as they are"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,6 @@
 """What a model costs and how good it is: accuracy, latency, time of each layer, parameters, bytes."""
 
 import contextlib
-import io
 import os
 import statistics
 import time
@@ -146,13 +145,6 @@ def _timed(layers: dict[str, nn.Module], device: torch.device) -> Iterator[dict[
 def parameters(model: nn.Module) -> int:
     """Number of parameters; a shared one counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def size_on_disk(model: nn.Module) -> int:
-    """Bytes of the state dictionary as ``torch.save`` writes it."""
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    return buffer.getbuffer().nbytes
 
 
 def _check_repeats(name: str, repeats: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +32,13 @@ def measured(
     log.line("measuring")
     dense = feed.place(load_model(folder.dense)[0], device)
     model.eval()
-    before, before_times = _figures(config.measure, feed, dense, results["dense_top1"], results["dense_macs"])
-    after, after_times = _figures(config.measure, feed, model, results["compressed_top1"], results["final_macs"])
+    before, before_times = _figures(
+        config.measure, feed, dense, folder.dense, results["dense_top1"], results["dense_macs"]
+    )
+    deliverable = folder.deliverable(config.checkpoint)
+    after, after_times = _figures(
+        config.measure, feed, model, deliverable, results["compressed_top1"], results["final_macs"]
+    )
     for layer in results["layers"]:
         layer["seconds_before"] = _seconds_of(layer["name"], before_times)
         layer["seconds_after"] = _seconds_of(layer["name"], after_times)
@@ -55,13 +61,13 @@ def measured(
 
 
 def _figures(
-    settings: Measure, feed: data.Feed, model: nn.Module, top1: float, macs: int
+    settings: Measure, feed: data.Feed, model: nn.Module, file: Path, top1: float, macs: int
 ) -> tuple[Figures, dict[str, float]]:
     latency = {
         str(batch): measure.latency(model, feed.example(batch), repeats=settings.repeats)
         for batch in settings.batch_sizes
     }
-    figures = Figures(top1, measure.parameters(model), macs, measure.size_on_disk(model), latency)
+    figures = Figures(top1, measure.parameters(model), macs, file.stat().st_size, latency)
     return figures, measure.layer_times(model, feed.example(max(settings.batch_sizes)))
 
 

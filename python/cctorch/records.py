@@ -39,7 +39,7 @@ class Epoch(TypedDict):
     """A line of metrics.jsonl: an epoch that is done. What else it holds, such as the learning rate, is not listed."""
 
     event: Literal["epoch"]
-    stage: Literal["train", "finetune", "regularize"]
+    stage: Literal["train", "finetune", "regularize", "quantize"]
     epoch: int
     loss: float
     accuracy: float | None
@@ -50,7 +50,17 @@ class Epoch(TypedDict):
 class Milestone(TypedDict):
     """A line of metrics.jsonl: a model that was tested."""
 
-    event: Literal["dense", "compressed", "reestimated", "repaired", "finetuned", "stored", "regularized"]
+    event: Literal[
+        "dense",
+        "compressed",
+        "reestimated",
+        "repaired",
+        "finetuned",
+        "stored",
+        "regularized",
+        "prepared",
+        "quantized",
+    ]
     stage: str
     accuracy: float
     time: float

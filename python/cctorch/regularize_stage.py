@@ -114,11 +114,9 @@ def select(dense: nn.Module, patterns: list[str] | None) -> list[str]:
     """
     names = [name for name, _ in dense.named_parameters()]
     if patterns is None:
-        layers = [(name, m) for name, m in dense.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        convolutions = [name for name, m in layers if isinstance(m, nn.Conv2d)]
-        linears = [name for name, m in layers if isinstance(m, nn.Linear)]
-        spared = {*convolutions[:1], *linears[-1:]}
-        return [f"{name}.weight" for name, _ in layers if name not in spared]
+        layers = [name for name, module in dense.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        spared = ends(dense)
+        return [f"{name}.weight" for name in layers if name not in spared]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
@@ -126,6 +124,13 @@ def select(dense: nn.Module, patterns: list[str] | None) -> list[str]:
                 f"{names[len(names) // 2]!r} or '*.conv?.weight'"
             )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def ends(dense: nn.Module) -> set[str]:
+    """Names of the first convolution and the last linear layer: few weights, on which much depends."""
+    convolutions = [name for name, module in dense.named_modules() if isinstance(module, nn.Conv2d)]
+    linears = [name for name, module in dense.named_modules() if isinstance(module, nn.Linear)]
+    return {*convolutions[:1], *linears[-1:]}
 
 
 def located(model: nn.Module, names: list[str]) -> list[tuple[str, Tensor]]:

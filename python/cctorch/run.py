@@ -9,6 +9,7 @@ Started by torchrun, every rank calls `run`: each works on its share of every ba
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
@@ -17,29 +18,30 @@ from torch import Tensor, nn
 
 from cctorch import (
     _C,
-    batch_norm,
+    codes,
     compress_stage,
     data,
     datasets,
     distributed,
     measure_stage,
     models,
+    quantize_stage,
     report,
 )
-from cctorch.apply import apply
+from cctorch.compress_stage import CompressStage
 from cctorch.config import Compress, Config, ConfigError, Finetune, Training, expand
 from cctorch.device import describe, select_device, set_up
 from cctorch.graph import trace
 from cctorch.interruption import Interruption
 from cctorch.log import Log, duration
 from cctorch.network import Network
+from cctorch.prepare import convert, prepare
 from cctorch.regularize_stage import RegularizeStage, select
-from cctorch.repair import repair
 from cctorch.session import locked, logged
 from cctorch.state import Checkpoints, Saved, State
 from cctorch.step import Criterion, GraphedStep, Step, make_step
 from cctorch.store import Architecture, Events, Folder, Steps, build, load_model
-from cctorch.summary import Summary, counted, search_results, show
+from cctorch.summary import Summary, counted, show
 from cctorch.train import Partial, learning_rate, make_criterion, seeded, train_epoch
 
 
@@ -100,7 +102,13 @@ class _Run:
         self.network = self._network(saved)
         self.regularized = self._regularized()
         if config.compress and (config.compress.exclude or config.compress.bounds) and not self.resuming:
-            compress_stage.check_names(build(self.architecture, None), self.feed.example(2).cpu(), config.compress)
+            compress_stage.check_names(self._fresh(), self.feed.example(2).cpu(), config.compress)
+        self.quantization: _C.CompressionPlan | None = None
+        self.warnings = self.damaged
+        if config.quantize:
+            planned = quantize_stage.planned(self._fresh(), self.feed.example(2).cpu(), config.quantize)
+            self.quantization, warned = planned
+            self.warnings += warned
 
     @property
     def device_name(self) -> str:
@@ -108,12 +116,11 @@ class _Run:
 
     @property
     def settings(self) -> Training:
-        settings = {"finetune": self.config.finetune, "regularize": self.config.regularize}.get(self.state.stage)
-        return settings or self.config.train
+        return _trainings(self.config).get(self.state.stage) or self.config.train
 
     def execute(self, log: Log) -> Summary:
         self.log = log
-        for warning in self.damaged:
+        for warning in self.warnings:
             log.warning(warning)
         self.events, self.steps = Events(self.folder, self.state.events), Steps(self.folder, self.state.steps_bytes)
         try:
@@ -134,6 +141,8 @@ class _Run:
                 self._finish_compressed()
             if self.state.stage == "regularize":
                 self._regularize()
+            if self.state.stage == "quantize":
+                self._quantize()
             whole = self.network.whole(self._blank)
             summary = distributed.on_main(lambda: self._measure(self.network.place(whole)))
             self.checkpoints.close()
@@ -173,14 +182,21 @@ class _Run:
         return network
 
     def _blank(self) -> nn.Module:
-        return build(self.architecture, self.state.plan)
+        model = build(self.architecture, self.state.plan)
+        if self.state.stage == "quantize" and self.state.plan:
+            prepare(model, _C.CompressionPlan.from_json(self.state.plan))
+        return model
+
+    def _fresh(self) -> nn.Module:
+        """A dense model, of which the weights don't matter."""
+        return build(self.architecture, None)
 
     def _regularized(self) -> list[str]:
         """Names of the parameters that the regularization events act on, in the dense model."""
         settings = self.config.regularize
         if settings is None:
             return []
-        names = select(build(self.architecture, None), settings.parameters)
+        names = select(self._fresh(), settings.parameters)
         if self.config.compress is None:
             # The shapes are known already: one that does not fit Q is refused before any training.
             RegularizeStage(settings, self.network.model, names, self.network.optimizer, {}, [])
@@ -289,11 +305,21 @@ class _Run:
         self.log.line(f"dense model: test top-1 {top1:.2f} %")
         self.state.results["dense_top1"] = top1
         whole = self.network.whole(self._blank)
-        distributed.on_main(lambda: self.folder.save_model(self.folder.dense, whole, None, self.architecture))
+        distributed.on_main(lambda: self.folder.save_dense(whole, self.architecture))
         if not self.config.compress:
             example = self.feed.example(2).to(next(whole.parameters()).device)
             self.state.results |= counted(trace(whole, example).specs)
-        self._begin("compress" if self.config.compress else "regularize", self.network.momentum())
+        if self.config.compress:
+            self._begin("compress", self.network.momentum())
+        else:
+            self._begin_last()
+
+    def _begin_last(self) -> None:
+        """What follows the compression, or the training."""
+        if self.quantization is not None:
+            self._prepare(self.quantization)
+        else:
+            self._begin("regularize" if self.config.regularize else "measure", self.network.momentum())
 
     def _begin(self, stage: str, momentum: dict[str, Tensor]) -> None:
         """Training that starts anew: the momentum stays, the learning rate is the stage's own."""
@@ -303,73 +329,31 @@ class _Run:
         self.checkpoints.wait()  # what follows may need the memory of the copy, or measure times
 
     def _compress(self, settings: Compress) -> None:
-        images = self.feed.batches(self.data.train, self.config.train.batch_size)
         self.network.unwrap(self._blank, self.settings)
-        model = self.network.model
-        with self.log.stages() as progress:
-            found = compress_stage.search(model, images, self.config.seed, settings, progress=progress)
-        for warning in found.warnings:
-            self.log.warning(warning)
-        distributed.on_main(lambda: compress_stage.save(found, self.folder))
-        self.log.line(
-            f"search: gradients {found.gradient_seconds:.1f} s, rate curves {found.curve_seconds:.1f} s, heuristic "
-            f"{found.heuristic_seconds:.1f} s; MACs {found.dense_macs / 1e6:.2f} M -> {found.final_macs / 1e6:.2f} M"
-        )
-        self.state.plan = found.plan.to_json()
-        self.state.results |= search_results(found)
-        self.network.model = self.network.place(apply(model, found.plan, self.network.optimizer))
-        self.network.assert_identical("the compressed layers")
-        self._reestimate(settings.bn_reestimate_images)
-        self._repair(found.plan, settings)
+        images = self.feed.batches(self.data.train, self.config.train.batch_size)
+        stage = CompressStage(settings, self.config.seed, self.network, self.data, images)
+        bits = quantize_stage.bits_of(self.quantization)
+        plan = stage.execute(self.folder, bits, self.events, self.log, self.state.results, self._dense)
+        self.state.plan = plan.to_json()
         momentum = self.network.momentum()
         self.network.wrap(self.network.model)
         self._begin("finetune", momentum)
-
-    def _reestimate(self, count: int) -> None:
-        top1 = self.network.accuracy(self.data.test)
-        self.events.add("compressed", "compress", accuracy=top1)
-        self.log.line(f"right after compression: test top-1 {top1:.2f} %")
-        self.state.results |= {"top1_compressed": top1, "top1_reestimated": None}
-        if count:
-            batches = self.feed.batches(self.data.train, self.config.train.batch_size).head(count, self.config.seed)
-            slices = batches.sliced(distributed.rank(), distributed.world_size())
-            batch_norm.reestimate(self.network.model, slices, across_ranks=True)
-            top1 = self.network.accuracy(self.data.test)
-            self.events.add("reestimated", "compress", accuracy=top1)
-            self.log.line(f"BatchNorm statistics re-estimated: test top-1 {top1:.2f} %")
-            self.state.results["top1_reestimated"] = top1
-
-    def _repair(self, plan: _C.CompressionPlan, settings: Compress) -> None:
-        if not settings.repair:
-            return
-        images = self.feed.batches(self.data.train, self.config.train.batch_size)
-        images = images.head(settings.repair_images, self.config.seed)
-        batches = images.block(distributed.rank(), distributed.world_size())
-        model = self.network.model
-        with self.log.stages() as progress:
-            repaired = repair(model, self._dense(), plan, batches, progress=progress, across_ranks=True)
-        for warning in repaired.warnings:
-            self.log.warning(warning)
-        seconds = repaired.seconds
-        top1 = self.network.accuracy(self.data.test)
-        self.events.add("repaired", "compress", accuracy=top1, seconds=seconds)
-        self.log.line(f"weights fitted to the dense model's outputs in {seconds:.1f} s: test top-1 {top1:.2f} %")
-        self.state.results |= {"top1_repaired": top1, "repair_seconds": seconds}
 
     def _finish_compressed(self) -> None:
         top1 = self.network.accuracy(self.data.test)
         self.events.add("finetuned", "finetune", accuracy=top1)
         self.log.line(f"compressed model: test top-1 {top1:.2f} %")
         self._compressed(top1)
-        self._begin("regularize" if self.config.regularize else "measure", self.network.momentum())
+        self._begin_last()
 
-    def _compressed(self, top1: float) -> None:
+    def _compressed(self, top1: float, grids: Mapping[str, codes.Grid] | None = None) -> None:
         self.state.results["compressed_top1"] = top1
         settings, whole = self.config.checkpoint, self.network.whole(self._blank)
-        file = distributed.on_main(
-            lambda: self.folder.save_compressed(whole, self.state.plan, self.architecture, settings)
+        distributed.on_main(
+            lambda: self.folder.save_compressed(whole, self.state.plan, self.architecture, settings, grids or {})
         )
         if settings.lossy:
+            file = self.folder.deliverable(settings)
             stored = self.network.place(distributed.on_main(lambda: load_model(file)[0]))
             top1 = self.network.accuracy(self.data.test, stored)
             self.events.add("stored", self.state.stage, accuracy=top1)
@@ -402,10 +386,40 @@ class _Run:
         self._save("measure", 0)
         self.checkpoints.wait()
 
+    def _prepare(self, unchanged: _C.CompressionPlan) -> None:
+        """Every rank's scales start from the same weights."""
+        self.network.unwrap(self._blank, self.settings)
+        self.state.plan = self.state.plan or unchanged.to_json()
+        model = prepare(self.network.model, _C.CompressionPlan.from_json(self.state.plan))
+        top1 = self.network.accuracy(self.data.test)
+        self.events.add("prepared", "quantize", accuracy=top1)
+        self.log.line(f"quantized, before any training: test top-1 {top1:.2f} %")
+        self.state.results["top1_prepared"] = top1
+        self.network.wrap(model)
+        self._begin("quantize", {})
+
+    def _quantize(self) -> None:
+        self._train()
+        self.network.unwrap(self._blank, self.settings)
+        model = self.network.model
+        grids = codes.grids(model)
+        convert(model)
+        top1 = self.network.accuracy(self.data.test)
+        self.events.add("quantized", "quantize", accuracy=top1)
+        result = quantize_stage.result(model.state_dict(), grids, top1, self.state.results.pop("top1_prepared"))
+        self.log.line(
+            f"quantized model: test top-1 {top1:.2f} %; weights {result.dense_bits / 8e6:.3f} MB -> "
+            f"{result.bits / 8e6:.3f} MB"
+        )
+        self.state.results["quantized"] = asdict(result)
+        self.state.stage = "measure"
+        self._compressed(top1, grids)
+        self._begin("measure", {})
+
     def _epochs_before(self, stage: str) -> int:
-        stages = {"train": self.config.train, "finetune": self.config.finetune, "regularize": self.config.regularize}
-        names = list(stages)
-        return sum(settings.epochs for name in names[: names.index(stage)] if (settings := stages[name]))
+        trainings = _trainings(self.config)
+        names = list(trainings)
+        return sum(settings.epochs for name in names[: names.index(stage)] if (settings := trainings[name]))
 
     def _as_if_compressed(self) -> contextlib.AbstractContextManager[object]:
         return self.regularizing.events.as_if_at_event() if self.regularizing else contextlib.nullcontext()
@@ -414,3 +428,13 @@ class _Run:
         return measure_stage.measured(
             self.config, self.folder, self.feed, model, self.device, self.state.results, self.log
         )
+
+
+def _trainings(config: Config) -> dict[str, Training | None]:
+    """The stages that train, in their order."""
+    return {
+        "train": config.train,
+        "finetune": config.finetune,
+        "regularize": config.regularize,
+        "quantize": config.quantize,
+    }

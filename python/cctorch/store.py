@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from cctorch import atomic, distributed, models, state_files
+from cctorch import atomic, codes, distributed, models, state_files
 from cctorch.config import Checkpoint, Config, ConfigError
 from cctorch.models import CheckpointError
 from cctorch.records import damage_named
@@ -82,6 +82,7 @@ def load_model(path: Path) -> tuple[nn.Module, Architecture]:
         described = json.loads(metadata["architecture"])
         architecture = Architecture(**{key: _tuples(value) for key, value in described.items()})
         model = build(architecture, metadata.get("plan"))
+        tensors = codes.dequantized_state_dict(tensors)
     models.load_state(model, tensors, str(path))
     return model.eval(), architecture
 
@@ -204,34 +205,37 @@ class Folder:
     def write(self, name: str, text: str) -> None:
         atomic.write(self.path / name, text.encode())
 
-    def save_model(self, path: Path, model: nn.Module, plan: str | None, architecture: Architecture) -> None:
-        """Plan and tensors, as safetensors."""
-        metadata = {"format": str(_FORMAT), "architecture": json.dumps(architecture.__dict__)}
-        if plan is not None:
-            metadata["plan"] = plan
-        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-        atomic.write(path, safetensors.torch.save(tensors, metadata))
+    def save_dense(self, model: nn.Module, architecture: Architecture) -> None:
+        _save_safetensors(self.dense, model.state_dict(), None, architecture)
 
     def save_compressed(
-        self, model: nn.Module, plan: str | None, architecture: Architecture, settings: Checkpoint
-    ) -> Path:
-        """The same in the format of `settings`. Returns the file."""
+        self,
+        model: nn.Module,
+        plan: str | None,
+        architecture: Architecture,
+        settings: Checkpoint,
+        grids: Mapping[str, codes.Grid],
+    ) -> None:
+        """Plan and tensors in the format of `settings`; codes of the weights that are on one of `grids`."""
+        state = codes.encoded(model.state_dict(), grids)
         if settings.format == "safetensors":
-            self.save_model(self.compressed, model, plan, architecture)
-            return self.compressed
+            _save_safetensors(self.compressed, state, plan, architecture)
+            return
         from cctorch import checkpoint
 
-        path = self.compressed.with_suffix(".h5")
         metadata = {"architecture": json.dumps(architecture.__dict__)}
         checkpoint.save(
-            path,
-            model.state_dict(),
+            self.deliverable(settings),
+            state,
             plan=plan,
             metadata=metadata,
             codec=settings.codec,
             error_bound=settings.error_bound,
         )
-        return path
+
+    def deliverable(self, settings: Checkpoint) -> Path:
+        """The file of `save_compressed`."""
+        return self.compressed if settings.format == "safetensors" else self.compressed.with_suffix(".h5")
 
     def save_gradients(self, gradients: dict[str, Tensor]) -> None:
         """Of the dense model's layers: a sweep begins with them."""
@@ -321,6 +325,14 @@ def _lock(file: TextIO) -> bool:
             return True
         time.sleep(0.05)  # `writer` of another process holds it for an instant
     return False
+
+
+def _save_safetensors(path: Path, state: Mapping[str, Tensor], plan: str | None, architecture: Architecture) -> None:
+    metadata = {"format": str(_FORMAT), "architecture": json.dumps(architecture.__dict__)}
+    if plan is not None:
+        metadata["plan"] = plan
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    atomic.write(path, safetensors.torch.save(tensors, metadata))
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

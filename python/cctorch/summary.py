@@ -14,12 +14,13 @@ from typing_extensions import TypedDict
 from cctorch import _C, collaborative
 from cctorch.latency_budget import Latency
 from cctorch.log import Log
+from cctorch.quantize_stage import Quantized
 from cctorch.regularize_stage import Regularized
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One model, measured. `latency` is in seconds, by batch size; `macs` per image."""
+    """One model, measured. `latency` is in seconds, by batch size; `macs` per image; `bytes` those of its file."""
 
     top1: float
     parameters: int
@@ -71,6 +72,8 @@ class Summary:
     latency_budget: dict[str, Any] | None = None
     # Regularized, as a dict.
     regularized: dict[str, Any] | None = None
+    # Quantized, as a dict.
+    quantized: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -81,6 +84,7 @@ class Summary:
         summary = TypeAdapter(Summary).validate_python(json.loads(text))
         TypeAdapter(Latency | None).validate_python(summary.latency_budget)
         TypeAdapter(Regularized | None).validate_python(summary.regularized)
+        TypeAdapter(Quantized | None).validate_python(summary.quantized)
         return summary
 
 
@@ -141,6 +145,22 @@ def show(summary: Summary, log: Log) -> None:
             f"({found['top1_between']:.2f} % before it); where Q acts {found['dense_bits'] / 8e6:.3f} MB -> "
             f"{found['bits'] / 8e6:.3f} MB, {found['dense_bits'] / found['bits']:.2f} to 1"
         )
+    if summary.quantized is not None:
+        log.line(quantized_text(summary.quantized))
+
+
+def bits_text(quantized: dict[str, Any]) -> str:
+    return " and ".join(map(str, sorted({layer["bits"] for layer in quantized["layers"]})))
+
+
+def quantized_text(found: dict[str, Any]) -> str:
+    """`found` is a Quantized, as a dict."""
+    return (
+        f"quantization to {bits_text(found)} bits: top-1 {found['top1']:.2f} % "
+        f"({found['top1_prepared']:.2f} % before any training); {len(found['layers'])} weights, "
+        f"{found['dense_bits'] / 8e6:.3f} MB -> {found['bits'] / 8e6:.3f} MB with their scales, "
+        f"{found['dense_bits'] / found['bits']:.2f} to 1"
+    )
 
 
 def predicted_against_measured(target: float, latency: dict[str, Any]) -> str:
@@ -166,7 +186,7 @@ def _show_search(summary: Summary, log: Log) -> None:
         f"{1 - summary.after.macs / summary.before.macs:.1%} final (dead filters removed)"
         + (f"; target {summary.target:.1%}" if summary.budget == "macs" else "")
     )
-    if summary.budget in ("parameters", "bytes"):
+    if summary.budget in ("parameters", "bytes") and summary.quantized is None:
         kept = getattr(summary.after, summary.budget) / getattr(summary.before, summary.budget)
         log.line(f"reduction of {summary.budget}: {1 - kept:.1%}; target {summary.target:.1%} of the weights")
     if summary.latency_budget is not None:

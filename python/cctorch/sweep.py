@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from cctorch import batch_norm, compress_stage, data, datasets, measure, report
+from cctorch import batch_norm, compress_stage, data, datasets, measure, quantize_stage, report
 from cctorch.apply import apply
 from cctorch.collaborative import Compression
 from cctorch.config import Compress, Config, ConfigError, load_config
@@ -67,6 +67,10 @@ class _Sweep:
         self.data = datasets.load(config.data, config.seed, device)
         self.feed = data.Feed(self.data, config.train.channels_last)
         self.dense = self.feed.place(load_model(folder.dense)[0], device)
+        self.bits: dict[str, int] = {}
+        if config.quantize:
+            plan, _ = quantize_stage.planned(self.dense, self.feed.example(2).to(device), config.quantize)
+            self.bits = quantize_stage.bits_of(plan)
         self.images = "validation" if len(self.data.validation) else "test"
         self.gradients, damaged = folder.load_gradients()
         if damaged:
@@ -114,6 +118,7 @@ class _Sweep:
                 self.config.seed,
                 self.settings,
                 target=target,
+                bits=self.bits,
                 gradients=self.gradients,
                 progress=progress,
             )

@@ -150,7 +150,6 @@ def test_times() -> None:
     times = measure.layer_times(model, x, repeats=2, warmup=1)
     assert set(times) >= {"conv1", "layer1.0.conv1", "linear"}
     assert min(times.values()) > 0
-    assert measure.size_on_disk(model) > 4 * measure.parameters(model)
 
 
 def test_accuracy_of_batches_on_either_device() -> None:

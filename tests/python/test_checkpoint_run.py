@@ -72,7 +72,7 @@ def test_hdf5_without_its_packages_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_a_damaged_model_is_refused(tmp_path: Path, keep: int) -> None:
     architecture = store.Architecture("resnet8", 4, (1, 12, 12), (0.5,), (0.25,))
     folder = store.Folder(tmp_path)
-    folder.save_model(folder.dense, store.build(architecture, None), None, architecture)
+    folder.save_dense(store.build(architecture, None), architecture)
     assert store.load_model(folder.dense)[1] == architecture
     folder.dense.write_bytes(folder.dense.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="is damaged, or no safetensors file"):

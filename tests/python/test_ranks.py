@@ -375,6 +375,29 @@ def test_a_sharded_run_ends_as_one_alone_does(settings: dict[str, Any], alone: P
     _assert_ended_alike(broken, alone)
 
 
+def _quantizing(settings: dict[str, Any]) -> None:
+    """On two ranks: each with all weights, and each with a shard of them, interrupted in the stage."""
+    _run(settings, "quantized2")
+    sharded = {**settings, "sharded": True}
+    with signalled_at(9):
+        _run(sharded, "quantized-sharded")
+    _run(sharded, "quantized-sharded")
+
+
+def test_a_quantized_run_does_not_depend_on_the_number_of_ranks(settings: dict[str, Any], alone: Path) -> None:
+    # Without factors, whose signs rounding decides on: a grid has one more value below 0 than above.
+    settings = {**settings, "regularize": None, "compress": {**settings["compress"], "units": "channels"}}
+    settings["quantize"] = {**settings["finetune"], "bits": 4}
+    _run(settings, "quantized")
+    spawn(2, alone.parent / "quantized-files", _quantizing, settings)
+    whole, *others = (alone.parent / name for name in ("quantized", "quantized2", "quantized-sharded"))
+    wanted = load_file(whole / "checkpoints" / "compressed.safetensors")
+    assert wanted["layer3.0.conv2.weight.codes"].numel() > 0
+    for other in others:
+        _assert_ended_alike(other, whole)
+    assert json.loads((others[1] / "summary.json").read_text())["quantized"]["top1"] >= 0
+
+
 def _assert_ended_alike(folder: Path, alone: Path) -> None:
     assert (folder / "plan.json").read_text() == (alone / "plan.json").read_text()
     assert len(_losses(folder)) == 12

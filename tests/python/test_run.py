@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cctorch import _C, batch_norm, collaborative, export, measure, models, report, state, store
+from cctorch import _C, batch_norm, collaborative, compress_stage, export, measure, models, report, state, store
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
 from cctorch.data import DataError
@@ -153,11 +153,11 @@ INTERRUPTIONS = [
     ("first epoch", driver, "train_epoch", 1),
     ("second epoch", driver, "train_epoch", 2),
     ("between epochs", state.Checkpoints, "save", 2),
-    ("dense model", store.Folder, "save_model", 1),
+    ("dense model", store.Folder, "save_dense", 1),
     ("search", collaborative, "compress", 1),
-    ("surgery", driver, "apply", 1),
+    ("surgery", compress_stage, "apply", 1),
     ("re-estimation", batch_norm, "reestimate", 1),
-    ("repair", driver, "repair", 1),
+    ("repair", compress_stage, "repair", 1),
     ("first fine-tuning epoch", driver, "train_epoch", 3),
     ("second fine-tuning epoch", driver, "train_epoch", 4),
     ("measurement", measure, "latency", 2),

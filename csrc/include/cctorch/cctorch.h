@@ -3,6 +3,7 @@
 #include <cctorch/batch_norm.h>
 #include <cctorch/channel_gate.h>
 #include <cctorch/channel_graph.h>
+#include <cctorch/codes.h>
 #include <cctorch/collaborative.h>
 #include <cctorch/distributed.h>
 #include <cctorch/fake_quant.h>

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from cctorch.report import Record, plots
-from cctorch.summary import Point, predicted_against_measured
+from cctorch.summary import Point, bits_text, predicted_against_measured, quantized_text
 
 _STYLE = """
 :root { color-scheme: light; --ink: #26303b; --soft: #66717e; --rule: #e3e7ec; --blue: #2563a8; --orange: #d9772b; }
@@ -48,6 +48,7 @@ def render(record: Record) -> str:
         *([_allocation(record)] if record.curves else []),
         *([_sweep(record.sweep)] if record.sweep else []),
         *_regularization(summary["regularized"]),
+        *_quantization(summary["quantized"]),
         _figure(
             "Where the multiply-accumulates and the time went",
             "Per layer, dense and compressed, in the same process. A decomposed layer counts both of its parts.",
@@ -119,6 +120,20 @@ def _regularization(found: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def _quantization(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    rows = [
+        f"<td>{escape(layer['name'])}</td><td>{layer['bits']}</td><td>{layer['values']}</td>"
+        for layer in found["layers"]
+    ]
+    head = "<tr><th>weight</th><th>bits</th><th>values</th></tr>"
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    table = f'<div class="scroll"><table>{head}{body}</table></div>'
+    text = quantized_text(found)
+    return [_section("Quantized weights", f"{text[0].upper()}{text[1:]}.", table)]
+
+
 def _tiles(summary: dict[str, Any]) -> str:
     before, after = summary["before"], summary["after"]
     batch = max(before["latency"], key=int)
@@ -142,12 +157,14 @@ def _subtitle(summary: dict[str, Any]) -> str:
         parts.append(f"Collaborative Compression to {1 - summary['target']:.0%} of the {counted}")
     if summary["regularized"] is not None:
         parts.append(f"{summary['regularized']['events']} regularization events")
+    if summary["quantized"] is not None:
+        parts.append(f"weights of {bits_text(summary['quantized'])} bits")
     return ", ".join(parts)
 
 
 def _note(summary: dict[str, Any]) -> str:
     if summary["top1_compressed"] is None:
-        return "Shapes are those of the dense model: the events change weights only."
+        return "Shapes are those of the dense model."
     text = f"Right after compression: {summary['top1_compressed']:.2f} %"
     if summary["top1_reestimated"] is not None:
         text += f", {summary['top1_reestimated']:.2f} % with BatchNorm statistics re-estimated"

@@ -23,11 +23,14 @@ _EVENTS = {
     "finetuned": "fine-tuned",
     "stored": "as stored",
     "regularized": "after the last event",
+    "prepared": "quantized",
+    "quantized": "trained quantized",
 }
 _STAGES = (
     ("train", "training", GREY),
     ("finetune", "fine-tuning", BLUE),
     ("regularize", "as if at an event", GREEN),
+    ("quantize", "quantized", GREEN),
 )
 
 
@@ -42,7 +45,7 @@ def accuracy(events: list[Event]) -> str:
             epochs.append(event)
             continue
         # Events between the same epochs would hide each other.
-        shift = shift + 0.12 if event["event"] in ("reestimated", "repaired", "stored") else 0.0
+        shift = shift + 0.12 if event["event"] in ("reestimated", "repaired", "stored", "prepared") else 0.0
         color = ORANGE if event["event"] in ("compressed", "reestimated", "repaired") else INK
         place = len(epochs) + shift
         top.plot(place, event["accuracy"], "o", color=color, zorder=4)

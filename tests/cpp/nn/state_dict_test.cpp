@@ -1,3 +1,4 @@
+#include <cctorch/codes.h>
 #include <gtest/gtest.h>
 #include <torch/types.h>
 
@@ -34,6 +35,17 @@ TEST(StateDict, HasTheNamesOfPythonsAndIsLoaded) {
   model->eval();
   fresh->eval();
   EXPECT_TRUE(torch::equal(fresh->forward(batch.x), model->forward(batch.x)));
+}
+
+TEST(StateDict, WithCodesIsLoaded) {
+  TinyNet model;
+  auto state = state_dict(*model);
+  const at::Tensor codes = torch::randint(-8, 8, model->conv2->weight.sizes()), scales = torch::rand({8}) + 0.1;
+  const at::Tensor wanted = codes * scales.view({8, 1, 1, 1});
+  state["conv2.weight"] = wanted;
+  encode_weight(state, "conv2.weight", scales, 4);
+  load_state_dict(*model, state);
+  EXPECT_TRUE(torch::equal(model->conv2->weight, wanted));
 }
 
 TEST(StateDict, OfAnotherModelChangesNothing) {

@@ -11,8 +11,9 @@ namespace cctorch {
 // network, in either language.
 Safetensors::Tensors state_dict(const torch::nn::Module& model);
 
-// Copies `state` into a model to which the plan is applied already. Throws c10::ValueError naming the tensor that is
-// missing, of another shape or not the model's, or the layer that gathers other channels; nothing has changed then.
+// Copies `state`, with or without weights that are codes (codes.h), into a model to which the plan is applied already.
+// Throws c10::ValueError naming the tensor that is missing, of another shape or not the model's, or the layer that
+// gathers other channels; nothing has changed then.
 void load_state_dict(torch::nn::Module& model, const Safetensors::Tensors& state);
 
 }  // namespace cctorch
