@@ -35,9 +35,6 @@ def expand(path: str) -> Path:
     return Path(re.sub(r"\$\{(\w+)\}|\$(\w+)", value, path)).expanduser()
 
 
-Bits = Annotated[int, Field(ge=2, le=16)]
-
-
 class Data(Section):
     kind: Literal["fashion_mnist", "cifar10", "image_folder"]
     # Absent: the environment variable CCTORCH_DATA, then where the data set is usually found.
@@ -181,7 +178,15 @@ class Quantize(Finetune):
 
     # 2 to 16, of all convolutions and linear layers, but at least 8 of the first convolution and the last linear layer;
     # or by patterns of names, of which the fewest bits hold: {layer1.*: 4, linear: 8}.
-    bits: Bits | Annotated[dict[str, Bits], Field(min_length=1)]
+    bits: int | dict[str, int]
+
+    @field_validator("bits")
+    @classmethod
+    def _of_a_grid(cls, bits: int | dict[str, int]) -> int | dict[str, int]:
+        counts = bits.values() if isinstance(bits, dict) else [bits]
+        if not counts or not all(2 <= count <= 16 for count in counts):
+            raise ValueError("expected 2 to 16, or a section of 2 to 16 by patterns of names")
+        return bits
 
 
 class Measure(Section):
