@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cctorch import cli
-from cctorch import run as driver
+from cctorch import cli, trainer
 from tiny_run import tree, write_dataset
 
 
@@ -110,7 +109,7 @@ def test_ctrl_c_tells_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "train_epoch", interrupt)
+        patch.setattr(trainer, "train_epoch", interrupt)
         assert cli.main(["run", str(file), "--fresh", "name=again"]) == 130
     assert f"cctorch run {file} name=again" in capsys.readouterr().err
     assert cli.main(["run", str(file), "name=again"]) == 0
@@ -122,7 +121,7 @@ def test_a_full_disk_is_one_line_whoever_met_it(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(driver, "train_epoch", full)
+    monkeypatch.setattr(trainer, "train_epoch", full)
     assert cli.main(["run", str(file)]) == 1
     assert capsys.readouterr().err == ("cctorch: the disk is full: free some space, then give the same command again\n")
 

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cctorch import cli, collaborative, measure, network
-from cctorch import run as driver
+from cctorch import cli, collaborative, measure, network, trainer
 from cctorch.config import Config
 from cctorch.interruption import Interrupted, Interruption
 from cctorch.report import page
@@ -25,7 +24,7 @@ from safetensors.torch import load_file
 from tiny_run import config, tree, write_dataset
 
 PLACES = {
-    "training": (driver, "learning_rate", 2),  # called for the lines of steps.jsonl
+    "training": (trainer, "learning_rate", 2),  # called for the lines of steps.jsonl
     "validation": (measure, "accuracy", 1),
     "saving": (network, "momentum_by_name", 1),
     "search": (collaborative, "compress", 1),
@@ -164,7 +163,7 @@ def test_exit_codes(
     assert "--fresh" not in told
     assert cli.main(["status", folder, "--exit-code"]) == os.EX_TEMPFAIL
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "train_epoch", _refuse)
+        patch.setattr(trainer, "train_epoch", _refuse)
         assert cli.main(command) == 1
     assert cli.main(["status", folder, "--exit-code"]) == 1
     assert "tiny: failed; no more of this" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from typing import Any
 import cctorch
 import pytest
 import torch
-from cctorch import measure, models, report, store
+from cctorch import measure, models, report, store, trainer
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, Quantize, parse_config
 from cctorch.graph import trace
@@ -110,8 +110,8 @@ def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 INTERRUPTIONS = {
     "preparation": (driver, "prepare", 1),
-    "first epoch": (driver, "train_epoch", 5),
-    "second epoch": (driver, "train_epoch", 6),
+    "first epoch": (trainer, "train_epoch", 5),
+    "second epoch": (trainer, "train_epoch", 6),
     "conversion": (driver, "convert", 1),
     "the file": (store.Folder, "save_compressed", 2),
     "measurement": (measure, "latency", 2),

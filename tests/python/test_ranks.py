@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cctorch import apply, batch_norm, collaborative, distributed, measure, models, repair, session
-from cctorch import run as driver
+from cctorch import apply, batch_norm, collaborative, distributed, measure, models, repair, session, trainer
 from cctorch.config import ConfigError, parse_config
 from cctorch.data import Batches, ImageSet
 from cctorch.gradients import mean_gradients
@@ -299,7 +298,7 @@ def _disturbed(settings: dict[str, Any]) -> None:
     assert [item.name for item in checkpoints.iterdir() if item.is_dir()] == ["last"]
     assert "the disk is full" in (checkpoints.parent / "failure.txt").read_text()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "train_epoch", _interrupt)
+        patch.setattr(trainer, "train_epoch", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             _run(settings, "disturbed")
     dist.barrier()

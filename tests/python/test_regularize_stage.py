@@ -12,8 +12,7 @@ from typing import Any
 import cctorch
 import pytest
 import torch
-from cctorch import CompressionPlan, branches, measure, models, report, store
-from cctorch import run as driver
+from cctorch import CompressionPlan, branches, measure, models, report, store, trainer
 from cctorch.config import Config, ConfigError, parse_config
 from cctorch.graph import trace
 from cctorch.regularize_stage import describe, located, select
@@ -153,7 +152,7 @@ def test_an_interrupted_stage_ends_like_one_that_was_not(
     }
     whole, parts = (_config(dataset, tmp_path / name, **changes) for name in ("whole", "parts"))
     undisturbed = _run(whole).regularized
-    original, calls = driver.train_epoch, iter(range(1, 100))
+    original, calls = trainer.train_epoch, iter(range(1, 100))
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         if next(calls) == 4:
@@ -161,7 +160,7 @@ def test_an_interrupted_stage_ends_like_one_that_was_not(
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "train_epoch", interrupted)
+        patch.setattr(trainer, "train_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _run(parts)
     assert _run(parts).regularized == undisturbed

@@ -14,8 +14,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cctorch import _C, batch_norm, collaborative, compress_stage, export, measure, models, report, state, store
-from cctorch import run as driver
+from cctorch import (
+    _C,
+    batch_norm,
+    collaborative,
+    compress_stage,
+    export,
+    measure,
+    models,
+    report,
+    state,
+    store,
+    trainer,
+)
 from cctorch.config import Config, ConfigError, parse_config
 from cctorch.data import DataError
 from cctorch.models import CheckpointError
@@ -150,16 +161,16 @@ def test_a_run_says_what_it_found(finished: tuple[Config, Summary, str]) -> None
 
 
 INTERRUPTIONS = [
-    ("first epoch", driver, "train_epoch", 1),
-    ("second epoch", driver, "train_epoch", 2),
+    ("first epoch", trainer, "train_epoch", 1),
+    ("second epoch", trainer, "train_epoch", 2),
     ("between epochs", state.Checkpoints, "save", 2),
     ("dense model", store.Folder, "save_dense", 1),
     ("search", collaborative, "compress", 1),
     ("surgery", compress_stage, "apply", 1),
     ("re-estimation", batch_norm, "reestimate", 1),
     ("repair", compress_stage, "repair", 1),
-    ("first fine-tuning epoch", driver, "train_epoch", 3),
-    ("second fine-tuning epoch", driver, "train_epoch", 4),
+    ("first fine-tuning epoch", trainer, "train_epoch", 3),
+    ("second fine-tuning epoch", trainer, "train_epoch", 4),
     ("measurement", measure, "latency", 2),
     ("export", export, "save_program", 1),
     ("report", report, "write", 1),
@@ -199,7 +210,7 @@ def test_a_distilled_run_is_another_one_and_resumes(
     assert not _same(whole, finished[0])
     broken = config(dataset, tmp_path / "broken", finetune=finetune)
     with monkeypatch.context() as patch:
-        _fail_at(patch, driver, "train_epoch", 4, KeyboardInterrupt())
+        _fail_at(patch, trainer, "train_epoch", 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             run(broken, console=_quiet())
     run(broken, console=_quiet())
@@ -216,7 +227,7 @@ def test_a_finished_run_is_read_and_not_repeated(
     finished: tuple[Config, Summary, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, summary, _ = finished
-    _fail_at(monkeypatch, driver, "train_epoch", 1, AssertionError("trained again"))
+    _fail_at(monkeypatch, trainer, "train_epoch", 1, AssertionError("trained again"))
     _fail_at(monkeypatch, measure, "latency", 1, AssertionError("measured again"))
     console = _quiet()
     assert run(settings, console=console) == summary
@@ -226,7 +237,7 @@ def test_a_finished_run_is_read_and_not_repeated(
 def _interrupted(settings: Config, monkeypatch: pytest.MonkeyPatch, epoch: int) -> Path:
     """The folder of checkpoints of a run that ended before `epoch` did, all stages counted together."""
     with monkeypatch.context() as patch:
-        _fail_at(patch, driver, "train_epoch", epoch, KeyboardInterrupt())
+        _fail_at(patch, trainer, "train_epoch", epoch, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             run(settings, console=_quiet())
     return settings.folder / "checkpoints"
@@ -319,7 +330,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(
 def test_another_configuration_needs_another_name(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _fail_at(monkeypatch, driver, "train_epoch", 1, KeyboardInterrupt())
+    _fail_at(monkeypatch, trainer, "train_epoch", 1, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run(config(dataset, tmp_path), console=_quiet())
     with pytest.raises(ConfigError, match=r"seed: 0 -> 5.*--fresh"):
@@ -337,7 +348,7 @@ def test_a_refused_configuration_leaves_the_folder_as_it_was(
         run(too_much, console=_quiet())
     assert [item.name for item in settings.folder.iterdir()] == [".lock"]
     with monkeypatch.context() as patch:
-        _fail_at(patch, driver, "train_epoch", 2, KeyboardInterrupt())
+        _fail_at(patch, trainer, "train_epoch", 2, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             run(settings, console=_quiet())
     before = {file: file.read_bytes() for file in settings.folder.rglob("*") if file.is_file()}
@@ -366,7 +377,7 @@ def test_two_processes_do_not_write_one_run(dataset: Path, tmp_path: Path) -> No
 
 def test_fresh_deletes_a_runs_own_files_only(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(dataset, tmp_path)
-    _fail_at(monkeypatch, driver, "train_epoch", 2, KeyboardInterrupt())
+    _fail_at(monkeypatch, trainer, "train_epoch", 2, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run(settings, console=_quiet())
     (settings.folder / "logs").mkdir()
@@ -415,7 +426,7 @@ def test_weights_of_another_model_are_refused_before_training(dataset: Path, tmp
 def test_names_that_fit_no_layer_are_refused_before_training(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: dict[str, Any]
 ) -> None:
-    _fail_at(monkeypatch, driver, "train_epoch", 1, AssertionError("it trained"))
+    _fail_at(monkeypatch, trainer, "train_epoch", 1, AssertionError("it trained"))
     with pytest.raises(ConfigError, match=r"layer9\.\*"):
         run(config(dataset, tmp_path, compress={"target": 0.3, **names}), console=_quiet())
 

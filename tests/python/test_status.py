@@ -7,8 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from cctorch import cli, compress_stage
-from cctorch import run as driver
+from cctorch import cli, compress_stage, trainer
 from cctorch.models import CheckpointError
 from cctorch.report import page
 from cctorch.run import run
@@ -32,7 +31,7 @@ def test_of_a_run_from_its_first_epoch_to_its_end(
 ) -> None:
     settings = config(write_dataset(tmp_path / "data"), tmp_path / "runs")
     seen = []
-    for place, name, call in ((driver, "train_epoch", 2), (compress_stage, "apply", 1), (driver, "train_epoch", 2)):
+    for place, name, call in ((trainer, "train_epoch", 2), (compress_stage, "apply", 1), (trainer, "train_epoch", 2)):
         original, calls = getattr(place, name), iter(range(1, 9))
 
         def failing(*arguments: object, **options: object) -> object:
