@@ -33,9 +33,8 @@ def save_program(model: nn.Module, example: Tensor, path: str | Path) -> Exporte
         ValueError: an operator is left that is not PyTorch's, a :class:`~cctorch.nn.FakeQuant` has no scale yet, or the
             reloaded program computes something else.
     """
-    _check_scales(model)
     with evaluating(model):
-        program: ExportedProgram = _exported(model, example).run_decompositions(_decompositions())
+        program = exported(model, example, "save_program")
         _check_operators(program)
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
@@ -45,19 +44,25 @@ def save_program(model: nn.Module, example: Tensor, path: str | Path) -> Exporte
     return program
 
 
-def _check_scales(model: nn.Module) -> None:
-    """Without one, each call of the program would take the scale of its own input."""
+def exported(model: nn.Module, example: Tensor, function: str) -> ExportedProgram:
+    """`model`, which is in evaluation mode, without operators of cctorch, but for those that have no decomposition.
+
+    Raises ValueError, in the name of `function`, where a FakeQuant has no scale yet: each call of the program would
+    take that of its own input.
+    """
     waiting = [
         name for name, module in model.named_modules() if isinstance(module, FakeQuant) and not module.initialized
     ]
     if waiting:
         raise ValueError(
-            f"save_program: FakeQuant {', '.join(map(repr, waiting))} has no scale yet; run the model on a batch of "
+            f"{function}: FakeQuant {', '.join(map(repr, waiting))} has no scale yet; run the model on a batch of "
             "data, or call initialize(x)"
         )
+    program: ExportedProgram = _traced(model, example).run_decompositions(_decompositions())
+    return program
 
 
-def _exported(model: nn.Module, example: Tensor) -> ExportedProgram:
+def _traced(model: nn.Module, example: Tensor) -> ExportedProgram:
     # Export takes a batch of 1 for a constant.
     batch = torch.cat([example, example]) if example.shape[0] == 1 else example
     try:
@@ -277,15 +282,16 @@ def _check_reloaded(data: bytes, example: Tensor, expected: object) -> None:
         raise ValueError(f"save_program: the reloaded program gives {found_structure}, expected {structure}")
     for reloaded, output in zip(found, wanted, strict=True):
         if isinstance(output, Tensor):
-            _check_close(reloaded, output)
+            # On CUDA products of float32 may be those of TF32, which keeps as many bits as float16.
+            exact = output.dtype == torch.float32 and not output.is_cuda
+            tolerance = 1e-9 if output.dtype == torch.float64 else 1e-4 if exact else 2e-2
+            check_close("save_program: the reloaded program", reloaded, output, tolerance)
         elif reloaded != output:
             raise ValueError(f"save_program: the reloaded program gives {reloaded!r}, expected {output!r}")
 
 
-def _check_close(reloaded: Tensor, expected: Tensor) -> None:
-    # On CUDA products of float32 may be those of TF32, which keeps as many bits as float16.
-    exact = expected.dtype == torch.float32 and not expected.is_cuda
-    tolerance = 1e-9 if expected.dtype == torch.float64 else 1e-4 if exact else 2e-2
+def check_close(which: str, reloaded: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raises ValueError where they differ by more than `tolerance` times the largest value, or 1 if that is larger."""
     wide = torch.promote_types(expected.dtype, torch.float64)
     found, wanted = reloaded.to(wide), expected.to(wide)
     same = (found == wanted) | (found.isnan() & wanted.isnan())
@@ -293,7 +299,4 @@ def _check_close(reloaded: Tensor, expected: Tensor) -> None:
     allowed = tolerance * max(1.0, float(largest))
     error = (found - wanted)[~same].abs()
     if not bool((error <= allowed).all()):
-        raise ValueError(
-            f"save_program: the reloaded program differs from the model by {error.max().item():.3g}, expected "
-            f"{allowed:.3g}"
-        )
+        raise ValueError(f"{which} differs from the model by {error.max().item():.3g}, expected {allowed:.3g}")
