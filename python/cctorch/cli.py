@@ -19,7 +19,8 @@ from cctorch.interruption import Interrupted
 _EXIT_CODES = {"finished": 0, "interrupted": os.EX_TEMPFAIL, "failed": 1, "running": 3}
 _DESCRIPTION = """\
 Compression-aware training: train a network, compress it by Collaborative Compression (channel pruning and low-rank
-decomposition on one budget of multiply-accumulates), fine-tune it, measure it and export it.
+decomposition on one budget of multiply-accumulates), fine-tune it, train it with weights of few bits, measure it and
+export it.
 
 examples:
   cctorch run configs/demo.yaml                          Fashion-MNIST, ten minutes on two cores
@@ -34,8 +35,9 @@ examples:
   cctorch sweep runs/demo 0.3 0.5 0.7                    its dense model, compressed to each of these targets
 """
 _RUN = """\
-Runs what CONFIG describes and writes into runs/<name>/: config.yaml, metrics.jsonl, steps.jsonl and tensorboard/,
-plan.json, checkpoints/, compressed.pt2 (a torch.export program), summary.json, run.log and report.html.
+Runs what CONFIG describes: train, compress, finetune, then regularize or quantize, and measure. Writes into
+runs/<name>/: config.yaml, metrics.jsonl, steps.jsonl and tensorboard/, plan.json, checkpoints/, compressed.pt2 (a
+torch.export program), summary.json, run.log and report.html.
 
 An interrupted run goes on from its last checkpoint when the same command is given again. SIGTERM, SIGUSR1 and Ctrl-C
 write one after the step of training that runs.
@@ -68,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("cctorch", description=_DESCRIPTION, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Exact)
     run = commands.add_parser(
-        "run", help="train, compress, fine-tune, measure", description=_RUN, formatter_class=layout
+        "run", help="train, compress, fine-tune, quantize, measure", description=_RUN, formatter_class=layout
     )
     run.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
     run.add_argument(

@@ -267,11 +267,6 @@ class Config(Section):
             raise ValueError(
                 "regularize with quantize: expected one of them, since training that follows events undoes them"
             )
-        if self.quantize is not None and self.checkpoint.lossy:
-            raise ValueError(
-                f"quantize with checkpoint.codec = {self.checkpoint.codec}: expected zstd or safetensors, which keep "
-                "the codes as they are"
-            )
         return self
 
     @model_validator(mode="after")

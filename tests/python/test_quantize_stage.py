@@ -213,10 +213,6 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         },
         "regularize with quantize: expected one of them",
     ),
-    (
-        {"quantize": STAGE, "checkpoint": {"format": "hdf5", "codec": "sz3"}},
-        r"quantize with checkpoint\.codec = sz3: expected zstd or safetensors",
-    ),
 ]
 
 
@@ -233,9 +229,10 @@ def test_a_pattern_that_fits_no_layer_is_refused_before_any_training(dataset: Pa
     assert not (settings.folder / "checkpoints").exists()
 
 
-def test_codes_go_into_hdf5_too(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["zstd", "sz3"])
+def test_codes_go_into_hdf5_too_and_are_kept(dataset: Path, tmp_path: Path, codec: str) -> None:
     pytest.importorskip("hdf5plugin")
-    settings = _config(dataset, tmp_path, compress=False, epochs=1, checkpoint={"format": "hdf5"})
+    settings = _config(dataset, tmp_path, compress=False, epochs=1, checkpoint={"format": "hdf5", "codec": codec})
     summary = _run(settings)
     file = settings.folder / "checkpoints" / "compressed.h5"
     assert summary.after.bytes == file.stat().st_size
