@@ -35,6 +35,7 @@ def quantized_state_dict(model: nn.Module) -> dict[str, Tensor]:
     or an offset, is stored as it is. In C++, ``load_state_dict`` and ``decode_weights`` read the codes.
 
     Example:
+        >>> import cctorch
         >>> from cctorch import CompressionPlan, LayerPlan
         >>> plan = CompressionPlan(layers=[LayerPlan("0", "linear", 256, 64, bits=4)])
         >>> model = cctorch.prepare(nn.Sequential(nn.Linear(256, 64, bias=False)), plan)
