@@ -101,6 +101,12 @@ void FakeQuantImpl::initialize(const at::Tensor& input) {
   initialized_ = true;
 }
 
+at::Tensor FakeQuantImpl::scale() const {
+  const at::Tensor logarithm = log_scale.detach().to(kind(log_scale)).flatten();
+  // The code 1 stands for the scale itself.
+  return fake_quant(logarithm.exp(), logarithm, qmin(), qmax(), 0, 1.0).view(log_scale.sizes());
+}
+
 at::Tensor FakeQuantImpl::forward(const at::Tensor& x) {
   // An empty input, as of a detector that finds nothing, says nothing about the range. Scales may be there already:
   // copied, or averaged, from another module's parameters.

@@ -239,6 +239,26 @@ TEST(FakeQuant, StartsFromTheDataAndKeepsALoadedScale) {
   EXPECT_THROW(FakeQuant(1), c10::Error);
 }
 
+TEST(FakeQuant, ItsScaleIsThatOfTheValuesItGives) {
+  for (const auto type : {torch::kFloat, torch::kDouble, torch::kHalf}) {
+    FakeQuant quant(FakeQuantOptions(3).axis(0).channels(64));
+    quant->to(type == torch::kHalf ? torch::kFloat : type);
+    const at::Tensor weight = (torch::randn({64, 40}) * torch::logspace(-3, 3, 64).view({64, 1})).to(type);
+    const at::Tensor y = quant(weight).detach(), scale = quant->scale();
+    const at::Tensor codes = (y.to(torch::kDouble) / scale.to(torch::kDouble).view({64, 1})).round();
+    EXPECT_EQ(codes.max().item<double>(), 3);
+    EXPECT_TRUE(torch::equal((codes.to(scale.scalar_type()) * scale.view({64, 1})).to(type), y)) << type;
+    Safetensors::Tensors state = {{"w", y}};
+    encode_weight(state, "w", scale, 3);
+    EXPECT_TRUE(torch::equal(decode_weights(state).at("w").to(type), y)) << type;
+  }
+  FakeQuant whole(FakeQuantOptions(4)), grouped(FakeQuantOptions(4).axis(0).channels(6).groups(2));
+  whole(torch::randn({3}));
+  grouped(torch::randn({6, 4}));
+  EXPECT_LT(difference(whole->scale(), whole->log_scale.exp()), 1e-6);
+  EXPECT_LT(difference(grouped->scale(), grouped->log_scale.exp()), 1e-6);
+}
+
 TEST(FakeQuant, CopiedScalesAreKeptAndOnesThatNeverStartedStart) {
   FakeQuant quant(FakeQuantOptions(4)), average(FakeQuantOptions(4)), loaded(FakeQuantOptions(4));
   const at::Tensor x = doubles({5, 7}).to(torch::kFloat);

@@ -45,6 +45,10 @@ class FakeQuantImpl : public torch::nn::Cloneable<FakeQuantImpl> {
   void initialize(const at::Tensor& input);
   at::Tensor forward(const at::Tensor& x);
 
+  // s, of the shape of log_scale, to the last bit as forward computes it: encode_weight (codes.h) of what that gave,
+  // with axis 0 and no offset, takes these. exp(log_scale) may differ.
+  at::Tensor scale() const;
+
   FakeQuantOptions options;
   at::Tensor log_scale, offset;
 
