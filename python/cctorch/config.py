@@ -179,6 +179,8 @@ class Quantize(Finetune):
     # 2 to 16, of all convolutions and linear layers, but at least 8 of the first convolution and the last linear layer;
     # or by patterns of names, of which the fewest bits hold: {layer1.*: 4, linear: 8}.
     bits: int | dict[str, int]
+    # What the scales start from: LSQ's multiple of the mean magnitude, the range, or the smallest squared error.
+    init: Literal["lsq", "minmax", "mse"] = "mse"
 
     @field_validator("bits")
     @classmethod

@@ -1,5 +1,7 @@
 """Training-time constraints as parametrizations: attached by :func:`prepare`, baked in by :func:`convert`."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -15,7 +17,7 @@ _Weight = tuple[nn.Module, str]
 _OURS = (Mask, FakeQuant, LowRankWeight, SoftThreshold)
 
 
-def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
+def prepare(model: nn.Module, plan: CompressionPlan, *, init: Literal["lsq", "minmax", "mse"] = "lsq") -> nn.Module:
     """Attaches the masks and the fake-quantization of ``plan`` to the weights of ``model``, in place, and returns it.
 
     The mask comes first, then the quantization; a :class:`~cctorch.nn.LowRankWeight` that the user registered before
@@ -24,12 +26,13 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
     a decomposed layer take the place of its weight, and of an ``nn.LSTMCell`` (or another recurrent cell) both weights
     are taken, in which the gates lie below each other. ``nn.LSTM`` cannot be parametrized; regularizers act on it.
 
-    Optimizers made before keep working: the parameters stay the same objects. The scales are new ones.
+    Optimizers made before keep working: the parameters stay the same objects. The scales are new ones, which start as
+    ``init`` says (:class:`~cctorch.nn.FakeQuant`): a trained network loses least by ``"mse"`` at 4 bits and more.
 
     Raises:
-        ValueError: the plan names a layer that the model lacks, that has no weight, another kind or more channels, that
-            shares its weight with another layer, is a transposed convolution, or is already prepared; or a weight is
-            not finite.
+        ValueError: ``init`` is none of the three; the plan names a layer that the model lacks, that has no weight,
+            another kind or more channels, that shares its weight with another layer, is a transposed convolution, or is
+            already prepared; or a weight is not finite.
         TypeError: ``plan`` is no plan.
     """
     check_plan(plan, "prepare")
@@ -44,7 +47,7 @@ def prepare(model: nn.Module, plan: CompressionPlan) -> nn.Module:
             if mask is not None:
                 parametrize.register_parametrization(module, name, Mask(mask))
             if layer.bits is not None:
-                _quantize(module, name, layer.bits, mask)
+                _quantize(module, name, layer.bits, mask, init)
     return model
 
 
@@ -186,9 +189,9 @@ def _own_mask(layer: str, weight: Tensor, mask: MaskPlan) -> Tensor:
     return ops.channel_masks([weight], mask.sparsity, axis=0)[0]
 
 
-def _quantize(module: nn.Module, name: str, bits: int, mask: Tensor | None) -> None:
+def _quantize(module: nn.Module, name: str, bits: int, mask: Tensor | None, init: str) -> None:
     weight = getattr(module, name).detach()
     scales = torch.promote_types(weight.dtype, torch.float32)
-    quant = FakeQuant(bits, axis=0, channels=weight.shape[0], device=weight.device, dtype=scales)
+    quant = FakeQuant(bits, axis=0, channels=weight.shape[0], device=weight.device, dtype=scales, init=init)
     quant.initialize(weight, mask)
     parametrize.register_parametrization(module, name, quant)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cctorch import _C, codes, compress_stage, distributed, measure_stage, quantize_stage, report
 from cctorch.compress_stage import CompressStage
-from cctorch.config import Compress, Config
+from cctorch.config import Compress, Config, Quantize
 from cctorch.device import describe, select_device
 from cctorch.graph import trace
 from cctorch.interruption import Interruption
@@ -141,8 +141,8 @@ class _Run(Trainer):
 
     def _begin_last(self) -> None:
         """What follows the compression, or the training."""
-        if self.quantization is not None:
-            self._prepare(self.quantization)
+        if self.config.quantize and self.quantization is not None:
+            self._prepare(self.config.quantize, self.quantization)
         else:
             self._begin("regularize" if self.config.regularize else "measure", self.network.momentum())
 
@@ -211,11 +211,11 @@ class _Run(Trainer):
         self.save("measure", 0)
         self.checkpoints.wait()
 
-    def _prepare(self, unchanged: _C.CompressionPlan) -> None:
+    def _prepare(self, settings: Quantize, unchanged: _C.CompressionPlan) -> None:
         """Every rank's scales start from the same weights."""
         self.network.unwrap(self.blank, self.settings)
         self.state.plan = self.state.plan or unchanged.to_json()
-        model = prepare(self.network.model, _C.CompressionPlan.from_json(self.state.plan))
+        model = prepare(self.network.model, _C.CompressionPlan.from_json(self.state.plan), init=settings.init)
         top1 = self.network.accuracy(self.data.test)
         self.events.add("prepared", "quantize", accuracy=top1)
         self.log.line(f"quantized, before any training: test top-1 {top1:.2f} %")

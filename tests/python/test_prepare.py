@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cctorch import ops
 from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
 from cctorch.apply import apply
 from cctorch.graph import trace
@@ -318,3 +319,23 @@ def test_both_weights_of_a_recurrent_cell() -> None:
     for name, weight in (("weight_ih", dense["weight_ih"]), ("weight_hh", low)):
         kept = weight.norm(dim=1) >= weight.norm(dim=1).sort().values[32]
         torch.testing.assert_close(getattr(model[0], name).detach(), weight * kept[:, None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["lsq", "minmax", "mse"])
+def test_the_scales_start_as_init_says(init: Any) -> None:
+    model = two_layers()
+    weight = model[3].weight.detach().clone()
+    prepare(model, plan_of(bits=4), init=init)
+    scale = model[3].parametrizations.weight[0].log_scale.detach().exp()
+    if init == "lsq":
+        wanted = 2 * weight.abs().mean(1) / 7**0.5
+    elif init == "minmax":
+        wanted = torch.maximum(weight.amax(1) / 7, weight.amin(1) / -8)
+    else:
+        wanted = ops.quant_range(weight, -8, 7, 0, "mse").exp()
+    torch.testing.assert_close(scale, wanted)
+
+
+def test_another_start_of_the_scales_is_refused() -> None:
+    with pytest.raises(ValueError, match="FakeQuant: init = 'best', expected 'lsq', 'minmax' or 'mse'"):
+        prepare(two_layers(), plan_of(bits=4), init="best")  # type: ignore[arg-type]
