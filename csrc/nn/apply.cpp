@@ -56,7 +56,7 @@ std::vector<PlannedLayer> find_layers(torch::nn::Module& model, const Compressio
     TORCH_CHECK_VALUE(is_new, "layers '", earlier->second->name, "' and '", layer_plan.name,
                       "' are one module under two names, expected at most one of them in the plan");
     layer->check(layer_plan);
-    if (!layer_plan.is_unchanged()) found.push_back({&layer_plan, layer, *module});
+    if (!layer_plan.keeps_shape()) found.push_back({&layer_plan, layer, *module});
   }
   return found;
 }

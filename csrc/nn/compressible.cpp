@@ -20,6 +20,18 @@ at::Tensor narrow(const at::Tensor& tensor, const LayerPlan& plan) {
   return narrowed.contiguous(tensor.suggest_memory_format());
 }
 
+at::Tensor Constraint::operator()(at::Tensor value) const {
+  if (!mask.is_empty()) value = mask.ptr()->forward(value);
+  if (!quant.is_empty()) value = quant.ptr()->forward(value);
+  return value;
+}
+
+void Compressible::constrain(const Constraint& constraint) {
+  TORCH_CHECK_VALUE(false, "'", constraint.weight, "' is no weight that a mask or bits can act on");
+}
+
+void Compressible::bake() {}
+
 void Compressible::check(const LayerPlan& plan) const {
   CompressionPlan{.method = "", .target = 0.0, .layers = {plan}}.validate();
   TORCH_CHECK_VALUE(!plan_, "layer '", plan.name,
@@ -30,16 +42,15 @@ void Compressible::check(const LayerPlan& plan) const {
       "layer '", plan.name, "' is a ", to_string(found.kind), " of ", found.in_channels, " -> ", found.out_channels,
       " channels, but the plan expects a ", to_string(plan.kind), " of ", plan.in_channels, " -> ", plan.out_channels,
       ": it was made for another architecture");
-  TORCH_CHECK_VALUE(!plan.mask && !plan.bits, "layer '", plan.name, "': the plan holds ", plan.mask ? "a mask" : "bits",
-                    ", which apply() cannot carry out, since it only rebuilds layers: clear it, and use the module ",
-                    plan.mask ? "Mask" : "FakeQuant", " on the layer's weight");
+  TORCH_CHECK_VALUE(constraints_.empty(), "layer '", plan.name,
+                    "' is prepared: its mask and scales are those of the weight as it is; call convert() first");
   check_structure(plan);
 }
 
 void Compressible::compress(const LayerPlan& plan, at::MemoryFormat format) {
   check(plan);
   format_ = format;
-  if (!plan.is_unchanged()) carry_out(plan);
+  if (!plan.keeps_shape()) carry_out(plan);
 }
 
 void Compressible::observe(bool on) {

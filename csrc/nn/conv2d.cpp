@@ -81,10 +81,11 @@ at::Tensor Conv2dImpl::forward(const at::Tensor& x) {
     y = constant(x);
   } else if (weight.defined()) {
     const int64_t groups = depthwise() ? weight.size(0) : options.groups();
-    y = at::conv2d(input, weight, bias, options.stride(), padding, options.dilation(), groups);
+    y = at::conv2d(input, constrained(weight), bias, options.stride(), padding, options.dilation(), groups);
   } else {
-    y = low_rank_conv2d(input, first, second, bias.defined() ? std::optional(bias) : std::nullopt, options.stride(),
-                        padding, options.dilation());
+    y = low_rank_conv2d(input, constrained(first), constrained(second),
+                        bias.defined() ? std::optional(bias) : std::nullopt, options.stride(), padding,
+                        options.dilation());
   }
   if (observing_) positions_ += y.size(-2) * y.size(-1);
   return y;
@@ -93,7 +94,7 @@ at::Tensor Conv2dImpl::forward(const at::Tensor& x) {
 void Conv2dImpl::check_structure(const LayerPlan& plan) const {
   const auto& kernel = *options.kernel_size();
   check_rank(plan, kernel[0] * kernel[1]);
-  TORCH_CHECK_VALUE(options.groups() == 1 || depthwise() || plan.is_unchanged() || plan.reads_nothing(), "layer '",
+  TORCH_CHECK_VALUE(options.groups() == 1 || depthwise() || plan.keeps_shape() || plan.reads_nothing(), "layer '",
                     plan.name, "' is a convolution with groups = ", options.groups(),
                     ", which stays as it is, but the plan removes channels or factors it: leave it out of the plan");
 }

@@ -43,8 +43,8 @@ at::Tensor LinearImpl::forward(const at::Tensor& x) {
     TORCH_CHECK_VALUE(x.dim() > 0, "Linear: x has no dimension, expected at least 1 (... x features)");
     y = constant_of(bias, x, x.sizes().vec(), x.dim() - 1, at::MemoryFormat::Contiguous);
   } else {
-    y = weight.defined() ? at::linear(input, weight, optional_bias)
-                         : low_rank_linear(input, first, second, optional_bias);
+    y = weight.defined() ? at::linear(input, constrained(weight), optional_bias)
+                         : low_rank_linear(input, constrained(first), constrained(second), optional_bias);
   }
   if (observing_) positions_ += y.dim() < 2 ? 1 : y.numel() / (y.size(0) * y.size(-1));
   return y;

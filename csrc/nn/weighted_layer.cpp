@@ -5,11 +5,19 @@
 #include <algorithm>
 #include <optional>
 #include <ostream>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "csrc/nn/layer_parts.h"
 
 namespace cctorch::nn {
+
+namespace {
+
+const std::string mask_suffix = "_mask", quant_suffix = "_quant";
+
+}  // namespace
 
 void check_rank(const LayerPlan& plan, int64_t kernel_size) {
   if (!plan.rank) return;
@@ -37,6 +45,49 @@ void WeightedLayer<Derived>::register_parameters(int64_t out, int64_t in, at::In
     weight = this->register_parameter("weight", torch::empty(shape(out, in, false)));
   }
   if (with_bias) bias = this->register_parameter("bias", torch::empty({out}));
+  // Of a clone, which has the children of the layer that it is made from until then.
+  const std::vector<Constraint> constraints = std::exchange(constraints_, {});
+  for (const Constraint& constraint : constraints) {
+    Constraint copy{.weight = constraint.weight};
+    if (!constraint.mask.is_empty()) copy.mask = Mask(constraint.mask->mask);
+    if (!constraint.quant.is_empty()) copy.quant = FakeQuant(constraint.quant->options);
+    constrain(copy);
+  }
+}
+
+template <typename Derived>
+std::vector<std::pair<std::string, at::Tensor>> WeightedLayer<Derived>::weights() const {
+  std::vector<std::pair<std::string, at::Tensor>> found;
+  for (const auto& [name, value] : {std::pair("weight", &weight), {"first", &first}, {"second", &second}}) {
+    if (value->defined()) found.emplace_back(name, *value);
+  }
+  return found;
+}
+
+template <typename Derived>
+void WeightedLayer<Derived>::constrain(const Constraint& constraint) {
+  if (!constraint.mask.is_empty()) this->register_module(constraint.weight + mask_suffix, constraint.mask.ptr());
+  if (!constraint.quant.is_empty()) this->register_module(constraint.weight + quant_suffix, constraint.quant.ptr());
+  constraints_.push_back(constraint);
+}
+
+template <typename Derived>
+void WeightedLayer<Derived>::bake() {
+  const torch::NoGradGuard no_grad;
+  for (const auto& [name, value] : weights()) value.copy_(constrained(value));
+  for (const Constraint& constraint : std::exchange(constraints_, {})) {
+    if (!constraint.mask.is_empty()) this->unregister_module(constraint.weight + mask_suffix);
+    if (!constraint.quant.is_empty()) this->unregister_module(constraint.weight + quant_suffix);
+  }
+}
+
+template <typename Derived>
+at::Tensor WeightedLayer<Derived>::constrained(const at::Tensor& parameter) const {
+  for (const Constraint& constraint : constraints_) {
+    const at::Tensor* const value = this->parameters_.find(constraint.weight);
+    if (value != nullptr && value->is_same(parameter)) return constraint(parameter);
+  }
+  return parameter;
 }
 
 template <typename Derived>

@@ -1,3 +1,4 @@
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/zeros.h>
@@ -5,6 +6,7 @@
 #include <cctorch/codes.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -76,7 +78,7 @@ std::vector<int64_t> checked_shape(const std::string& name, const at::Tensor& co
                     "codes: '", name, "' has codes of ", codes.scalar_type(), " and shape ", codes.sizes(),
                     " and a grid of ", grid.scalar_type(), " and shape ", grid.sizes(),
                     ", expected a list of uint8, and one of int64: bits and a shape");
-  const int64_t bits = grid[0].item<int64_t>();
+  const auto bits = grid[0].item<int64_t>();
   check_bits(name, bits);
   const at::Tensor sides = grid.slice(0, 1).contiguous();
   std::vector<int64_t> shape(sides.const_data_ptr<int64_t>(), sides.const_data_ptr<int64_t>() + sides.numel());
@@ -101,7 +103,7 @@ at::Tensor decoded(const std::string& name, at::Tensor codes, at::Tensor scales,
   check_scales(name, scales, shape[0]);
   return unpacked(codes, grid[0].item<int64_t>(), shape)
       .to(scales.scalar_type())
-      .mul_(along_rows(scales, shape.size()));
+      .mul_(along_rows(scales, std::ssize(shape)));
 }
 
 }  // namespace

@@ -141,9 +141,11 @@ LayerPlan LayerPlan::unchanged(std::string name, LayerKind kind, int64_t in_chan
   return plan;
 }
 
-bool LayerPlan::is_unchanged() const {
-  return size(kept_in) == in_channels && size(kept_out) == out_channels && gather.empty() && !rank && !mask && !bits;
+bool LayerPlan::keeps_shape() const {
+  return size(kept_in) == in_channels && size(kept_out) == out_channels && gather.empty() && !rank;
 }
+
+bool LayerPlan::is_unchanged() const { return keeps_shape() && !mask && !bits; }
 
 const LayerPlan* CompressionPlan::find(std::string_view name) const {
   const auto found = std::find_if(layers.begin(), layers.end(), [&](const LayerPlan& l) { return l.name == name; });

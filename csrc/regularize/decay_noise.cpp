@@ -128,7 +128,7 @@ void UniformNoise::add_on_device(std::vector<Weight>& weights) {
   // Each step for all weights together: most would be too short to be worth a launch.
   std::vector<at::Tensor> values, noise;
   std::vector<at::Scalar> roots;
-  for (Weight& weight : weights) {
+  for (const Weight& weight : weights) {
     const at::Tensor& w = values.emplace_back(weight.value);
     noise.push_back(at::rand(w.sizes(), generator_, w.options()));
     roots.emplace_back(std::sqrt(static_cast<double>(w.numel())));
@@ -151,7 +151,7 @@ void UniformNoise::add_on_cpu(std::vector<Weight>& weights) {
     if (weight.squares.empty()) weight.squares = part_squares({w})[0];
     const double norm = std::sqrt(std::accumulate(weight.squares.begin(), weight.squares.end(), 0.0));
     const double rms = norm / std::sqrt(static_cast<double>(w.numel())) * strength_;
-    const double amplitude = at::scalar_tensor(rms, at::kDouble).to(w.scalar_type()).item<double>();
+    const auto amplitude = at::scalar_tensor(rms, at::kDouble).to(w.scalar_type()).item<double>();
     const int64_t each = w.scalar_type() == at::kDouble ? 2 : 1;
     weight.rewrite = {kNoisePiece,
                       [add = loops(w).add_uniform, starts = words.next(each * w.numel(), each * kNoisePiece), each,

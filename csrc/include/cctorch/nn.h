@@ -8,4 +8,5 @@
 #include <cctorch/nn/gradients.h>
 #include <cctorch/nn/layers.h>
 #include <cctorch/nn/modules.h>
+#include <cctorch/nn/prepare.h>
 #include <cctorch/nn/state_dict.h>

@@ -60,7 +60,8 @@ struct LayerPlan {
   std::optional<int64_t> bits;
 
   static LayerPlan unchanged(std::string name, LayerKind kind, int64_t in_channels, int64_t out_channels);
-  bool is_unchanged() const;
+  bool keeps_shape() const;   // all channels, in one part, whatever acts on the weight
+  bool is_unchanged() const;  // that, and no mask or bits
   bool reads_nothing() const { return kept_in.empty(); }
   bool operator==(const LayerPlan&) const = default;
 };

@@ -183,9 +183,6 @@ TEST_F(RefusalTest, AnotherArchitecture) {
 }
 
 TEST_F(RefusalTest, WhatApplyCannotRebuild) {
-  LayerPlan bits = LayerPlan::unchanged("conv3", LayerKind::conv2d, 8, 12);
-  bits.bits = 4;
-  expect_refused(bits, "layer 'conv3': the plan holds bits");
   model->register_module("head", torch::nn::Conv2d(torch::nn::Conv2dOptions(12, 4, 1)));
   expect_refused(LayerPlan::unchanged("head", LayerKind::conv2d, 12, 4), "build the model with cctorch::nn::Conv2d");
   model->register_module("alias", model->conv2);

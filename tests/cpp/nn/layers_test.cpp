@@ -175,9 +175,6 @@ TEST(Conv2d, RefusesWhatItCannotCarryOutAndStaysAsItWas) {
   EXPECT_EQ(refusal(grouped, plan_of(LayerKind::conv2d, 6, 8)), "");
 
   EXPECT_NE(refusal(layer, narrowed).find("compressed already"), std::string::npos);
-  LayerPlan masked_plan = plan_of(LayerKind::conv2d, 6, 8);
-  masked_plan.mask = MaskPlan{.sparsity = 0.5};
-  EXPECT_NE(refusal(pointwise, masked_plan).find("a mask"), std::string::npos);
   EXPECT_THROW(Conv2d(torch::nn::Conv2dOptions(6, 8, 3).padding(torch::kSame)), c10::Error);
   EXPECT_THROW(Conv2d(0, 8, 3), c10::ValueError);
 }

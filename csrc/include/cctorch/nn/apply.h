@@ -14,9 +14,10 @@ namespace cctorch {
 // optimizer that exists still holds the old parameters.
 //
 // Throws c10::Error naming the layer, what was found and what was expected: a name that the model does not have,
-// another kind or other channels (another architecture), a layer that is compressed already, a mask or bits (apply()
-// only rebuilds layers), a rank of a weight of an lstm, state of another optimizer. The model and the optimizer are
-// then as before.
+// another kind or other channels (another architecture), a layer that is compressed or prepared already, a rank of a
+// weight of an lstm, state of another optimizer. The model and the optimizer are then as before.
+//
+// Masks and bits of the plan are for prepare() (prepare.h), once the layers are rebuilt.
 void apply(torch::nn::Module& model, const CompressionPlan& plan, torch::optim::Optimizer* optimizer = nullptr);
 
 }  // namespace cctorch

@@ -1,13 +1,25 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <cctorch/nn/modules.h>
 #include <cctorch/plan.h>
 
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace cctorch::nn {
+
+// What prepare() puts on a weight of a layer, which computes with quant(mask(weight)): each of the two may be missing.
+struct Constraint {
+  std::string weight;  // the parameter's name
+  Mask mask{nullptr};
+  FakeQuant quant{nullptr};
+
+  at::Tensor operator()(at::Tensor value) const;
+};
 
 // A dense layer that can carry out a LayerPlan in place.
 class Compressible {
@@ -28,6 +40,16 @@ class Compressible {
   // What compress() carried out.
   const std::optional<LayerPlan>& plan() const { return plan_; }
 
+  // The parameters that a mask or bits can act on, by name: the weight or its factors.
+  virtual std::vector<std::pair<std::string, at::Tensor>> weights() const { return {}; }
+
+  // Takes `constraint`, of one of weights(), as children of the layer: weight_mask and weight_quant.
+  virtual void constrain(const Constraint& constraint);
+  const std::vector<Constraint>& constraints() const { return constraints_; }
+
+  // Gives the weights the values that the layer computes with, and lets go of the constraints.
+  virtual void bake();
+
   // While on, forward() counts output positions for spec(), of every call. Switching on begins at 0.
   void observe(bool on);
 
@@ -38,6 +60,7 @@ class Compressible {
   bool observing_ = false;
   int64_t positions_ = 0;
   std::optional<LayerPlan> plan_;
+  std::vector<Constraint> constraints_;
   at::MemoryFormat format_ = at::MemoryFormat::Contiguous;
 };
 

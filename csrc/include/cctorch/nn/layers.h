@@ -12,16 +12,22 @@
 #include <iosfwd>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace cctorch::nn {
 
 // A layer with a weight that can be narrowed and factored: the parameters are `weight` and `bias`, or, once factored,
 // `first`, `second` and `bias`; just `bias` once the layer reads nothing. Those that it does not have are undefined.
+// While it is prepared, weights also have children: weight_mask and weight_quant.
 template <typename Derived>
 class WeightedLayer : public torch::nn::Cloneable<Derived>, public Compressible {
  public:
   // PyTorch's default initialization, of the factors too.
   void reset_parameters();
+
+  std::vector<std::pair<std::string, at::Tensor>> weights() const override;
+  void constrain(const Constraint& constraint) override;
+  void bake() override;
 
   at::Tensor weight, first, second, bias;
 
@@ -33,6 +39,9 @@ class WeightedLayer : public torch::nn::Cloneable<Derived>, public Compressible 
 
   bool reads_nothing() const { return plan_ && plan_->reads_nothing(); }
   int64_t stored_bits() const;  // of a weight
+
+  // What the layer computes with in place of `parameter`, one of weights().
+  at::Tensor constrained(const at::Tensor& parameter) const;
 
   // What the layer reads of x, along `dimension`.
   at::Tensor gathered(const at::Tensor& x, int64_t dimension);

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <cctorch/plan.h>
+#include <cctorch/safetensors.h>
+#include <torch/nn/module.h>
+
+#include <string>
+
+namespace cctorch {
+
+// Puts the masks and the fake-quantization (LSQ, one scale for each output channel) of `plan` on the weights of the
+// layers that it names, in place: they compute with quant(mask(weight)). Layers are cctorch::nn::Conv2d and Linear,
+// found by their path; of one that apply() has factored both factors are taken. Magnitude masks of equal sparsity are
+// one selection over all of them. Scales start from the weights as `init` says: lsq, minmax or mse (FakeQuantOptions).
+//
+// The weights stay the same parameters; the scales are new ones, in the children weight_quant, for which an optimizer
+// that is made afterwards has a place.
+//
+// Throws c10::Error naming the layer: one that the model does not have, that has no weight, is of another kind or has
+// other channels, is prepared already or has a weight that is not finite. The model is then as before.
+void prepare(torch::nn::Module& model, const CompressionPlan& plan, const std::string& init = "lsq");
+
+// Gives every weight the value that its layer computes with, and lets go of masks and scales.
+void convert(torch::nn::Module& model);
+
+// state_dict() (state_dict.h) as it is after convert(), with codes (codes.h) in place of the quantized weights. The
+// model stays.
+Safetensors::Tensors quantized_state_dict(const torch::nn::Module& model);
+
+}  // namespace cctorch
