@@ -1,3 +1,4 @@
+#include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "csrc/ops/checks.h"
+#include "csrc/ops/lstm_cell.h"
 
 namespace cctorch {
 namespace {
@@ -80,22 +82,15 @@ at::Tensor product(const at::Tensor& x, at::TensorList weight, const std::option
 
 class Cell {
  public:
-  Cell(const at::Tensor& h, const at::Tensor& c, at::TensorList weight_hh, at::TensorList weight_hr)
-      : hidden(h), cell(c), projection_(weight_hr) {
+  Cell(at::Tensor h, at::Tensor c, at::TensorList weight_hh, at::TensorList weight_hr)
+      : hidden(std::move(h)), cell(std::move(c)), projection_(weight_hr) {
     for (const at::Tensor& factor : weight_hh) recurrent_.push_back(factor.t());
   }
 
   void step(const at::Tensor& input) {
     const at::Tensor narrow = recurrent_.size() == 1 ? hidden : at::mm(hidden, recurrent_.front());
     const at::Tensor gates = at::addmm(input, narrow, recurrent_.back());
-    // Nobody else sees what addmm gave, so the four parts need no memory of their own.
-    const std::vector<at::Tensor> parts = gates.unsafe_chunk(4, 1);
-    parts[0].sigmoid_();
-    parts[1].sigmoid_();
-    parts[2].tanh_();
-    parts[3].sigmoid_();
-    cell = (parts[1] * cell).add_(parts[0] * parts[2]);
-    hidden = parts[3] * cell.tanh();
+    std::tie(hidden, cell) = lstm_cell(gates, cell);
     if (!projection_.empty()) hidden = product(hidden, projection_, std::nullopt);
   }
 

@@ -161,6 +161,34 @@ def test_an_lstm_from_a_dense_one(packed: bool) -> None:
         assert_same(ours, expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(3, 64), (5, 7), (300, 40), (1, 1), (0, 4)])
+def test_the_cell_of_an_lstm(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    cell = torch.ops.cctorch.lstm_cell
+    gates, c = torch.randn(shape[0], 4 * shape[1], dtype=torch.float64).to(dtype), torch.randn(shape).to(dtype)
+    grads = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    results = []
+    # The second is strided, and begins in the middle of a vector.
+    for device, cut in ((torch.device("cpu"), None), (DEVICE, None), (DEVICE, 1)):
+        leaves = [t.to(device).requires_grad_() for t in (gates, c)]
+        given = leaves if cut is None else [torch.cat([t[:1, :1].expand(len(t), 1), t], 1)[:, cut:] for t in leaves]
+        outputs = cell(*given)
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, [g.to(device) for g in grads])])
+    arithmetic = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    for ours in results[1:]:
+        for found, expected in zip(ours, results[0], strict=True):
+            assert_same(found, expected, rtol=torch.finfo(dtype).eps, atol=64 * arithmetic)
+
+
+def test_the_cell_of_an_lstm_is_differentiated_twice() -> None:
+    gates, c = (torch.randn(3, n, dtype=torch.float64, device=DEVICE, requires_grad=True) for n in (20, 5))
+    cell = torch.ops.cctorch.lstm_cell
+    torch.library.opcheck(cell.default, (gates, c))
+    assert torch.autograd.gradcheck(cell, (gates, c))
+    assert torch.autograd.gradgradcheck(cell, (gates, c))
+
+
 def test_a_weight_of_low_rank_trains() -> None:
     layer = nn.Conv2d(8, 12, 3).to(DEVICE)
     parametrize.register_parametrization(layer, "weight", LowRankWeight(3))

@@ -82,6 +82,7 @@ KERNELS = {
     "nm_masks": ("MarkGroups",),
     "channel_masks and block_masks": ("5ScoreI", "6Finish", "WriteMasks"),
     "apply_mask": ("ApplyMask",),
+    "lstm_cell": ("4lstm7Forward", "4lstm8Backward"),
 }
 
 
@@ -115,6 +116,10 @@ STREAMING = {
     "CountDigitsIt": ("LDG.E.128",),
     "4KeepIjj": ("LDG.E.128", "STG.E.128"),
     "4KeepIjb": ("LDG.E.128",),
+    "4lstm7ForwardIffLi4": ("LDG.E.128", "STG.E.128"),
+    "4lstm8BackwardIffLi4": ("LDG.E.128", "STG.E.128"),
+    "4lstm7ForwardIN3c104HalfEfLi8": ("LDG.E.128", "STG.E.128"),
+    "4lstm8BackwardIN3c104HalfEfLi8": ("LDG.E.128", "STG.E.128"),
 }
 
 

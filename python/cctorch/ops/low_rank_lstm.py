@@ -31,8 +31,9 @@ def low_rank_lstm(
     (outputs, rank), applied in turn: :math:`h\,\text{first}^T\,\text{second}^T`. They are never multiplied out, and the
     products of all ``x`` are one for all steps.
 
-    The steps are a loop in C++ over PyTorch's operators, which derivatives of any order, autocast and
-    :mod:`torch.func` see. A program of ``torch.compile`` or ``torch.export`` has them one after another, and so is for
+    The steps are a loop in C++, each the products and one pass over what they give, which has a backward of one pass
+    too: it makes the activations again from the gates. Derivatives of any order, autocast, :func:`torch.vmap` and
+    :mod:`torch.func` see through it. A program of ``torch.compile`` or ``torch.export`` has them one after another, and so is for
     one number of steps; with ``batch_sizes``, whose values decide, there is none.
 
     Args:
