@@ -55,7 +55,7 @@ void check_lstm_cell_backward(const at::Tensor& grad_h, const at::Tensor& grad_c
   check_backward(grad_c, c, "lstm_cell_backward", "grad_c", "c");
 }
 
-namespace composed {
+namespace fallback {
 
 std::tuple<at::Tensor, at::Tensor> lstm_cell(const at::Tensor& gates, const at::Tensor& c) {
   check_lstm_cell(gates, c);
@@ -75,7 +75,7 @@ std::tuple<at::Tensor, at::Tensor> lstm_cell_backward(const at::Tensor& grad_h, 
   return {grad_gates, grad * f};
 }
 
-}  // namespace composed
+}  // namespace fallback
 
 TORCH_LIBRARY_FRAGMENT(cctorch, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
@@ -84,13 +84,13 @@ TORCH_LIBRARY_FRAGMENT(cctorch, m) {
 }
 
 TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
-  m.impl("lstm_cell", &composed::lstm_cell);
-  m.impl("lstm_cell_backward", &composed::lstm_cell_backward);
+  m.impl("lstm_cell", &fallback::lstm_cell);
+  m.impl("lstm_cell_backward", &fallback::lstm_cell_backward);
 }
 
 TORCH_LIBRARY_IMPL(cctorch, FuncTorchBatchedDecomposition, m) {
-  m.impl("lstm_cell", &composed::lstm_cell);
-  m.impl("lstm_cell_backward", &composed::lstm_cell_backward);
+  m.impl("lstm_cell", &fallback::lstm_cell);
+  m.impl("lstm_cell_backward", &fallback::lstm_cell_backward);
 }
 
 }  // namespace cctorch

@@ -15,12 +15,12 @@ std::tuple<at::Tensor, at::Tensor> lstm_cell_backward(const at::Tensor& grad_h, 
                                                       const at::Tensor& gates, const at::Tensor& c);
 
 // Of PyTorch's operators: on every backend, and what is differentiated further.
-namespace composed {
+namespace fallback {
 
 decltype(cctorch::lstm_cell) lstm_cell;
 decltype(cctorch::lstm_cell_backward) lstm_cell_backward;
 
-}  // namespace composed
+}  // namespace fallback
 
 void check_lstm_cell(const at::Tensor& gates, const at::Tensor& c);
 void check_lstm_cell_backward(const at::Tensor& grad_h, const at::Tensor& grad_c, const at::Tensor& gates,

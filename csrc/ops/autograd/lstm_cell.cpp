@@ -34,22 +34,20 @@ class LstmCell : public torch::autograd::Function<LstmCell> {
 bool has_tangent(const at::Tensor& x) { return x._fw_grad(0).defined(); }
 
 std::tuple<at::Tensor, at::Tensor> differentiable(const at::Tensor& gates, const at::Tensor& c) {
-  // Function knows neither tangents nor the transforms of torch.func; PyTorch's operators do.
-  if (has_tangent(gates) || has_tangent(c) || is_transforming()) return composed::lstm_cell(gates, c);
-  if (needs_graph(gates, c)) {
-    auto states = record<LstmCell>(gates, c);
-    return {states[0], states[1]};
+  if (!needs_graph(gates, c)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return lstm_cell(gates, c);
   }
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return lstm_cell(gates, c);
+  // Function knows neither tangents nor the transforms of torch.func; PyTorch's operators do.
+  if (has_tangent(gates) || has_tangent(c) || is_transforming()) return fallback::lstm_cell(gates, c);
+  auto states = record<LstmCell>(gates, c);
+  return {states[0], states[1]};
 }
 
 std::tuple<at::Tensor, at::Tensor> differentiable_backward(const at::Tensor& grad_h, const at::Tensor& grad_c,
                                                            const at::Tensor& gates, const at::Tensor& c) {
   // PyTorch knows the second derivative.
-  if (needs_graph(grad_h, grad_c, gates, c) || is_transforming()) {
-    return composed::lstm_cell_backward(grad_h, grad_c, gates, c);
-  }
+  if (needs_graph(grad_h, grad_c, gates, c)) return fallback::lstm_cell_backward(grad_h, grad_c, gates, c);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return lstm_cell_backward(grad_h, grad_c, gates, c);
 }

@@ -33,8 +33,8 @@ def low_rank_lstm(
 
     The steps are a loop in C++, each the products and one pass over what they give, which has a backward of one pass
     too: it makes the activations again from the gates. Derivatives of any order, autocast, :func:`torch.vmap` and
-    :mod:`torch.func` see through it. A program of ``torch.compile`` or ``torch.export`` has them one after another, and so is for
-    one number of steps; with ``batch_sizes``, whose values decide, there is none.
+    :mod:`torch.func` see through it. A program of ``torch.compile`` or ``torch.export`` has the steps one after
+    another, and so is for one number of them; with ``batch_sizes``, whose values decide, there is none.
 
     Args:
         x: shape ``(steps, batch, inputs)``; the data of a packed sequence, ``(rows, inputs)``, with ``batch_sizes``.

@@ -127,6 +127,15 @@ def test_derivatives_of_first_and_second_order() -> None:
         assert torch.autograd.gradcheck(lambda *given, i=which: cell(*given)[i], (gates, c))
 
 
+def test_gradients_that_are_differentiated_further_are_the_same() -> None:
+    gates, c = (t.requires_grad_() for t in inputs(3, 5))
+    outputs, grads = cell(gates, c), (torch.randn_like(c), torch.randn_like(c))
+    further = torch.autograd.grad(outputs, (gates, c), grads, create_graph=True)
+    for found, wanted in zip(further, torch.autograd.grad(outputs, (gates, c), grads), strict=True):
+        assert found.grad_fn is not None
+        torch.testing.assert_close(found, wanted)
+
+
 class Operators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -163,6 +172,9 @@ def test_torch_func_and_vmap() -> None:
     torch.testing.assert_close(jvp(total, (gates, c), tangents)[1], slope)
     many = torch.stack([gates, 2 * gates]), torch.stack([c, -c])
     for found, same in zip(vmap(cell)(*many), zip(*map(cell, *many), strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(same))
+    ours = vmap(backward)(many[1], many[1], *many)
+    for found, same in zip(ours, zip(*map(backward, many[1], many[1], *many), strict=True), strict=True):
         torch.testing.assert_close(found, torch.stack(same))
     both = zip(*(grad(total, (0, 1))(*one) for one in zip(*many, strict=True)), strict=True)
     for found, same in zip(vmap(grad(total, (0, 1)))(*many), both, strict=True):
