@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from cctorch import _C, ops
+from cctorch.export import positive
 from cctorch.nn import FakeQuant
-from cctorch.prepare import convert
+from cctorch.prepare import constraints, convert
 
 
 class Grid(NamedTuple):
@@ -32,7 +32,8 @@ def quantized_state_dict(model: nn.Module) -> dict[str, Tensor]:
     ==================  =============================================================================================
 
     A weight that something else acts on after its fake-quantization, or whose :class:`~cctorch.nn.FakeQuant` has groups
-    or an offset, is stored as it is. In C++, ``load_state_dict`` and ``decode_weights`` read the codes.
+    or an offset, or is not signed, is stored as it is, and one that :func:`convert` leaves as its parametrizations have
+    it. In C++, ``load_state_dict`` and ``decode_weights`` read the codes.
 
     Example:
         >>> import cctorch
@@ -65,13 +66,8 @@ def grids(model: nn.Module) -> dict[str, Grid]:
     """Of the weights of a prepared model that end on a grid, by their names in the converted one."""
     found = {}
     for path, module in model.named_modules():
-        if not parametrize.is_parametrized(module):
-            continue
-        parametrizations = module.parametrizations
-        assert isinstance(parametrizations, nn.ModuleDict)
-        for name, steps in parametrizations.items():
-            *_, last = steps.children()
-            if isinstance(last, FakeQuant) and last.axis == 0 and last.groups == 1 and last.offset is None:
+        for name, steps in constraints(module).items():
+            if isinstance(last := steps[-1], FakeQuant) and _is_grid_of_rows(last):
                 found[f"{path}.{name}".lstrip(".")] = Grid(_scales(last), last.bits)
     return found
 
@@ -85,8 +81,11 @@ def encoded(state: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> dict[str,
     return _C.encode_weights(dict(state), dict(grids))
 
 
+def _is_grid_of_rows(quant: FakeQuant) -> bool:
+    return quant.axis == 0 and quant.groups == 1 and quant.offset is None and quant.signed
+
+
 def _scales(quant: FakeQuant) -> Tensor:
     """As the operator computes them: the code 1 stands for the scale itself, to the last bit."""
     log_scale = quant.log_scale.detach()
-    ones = log_scale.exp().unsqueeze(1)
-    return ops.fake_quant(ones, log_scale, quant.qmin, quant.qmax, axis=0).squeeze(1)
+    return ops.fake_quant(positive(log_scale).unsqueeze(1), log_scale, quant.qmin, quant.qmax, axis=0).squeeze(1)

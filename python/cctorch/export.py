@@ -99,11 +99,12 @@ def _decompositions() -> dict[Any, Callable[..., Tensor | tuple[Tensor, ...]]]:
 def _fake_quant(
     x: Tensor, log_scale: Tensor, qmin: int, qmax: int, axis: int | None = None, grad_scale: float = 1.0
 ) -> Tensor:
-    scale = _along(x, _positive(log_scale), axis)
+    scale = _along(x, positive(log_scale), axis)
     return ((x / scale).round().clamp(qmin, qmax) * scale).to(x.dtype)
 
 
-def _positive(logarithm: Tensor) -> Tensor:
+def positive(logarithm: Tensor) -> Tensor:
+    """The scale that an operator has for its logarithm."""
     limits = torch.finfo(logarithm.dtype)
     return logarithm.exp().clamp(limits.tiny, limits.max)
 
@@ -146,7 +147,7 @@ def _fake_quant_groups(
 
 def _pact(x: Tensor, log_alpha: Tensor, bits: int, axis: int | None = None) -> Tensor:
     levels = 2**bits - 1
-    scale: Tensor = (_along(x, _positive(log_alpha), axis) / levels).clamp_min(torch.finfo(log_alpha.dtype).tiny)
+    scale: Tensor = (_along(x, positive(log_alpha), axis) / levels).clamp_min(torch.finfo(log_alpha.dtype).tiny)
     return ((x / scale).round().clamp(0, levels) * scale).to(x.dtype)
 
 
@@ -157,7 +158,7 @@ def _fp8_quant(
     axis: int | None = None,
     grad_scale: float = 1.0,
 ) -> Tensor:
-    scale = _along(x, _positive(log_scale), axis)
+    scale = _along(x, positive(log_scale), axis)
     largest = torch.finfo(dtype).max
     v = (x / scale).clamp(-largest, largest)
     return (v.to(dtype).to(v.dtype) * scale).to(x.dtype)

@@ -15,7 +15,7 @@ from torch.utils import _pytree
 
 from cctorch import _C, atomic
 from cctorch.codes import quantized_state_dict
-from cctorch.export import check_close, exported
+from cctorch.export import check_close, exported, positive
 from cctorch.modes import evaluating
 from cctorch.nn import FakeQuant
 from cctorch.prepare import convert
@@ -80,7 +80,7 @@ class _QuantizeDequantize(nn.Module):
 
     def __init__(self, quant: FakeQuant) -> None:
         super().__init__()
-        self.scale = float(quant.log_scale.detach().exp())
+        self.scale = float(positive(quant.log_scale.detach()))
         self.low, self.high = quant.qmin * self.scale, quant.qmax * self.scale
         self.clips, self.grid = quant.bits < 8, _INT8 if quant.signed else _UINT8
 
@@ -96,16 +96,19 @@ class _QuantizeDequantize(nn.Module):
 
 def _put_codes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """In place of the weights of `model`, which they have to equal."""
-    values = _C.decode_weights(dict(state))
+    values, weights = _C.decode_weights(dict(state)), dict(model.named_parameters(remove_duplicate=False))
     for key in state:
         name = key.removesuffix(".codes")
         if name == key or name not in values or int(state[f"{name}.grid"][0]) > 8:
             continue
         path, _, kind = name.rpartition(".")
-        module = model.get_submodule(path)
-        weight = module._parameters.pop(kind)
+        weight = weights.get(name)
         if weight is None or not torch.equal(weight, values[name].to(weight.dtype)):
             raise ValueError(f"save_onnx: codes: '{name}' is not what the model has; expected codes of this model")
+        if weight.dtype != torch.float32:
+            raise ValueError(f"save_onnx: '{name}' is of {weight.dtype}, expected float32; call float() on the model")
+        module = model.get_submodule(path)
+        del module._parameters[kind]
         scales = state[f"{name}.scales"].float().cpu()
         rounded = (values[name] / state[f"{name}.scales"].view(-1, *[1] * (values[name].dim() - 1))).round()
         module.register_buffer(kind, rounded.to(torch.int8))

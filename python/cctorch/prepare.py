@@ -59,11 +59,15 @@ def convert(model: nn.Module) -> nn.Module:
     Parametrizations of other origin stay, and so does a weight that has one of them.
     """
     for module in list(model.modules()):
-        for name, steps in _steps(module).items():
-            if all(isinstance(step, _OURS) for step in steps):
-                _own_class(module)
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        for name in constraints(module):
+            _own_class(module)
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return model
+
+
+def constraints(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """The parametrizations of each tensor of a module that :func:`convert` replaces by its value."""
+    return {name: steps for name, steps in _steps(module).items() if all(isinstance(step, _OURS) for step in steps)}
 
 
 def _own_class(module: nn.Module) -> None:
