@@ -186,7 +186,8 @@ def _show_search(summary: Summary, log: Log) -> None:
         f"{1 - summary.after.macs / summary.before.macs:.1%} final (dead filters removed)"
         + (f"; target {summary.target:.1%}" if summary.budget == "macs" else "")
     )
-    if summary.budget in ("parameters", "bytes") and summary.quantized is None:
+    # The budget of bytes knows the bits, of which a quantized file's size beside the dense one says nothing.
+    if summary.budget == "parameters" or (summary.budget == "bytes" and summary.quantized is None):
         kept = getattr(summary.after, summary.budget) / getattr(summary.before, summary.budget)
         log.line(f"reduction of {summary.budget}: {1 - kept:.1%}; target {summary.target:.1%} of the weights")
     if summary.latency_budget is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import cctorch
@@ -15,7 +16,7 @@ from networks import PaddedResNet, random_plan, randomized
 from prepared import resnet8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 
 def _assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -94,11 +95,12 @@ def test_a_rebuilt_network_through_a_file(tmp_path: Path) -> None:
 
 def test_what_is_on_no_grid_of_rows_is_stored_as_it_is() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
     steps = [
         cnn.FakeQuant(4, axis=0, channels=8, groups=2),
         cnn.FakeQuant(4, axis=0, channels=8, offset=True),
         cnn.FakeQuant(4),
+        cnn.FakeQuant(4, signed=False, axis=0, channels=8, init="minmax"),
         cnn.SoftThreshold(),
     ]
     for layer, step in zip(model, steps, strict=True):
@@ -107,6 +109,38 @@ def test_what_is_on_no_grid_of_rows_is_stored_as_it_is() -> None:
     state = cctorch.quantized_state_dict(model)
     _assert_equal(state, cctorch.convert(model).state_dict())
     assert cctorch.dequantized_state_dict(state).keys() == state.keys()
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_weight_that_convert_leaves_is_left(norm: Callable[[nn.Module], nn.Module], first: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).eval()
+    plan = CompressionPlan(
+        layers=[LayerPlan("0", "linear", 8, 6, bits=4), LayerPlan("1", "linear", 6, 4, bits=4)],
+    )
+    if first:
+        norm(model[0])
+    cctorch.prepare(model, plan)
+    if not first:
+        norm(model[0])
+    state = cctorch.quantized_state_dict(model)
+    assert [name for name in state if name.endswith(".codes")] == ["1.weight.codes"]
+    _assert_equal(cctorch.dequantized_state_dict(state), cctorch.convert(copy.deepcopy(model)).state_dict())
+
+
+@pytest.mark.parametrize("log_scale", [-1000.0, -90.0, -87.0, 87.0, 90.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scale_beyond_the_type_is_that_of_the_operator(log_scale: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plan = CompressionPlan(layers=[LayerPlan("0", "linear", 8, 3, bits=4)])
+    model = cctorch.prepare(nn.Sequential(nn.Linear(8, 3)).to(dtype), plan)
+    with torch.no_grad():
+        model[0].parametrizations.weight[0].log_scale[1] = log_scale  # type: ignore[union-attr,index]
+    state = cctorch.quantized_state_dict(model)
+    limits = torch.finfo(dtype)
+    wanted = torch.tensor(log_scale, dtype=dtype).exp().clamp(limits.tiny, limits.max)
+    torch.testing.assert_close(state["0.weight.scales"][1], wanted, rtol=1e-6, atol=0)
+    _assert_equal(cctorch.dequantized_state_dict(state), cctorch.convert(model).state_dict())
 
 
 def test_a_model_without_quantization_is_its_state() -> None:

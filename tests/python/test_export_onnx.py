@@ -128,6 +128,34 @@ def test_without_a_scale_it_is_refused(tmp_path: Path) -> None:
         save_onnx(model, torch.randn(2, 4), tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_types_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    plan = CompressionPlan(layers=[LayerPlan("0", "linear", 4, 4, bits=4)])
+    model = cctorch.prepare(nn.Sequential(nn.Linear(4, 4)).to(dtype), plan)
+    with pytest.raises(ValueError, match=r"'0\.weight' is of torch\.float\d\d, expected float32; call float"):
+        save_onnx(model, torch.randn(2, 4, dtype=dtype), tmp_path / "model.onnx")
+
+
+def test_codes_of_other_layers_are_refused(tmp_path: Path) -> None:
+    plan = CompressionPlan(layers=[LayerPlan("1", "linear", 4, 4, bits=4)])
+    state = cctorch.quantized_state_dict(cctorch.prepare(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), plan))
+    with pytest.raises(ValueError, match=r"codes: '1\.weight' is not what the model has"):
+        save_onnx(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), tmp_path / "model.onnx", codes=state)
+
+
+def test_a_scale_below_the_least_float_is_that_of_the_operator(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), FakeQuant(8))
+    x = torch.randn(8, 4)
+    model(x)
+    with torch.no_grad():
+        model[1].log_scale.fill_(-200)
+    save_onnx(model, x, tmp_path / "model.onnx")
+    _, values = _content(tmp_path / "model.onnx")
+    smallest = np.finfo(np.float32).tiny
+    assert any(value.dtype == np.float32 and value.size == 1 and value.item() == smallest for value in values.values())
+
+
 def test_what_runs_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = CompressionPlan(layers=[LayerPlan("0", "linear", 4, 4, bits=4)])
     model = cctorch.prepare(nn.Sequential(nn.Linear(4, 4)), plan)

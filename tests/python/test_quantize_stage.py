@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -14,10 +15,12 @@ from cctorch import measure, models, report, store, trainer
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, Quantize, parse_config
 from cctorch.graph import trace
+from cctorch.log import Log
 from cctorch.quantize_stage import planned
 from cctorch.report import page
 from cctorch.run import Summary, run
 from cctorch.status import status
+from cctorch.summary import show
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_run import tree, write_dataset
@@ -175,6 +178,18 @@ def test_the_report_shows_the_bits(dataset: Path, tmp_path: Path, monkeypatch: p
     assert "weights of 3 and 8 bits" in text
     assert "Quantization to 3 and 8 bits: top-1" in text
     assert "<td>layer3.0.conv2.weight</td><td>3</td>" in text
+
+
+@pytest.mark.parametrize("budget", ["parameters", "bytes"])
+def test_what_is_left_of_the_budget(tmp_path: Path, undisturbed: tuple[Config, Summary], budget: str) -> None:
+    _, summary = undisturbed
+    screen = io.StringIO()
+    with Log(tmp_path / "run.log", Console(file=screen, width=120)) as log:
+        show(dataclasses.replace(summary, budget=budget), log)
+    line = f"reduction of parameters: {1 - summary.after.parameters / summary.before.parameters:.1%}; target 60.0%"
+    # The size of a file of few bits is not what a search had to keep to.
+    assert (line in screen.getvalue()) == (budget == "parameters")
+    assert "reduction of bytes" not in screen.getvalue()
 
 
 def test_patterns_choose_bits() -> None:
