@@ -204,6 +204,14 @@ def test_patterns_choose_bits() -> None:
     }
 
 
+@pytest.mark.parametrize(("bits", "ends"), [(4, 8), (12, 12)])
+def test_the_ends_have_at_least_8_bits(bits: int, ends: int) -> None:
+    settings = Quantize.model_validate({**STAGE, "bits": bits})
+    plan, _ = planned(models.create("resnet8"), torch.zeros(1, 3, 8, 8), settings)
+    for layer in plan.layers:
+        assert layer.bits == (ends if layer.name in ("conv1", "linear") else bits), layer.name
+
+
 def test_layers_that_training_alone_runs_keep_their_weights() -> None:
     dense = models.create("googlenet")
     plan, _ = planned(dense, torch.zeros(2, 3, 32, 32), Quantize.model_validate(STAGE))
