@@ -204,6 +204,16 @@ def test_patterns_choose_bits() -> None:
     }
 
 
+def test_a_layer_that_is_left_alone_is_warned_of_once() -> None:
+    dense = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(3)), nn.Flatten(), nn.Linear(16, 2))
+    dense[2].weight = dense[1].weight
+    example = torch.zeros(2, 4, 2, 2)
+    assert trace(dense, example).warnings
+    plan, warnings = planned(dense, example, Quantize.model_validate(STAGE))
+    assert warnings == ["bits: '1', '2' keep theirs, as layers that are left alone"]
+    assert {layer.name: layer.bits for layer in plan.layers} == {"0": 8, "4": 8}
+
+
 @pytest.mark.parametrize(("bits", "ends"), [(4, 8), (12, 12)])
 def test_the_ends_have_at_least_8_bits(bits: int, ends: int) -> None:
     settings = Quantize.model_validate({**STAGE, "bits": bits})
