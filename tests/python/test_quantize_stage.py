@@ -170,6 +170,13 @@ def test_the_scales_and_the_weights_are_trained(
     }
 
 
+def test_the_dense_model_is_looked_up_to(dataset: Path, tmp_path: Path, undisturbed: tuple[Config, Summary]) -> None:
+    settings = _config(dataset, tmp_path)
+    _run(settings)
+    alone, distilled = _stored(settings), _stored(undisturbed[0])
+    assert any(not torch.equal(value, distilled[name]) for name, value in alone.items())
+
+
 def test_the_report_shows_the_bits(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = _config(dataset, tmp_path, compress=False, epochs=1)
     _run(settings)
