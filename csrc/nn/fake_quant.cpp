@@ -103,8 +103,11 @@ void FakeQuantImpl::initialize(const at::Tensor& input) {
 
 at::Tensor FakeQuantImpl::scale() const {
   const at::Tensor logarithm = log_scale.detach().to(kind(log_scale)).flatten();
-  // The code 1 stands for the scale itself.
-  return fake_quant(logarithm.exp(), logarithm, qmin(), qmax(), 0, 1.0).view(log_scale.sizes());
+  // The code 1 stands for the scale itself, which the operators keep within the normal numbers of its type.
+  const bool wide = logarithm.scalar_type() == at::kDouble;
+  const double low = wide ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+  const double high = wide ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  return fake_quant(logarithm.exp().clamp(low, high), logarithm, qmin(), qmax(), 0, 1.0).view(log_scale.sizes());
 }
 
 at::Tensor FakeQuantImpl::forward(const at::Tensor& x) {

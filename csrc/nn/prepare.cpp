@@ -65,8 +65,9 @@ std::vector<Target> find_targets(torch::nn::Module& model, const CompressionPlan
 void set_masks(std::vector<Target>& targets) {
   std::map<double, std::vector<Target*>> together;
   for (Target& target : targets) {
-    if (!target.plan->mask) continue;
-    const MaskPlan& mask = *target.plan->mask;
+    const auto& planned = target.plan->mask;
+    if (!planned) continue;
+    const MaskPlan& mask = *planned;
     if (mask.kind == MaskPlan::Kind::magnitude) {
       together[mask.sparsity].push_back(&target);
     } else if (mask.kind == MaskPlan::Kind::channel) {

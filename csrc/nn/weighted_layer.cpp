@@ -15,7 +15,7 @@ namespace cctorch::nn {
 
 namespace {
 
-const std::string mask_suffix = "_mask", quant_suffix = "_quant";
+constexpr auto mask_suffix = "_mask", quant_suffix = "_quant";
 
 }  // namespace
 
@@ -158,7 +158,7 @@ at::Tensor WeightedLayer<Derived>::gathered(const at::Tensor& x, int64_t dimensi
 template <typename Derived>
 int64_t WeightedLayer<Derived>::stored_bits() const {
   const at::Tensor& stored = weight.defined() ? weight : first.defined() ? first : bias;
-  return stored.defined() ? 8 * static_cast<int64_t>(stored.element_size()) : LayerSpec().bits;
+  return stored.defined() ? 8 * stored.element_size() : LayerSpec().bits;
 }
 
 template <typename Derived>

@@ -49,8 +49,14 @@ void check_layer(const LayerPlan& layer) {
                     "': ", layer.in_channels, " -> ", layer.out_channels, " channels, expected at least 1 -> 1");
   check_indices(layer, "kept_in", layer.kept_in, layer.in_channels);
   check_indices(layer, "kept_out", layer.kept_out, layer.out_channels);
-  if (layer.kind == LayerKind::lstm) return check_lstm(layer);
-  if (layer.reads_nothing()) return check_reads_nothing(layer);
+  if (layer.kind == LayerKind::lstm) {
+    check_lstm(layer);
+    return;
+  }
+  if (layer.reads_nothing()) {
+    check_reads_nothing(layer);
+    return;
+  }
   TORCH_CHECK_VALUE(!layer.kept_out.empty(), "plan: layer '", layer.name,
                     "': kept_out is empty, but it reads inputs: keep at least one, or empty kept_in too");
   if (!layer.gather.empty()) {

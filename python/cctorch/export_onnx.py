@@ -33,7 +33,8 @@ def save_onnx(
     activation's :class:`~cctorch.nn.FakeQuant` of up to 8 bits and one scale is ``QuantizeLinear`` and
     ``DequantizeLinear``, behind a ``Clip`` where the bits are fewer than 8; other ones are divided, rounded and clipped
     in floating point. Factors and masks are folded in, as :func:`convert` does it. What was written is run by ONNX
-    Runtime and compared with the model before it takes the place of an older file.
+    Runtime and compared with the model before it takes the place of an older file. That is without ONNX Runtime's
+    optimizations: its fused products of quantized weights round elsewhere, and may be accurate to three digits only.
 
     Args:
         model: prepared or converted, of float32; takes one tensor, batch first. It stays as it is.

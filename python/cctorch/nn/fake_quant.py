@@ -120,7 +120,8 @@ class FakeQuant(nn.Module):
             total, count = magnitude.sum().view(1), counted.sum().view(1)
         else:
             others = [dim for dim in range(x.dim()) if dim != axis % x.dim()]
-            total, count = magnitude.sum(others), counted.sum(others)
+            # An empty list of dimensions would be all of them.
+            total, count = (values.sum(others) if others else values for values in (magnitude, counted))
         scale = 2 * total / count.clamp(min=1) / math.sqrt(self.qmax)
         # A tensor of zeros gives no scale; any finite one quantizes it exactly.
         return torch.where(scale > 0, scale, torch.ones_like(scale)).log()

@@ -249,6 +249,13 @@ TEST(FakeQuant, ItsScaleIsThatOfTheValuesItGives) {
     encode_weight(state, "w", scale, 3);
     EXPECT_TRUE(torch::equal(decode_weights(state).at("w").to(type), y)) << type;
   }
+  // Beyond what exp can give.
+  FakeQuant extreme(FakeQuantOptions(4).axis(0).channels(2));
+  extreme(torch::ones({2, 3}));
+  torch::NoGradGuard no_grad;
+  extreme->log_scale.copy_(torch::tensor({-200.0F, 200.0F}));
+  const at::Tensor wanted = torch::tensor({std::numeric_limits<float>::min(), std::numeric_limits<float>::max()});
+  EXPECT_TRUE(torch::equal(extreme->scale(), wanted));
   FakeQuant whole(FakeQuantOptions(4)), grouped(FakeQuantOptions(4).axis(0).channels(6).groups(2));
   whole(torch::randn({3}));
   grouped(torch::randn({6, 4}));

@@ -147,6 +147,13 @@ def test_a_first_batch_that_overflows_leaves_a_scale_to_go_on_from(arguments: di
     torch.testing.assert_close(quant.log_scale, expected.log_scale)
 
 
+def test_a_vector_has_a_scale_for_each_value() -> None:
+    x = torch.tensor([3.0, -0.5, 0.0, 20.0])
+    quant = FakeQuant(4, axis=0, channels=4)
+    # Of a value alone, 2 |x| / sqrt(7) is the scale, and the value 1.32 of it, which is rounded to one.
+    torch.testing.assert_close(quant(x), x.sign() * 2 * x.abs() / math.sqrt(7))
+
+
 def test_an_empty_input_starts_no_scale() -> None:
     x = torch.randn(5, 7)
     quant, expected = FakeQuant(4), FakeQuant(4)
