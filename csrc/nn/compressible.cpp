@@ -3,6 +3,8 @@
 #include <c10/util/Exception.h>
 #include <cctorch/nn/compressible.h>
 
+#include "csrc/nn/layer_parts.h"
+
 namespace cctorch::nn {
 
 namespace {
@@ -18,6 +20,14 @@ at::Tensor narrow(const at::Tensor& tensor, const LayerPlan& plan) {
   const bool reads_channels = plan.kind == LayerKind::conv2d || plan.kind == LayerKind::linear;
   if (reads_channels && tensor.dim() >= 2) narrowed = select(narrowed, 1, plan.kept_in);
   return narrowed.contiguous(tensor.suggest_memory_format());
+}
+
+void check_architecture(const LayerPlan& plan, const LayerSpec& found) {
+  TORCH_CHECK_VALUE(
+      found.kind == plan.kind && found.in_channels == plan.in_channels && found.out_channels == plan.out_channels,
+      "layer '", plan.name, "' is a ", to_string(found.kind), " of ", found.in_channels, " -> ", found.out_channels,
+      " channels, but the plan expects a ", to_string(plan.kind), " of ", plan.in_channels, " -> ", plan.out_channels,
+      ": it was made for another architecture");
 }
 
 at::Tensor Constraint::operator()(at::Tensor value) const {
@@ -36,12 +46,7 @@ void Compressible::check(const LayerPlan& plan) const {
   CompressionPlan{.method = "", .target = 0.0, .layers = {plan}}.validate();
   TORCH_CHECK_VALUE(!plan_, "layer '", plan.name,
                     "' is compressed already, expected a dense one: a plan's indices refer to the dense model");
-  const LayerSpec found = spec(plan.name);
-  TORCH_CHECK_VALUE(
-      found.kind == plan.kind && found.in_channels == plan.in_channels && found.out_channels == plan.out_channels,
-      "layer '", plan.name, "' is a ", to_string(found.kind), " of ", found.in_channels, " -> ", found.out_channels,
-      " channels, but the plan expects a ", to_string(plan.kind), " of ", plan.in_channels, " -> ", plan.out_channels,
-      ": it was made for another architecture");
+  check_architecture(plan, spec(plan.name));
   TORCH_CHECK_VALUE(constraints_.empty(), "layer '", plan.name,
                     "' is prepared: its mask and scales are those of the weight as it is; call convert() first");
   check_structure(plan);

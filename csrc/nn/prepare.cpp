@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "csrc/nn/layer_parts.h"
+
 namespace cctorch {
 
 namespace {
@@ -26,12 +28,7 @@ struct Target {
 };
 
 void check_layer(const LayerPlan& plan, const nn::Compressible& layer) {
-  const LayerSpec found = layer.spec(plan.name);
-  TORCH_CHECK_VALUE(
-      found.kind == plan.kind && found.in_channels == plan.in_channels && found.out_channels == plan.out_channels,
-      "plan: layer '", plan.name, "' is a ", to_string(found.kind), " of ", found.in_channels, " -> ",
-      found.out_channels, " channels, but the plan expects a ", to_string(plan.kind), " of ", plan.in_channels, " -> ",
-      plan.out_channels, ": it was made for another architecture");
+  nn::check_architecture(plan, layer.spec(plan.name));
   TORCH_CHECK_VALUE(layer.constraints().empty(), "plan: layer '", plan.name,
                     "' is prepared already, call convert() first");
   TORCH_CHECK_VALUE(!layer.weights().empty(), "plan: layer '", plan.name,

@@ -237,7 +237,6 @@ class _Run(Trainer):
             f"{result.bits / 8e6:.3f} MB"
         )
         self.state.results["quantized"] = asdict(result)
-        self.state.stage = "measure"
         self._compressed(top1, grids)
         self._begin("measure", {})
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
-from cctorch import prepare
+from cctorch import apply, prepare
 from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
 from cctorch.graph import trace
 from cctorch.models import create
 from cctorch.nn import FakeQuant
+from networks import PaddedResNet, random_plan, randomized
 from torch import Tensor, nn
 
 
@@ -28,6 +31,20 @@ def resnet8(kind: str) -> nn.Module:
             layer.register_forward_pre_hook(_quantized)
         model(torch.randn(4, 3, 12, 12))  # the scales start from a first batch
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def rebuilt(bits: int) -> tuple[nn.Module, CompressionPlan, nn.Module]:
+    """A dense network, a random plan for it in which its layers have `bits`, and the network rebuilt and prepared by
+    it, on 3 x 16 x 16."""
+    torch.manual_seed(0)
+    dense = randomized(PaddedResNet()).float()
+    plan = random_plan(trace(dense, torch.randn(2, 3, 16, 16)))
+    layers = plan.layers
+    for layer in layers:
+        if layer.kind in ("conv2d", "linear") and layer.kept_in:
+            layer.bits = bits
+    plan.layers = layers
+    return dense, plan, prepare(apply(copy.deepcopy(dense), plan), plan)
 
 
 def _quantized(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -11,9 +11,7 @@ import pytest
 import torch
 from cctorch import CompressionPlan, LayerPlan, MaskPlan
 from cctorch import nn as cnn
-from cctorch.graph import trace
-from networks import PaddedResNet, random_plan, randomized
-from prepared import resnet8
+from prepared import rebuilt, resnet8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -72,22 +70,12 @@ def test_other_types(dtype: torch.dtype) -> None:
 
 
 def test_a_rebuilt_network_through_a_file(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+    dense, plan, model = rebuilt(bits=6)
     x = torch.randn(2, 3, 16, 16)
-    dense = randomized(PaddedResNet()).float()
-    plan = random_plan(trace(dense, x))
-    layers = plan.layers
-    for layer in layers:
-        if layer.kind in ("conv2d", "linear") and layer.kept_in:
-            layer.bits = 6
-    plan.layers = layers
-    model = cctorch.prepare(cctorch.apply(copy.deepcopy(dense), plan), plan)
     _trained(model)
     wanted = model.eval()(x)
     state = cctorch.quantized_state_dict(model)
-    plain = {name: value.contiguous() for name, value in cctorch.convert(model).state_dict().items()}
     save_file(state, tmp_path / "codes.safetensors")
-    save_file(plain, tmp_path / "plain.safetensors")
     again = cctorch.apply(copy.deepcopy(dense), plan).eval()
     again.load_state_dict(cctorch.dequantized_state_dict(load_file(tmp_path / "codes.safetensors")))
     assert torch.equal(again(x), wanted)

@@ -13,10 +13,8 @@ import pytest
 import torch
 from cctorch import CompressionPlan, LayerPlan, MaskPlan
 from cctorch.export_onnx import save_onnx
-from cctorch.graph import trace
 from cctorch.nn import FakeQuant
-from networks import PaddedResNet, random_plan, randomized
-from prepared import resnet8
+from prepared import rebuilt, resnet8
 from torch import Tensor, nn
 
 onnx = pytest.importorskip("onnx")
@@ -96,16 +94,9 @@ def test_other_grids_stay_in_floating_point(tmp_path: Path) -> None:
 
 
 def test_a_rebuilt_network_from_its_codes(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+    _, _, model = rebuilt(bits=6)
+    model.eval()
     x = torch.randn(2, 3, 16, 16)
-    dense = randomized(PaddedResNet()).float()
-    plan = random_plan(trace(dense, x))
-    layers = plan.layers
-    for layer in layers:
-        if layer.kind in ("conv2d", "linear") and layer.kept_in:
-            layer.bits = 6
-    plan.layers = layers
-    model = cctorch.prepare(cctorch.apply(dense, plan), plan).eval()
     state = cctorch.quantized_state_dict(model)
     cctorch.convert(model)
     save_onnx(model, x, tmp_path / "model.onnx", codes=state)
