@@ -49,7 +49,7 @@ def accuracy(events: list[Event]) -> str:
         color = ORANGE if event["event"] in ("compressed", "reestimated", "repaired") else INK
         place = len(epochs) + shift
         top.plot(place, event["accuracy"], "o", color=color, zorder=4)
-        low = event["event"] != "compressed"
+        low = event["event"] not in ("compressed", "regularized", "quantized")
         text = f"{_EVENTS[event['event']]} {event['accuracy']:.2f} %"
         top.annotate(
             text,
@@ -59,6 +59,8 @@ def accuracy(events: list[Event]) -> str:
             textcoords="offset points",
             color=color,
             fontsize=9,
+            zorder=5,
+            bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 0.6},
         )
     for stage, label, style in _STAGES:
         part = [(index + 1, event) for index, event in enumerate(epochs) if event["stage"] == stage]
