@@ -60,7 +60,7 @@ def accuracy(events: list[Event]) -> str:
             color=color,
             fontsize=9,
             zorder=5,
-            bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 0.6},
+            bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.6},
         )
     for stage, label, style in _STAGES:
         part = [(index + 1, event) for index, event in enumerate(epochs) if event["stage"] == stage]
