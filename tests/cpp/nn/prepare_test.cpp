@@ -94,6 +94,17 @@ TEST(Prepare, WeightsAndScalesLearn) {
   EXPECT_FALSE(torch::equal(before, weights_were));
 }
 
+TEST(Prepare, TheLargestValueIsWithinTheGridWhateverItsLastBit) {
+  TinyNet model;
+  LayerPlan planned = conv2();
+  planned.bits = 4;
+  prepare(*model, plan_of({planned}), "minmax");
+  const auto& constraint = model->conv2->constraints().front();
+  constraint(model->conv2->weight).sum().backward();
+  // Straight-through: a value that is clipped has no gradient.
+  EXPECT_TRUE((model->conv2->weight.grad() == 1).all().item<bool>());
+}
+
 TEST(Prepare, ConvertLeavesWhatWasComputed) {
   TinyNet model;
   LayerPlan factored = LayerPlan::unchanged("conv3", LayerKind::conv2d, 8, 12), planned = linear();
