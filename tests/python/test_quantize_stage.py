@@ -18,12 +18,12 @@ from cctorch.graph import trace
 from cctorch.log import Log
 from cctorch.quantize_stage import planned
 from cctorch.report import page
-from cctorch.run import Summary, run
+from cctorch.run import Summary
 from cctorch.status import status
 from cctorch.summary import show
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_run import tree, write_dataset
+from tiny_run import deliverable, run_quietly, staged, tree, write_dataset
 from torch import nn
 
 STAGE = {"epochs": 2, "batch_size": 32, "lr": 0.01, "bits": 3}
@@ -42,20 +42,7 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def _config(
     data: Path, output: Path, *, compress: bool = True, checkpoint: dict[str, Any] | None = None, **changes: Any
 ) -> Config:
-    whole = tree(data, output, quantize={**STAGE, **changes}, checkpoint=checkpoint or {})
-    if compress:
-        whole["compress"]["target"] = 0.6  # so that a layer is factored
-    else:
-        whole |= {"compress": None, "finetune": None}
-    return parse_config(whole)
-
-
-def _run(settings: Config) -> Summary:
-    return run(settings, console=Console(file=io.StringIO(), width=120))
-
-
-def _stored(settings: Config) -> dict[str, torch.Tensor]:
-    return load_file(settings.folder / "checkpoints" / "compressed.safetensors")
+    return staged(data, output, compress=compress, quantize={**STAGE, **changes}, checkpoint=checkpoint or {})
 
 
 def _compressed(settings: Config) -> nn.Module:
@@ -69,7 +56,7 @@ def _values_of_rows(weight: torch.Tensor) -> int:
 @pytest.mark.parametrize("compress", [True, False])
 def test_the_run_ends_with_codes_of_few_bits(dataset: Path, tmp_path: Path, compress: bool) -> None:
     settings = _config(dataset, tmp_path, compress=compress)
-    summary = _run(settings)
+    summary = run_quietly(settings)
     found = summary.quantized
     assert found is not None
     assert found["top1"] == summary.after.top1
@@ -86,7 +73,7 @@ def test_the_run_ends_with_codes_of_few_bits(dataset: Path, tmp_path: Path, comp
     assert found["dense_bits"] == 32 * sum(parameters[name].numel() for name in bits)
     rows = sum(len(parameters[name]) for name in bits)
     assert found["bits"] == 32 * rows + sum(count * parameters[name].numel() for name, count in bits.items())
-    stored = _stored(settings)
+    stored = deliverable(settings)
     assert sum(tensor.nbytes for name, tensor in stored.items() if name.endswith(".codes")) == sum(
         -(-count * parameters[name].numel() // 8) for name, count in bits.items()
     )
@@ -108,7 +95,7 @@ def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "render", lambda record: record.config)
         settings = _config(dataset, tmp_path_factory.mktemp("whole"), distillation={"weight": 0.5})
-        return settings, _run(settings)
+        return settings, run_quietly(settings)
 
 
 INTERRUPTIONS = {
@@ -137,10 +124,10 @@ def test_an_interrupted_stage_ends_like_one_that_was_not(
     with monkeypatch.context() as patch:
         patch.setattr(place, function, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            _run(settings)
+            run_quietly(settings)
     now = status(settings.folder)
     assert now.stage == ("measure" if name in ("the file", "measurement") else "quantize")
-    summary = _run(settings)
+    summary = run_quietly(settings)
     assert summary.quantized == undisturbed[1].quantized
     first, second = (
         load_file(run.folder / "checkpoints" / "compressed.safetensors") for run in (settings, undisturbed[0])
@@ -153,10 +140,10 @@ def test_the_scales_and_the_weights_are_trained(
     dataset: Path, tmp_path: Path, undisturbed: tuple[Config, Summary]
 ) -> None:
     settings = _config(dataset, tmp_path, epochs=0)
-    summary = _run(settings)
+    summary = run_quietly(settings)
     assert summary.quantized is not None
     assert summary.quantized["top1"] == summary.quantized["top1_prepared"]
-    before, after = _stored(settings), _stored(undisturbed[0])
+    before, after = deliverable(settings), deliverable(undisturbed[0])
     name = next(name for name in before if name.startswith("layer3") and name.endswith(".codes"))
     assert not torch.equal(before[name], after[name])
     scales = name.replace(".codes", ".scales")
@@ -172,14 +159,14 @@ def test_the_scales_and_the_weights_are_trained(
 
 def test_the_dense_model_is_looked_up_to(dataset: Path, tmp_path: Path, undisturbed: tuple[Config, Summary]) -> None:
     settings = _config(dataset, tmp_path)
-    _run(settings)
-    alone, distilled = _stored(settings), _stored(undisturbed[0])
+    run_quietly(settings)
+    alone, distilled = deliverable(settings), deliverable(undisturbed[0])
     assert any(not torch.equal(value, distilled[name]) for name, value in alone.items())
 
 
 def test_the_report_shows_the_bits(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = _config(dataset, tmp_path, compress=False, epochs=1)
-    _run(settings)
+    run_quietly(settings)
     monkeypatch.undo()
     text = report.write(settings.folder).read_text()
     assert "weights of 3 and 8 bits" in text
@@ -265,7 +252,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> Non
 def test_a_pattern_that_fits_no_layer_is_refused_before_any_training(dataset: Path, tmp_path: Path) -> None:
     settings = _config(dataset, tmp_path, bits={"*": 4, "layer9.*": 4})
     with pytest.raises(ConfigError, match=r"quantize\.bits = 'layer9\.\*' names no layer of the model"):
-        _run(settings)
+        run_quietly(settings)
     assert not (settings.folder / "checkpoints").exists()
 
 
@@ -273,7 +260,7 @@ def test_a_pattern_that_fits_no_layer_is_refused_before_any_training(dataset: Pa
 def test_codes_go_into_hdf5_too_and_are_kept(dataset: Path, tmp_path: Path, codec: str) -> None:
     pytest.importorskip("hdf5plugin")
     settings = _config(dataset, tmp_path, compress=False, epochs=1, checkpoint={"format": "hdf5", "codec": codec})
-    summary = _run(settings)
+    summary = run_quietly(settings)
     file = settings.folder / "checkpoints" / "compressed.h5"
     assert summary.after.bytes == file.stat().st_size
     model, _ = store.load_model(file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +12,11 @@ import cctorch
 import pytest
 import torch
 from cctorch import CompressionPlan, branches, measure, models, report, store, trainer
-from cctorch.config import Config, ConfigError, parse_config
+from cctorch.config import Config, ConfigError
 from cctorch.graph import trace
 from cctorch.regularize_stage import describe, located, select
 from cctorch.report import page
-from cctorch.run import Summary, run
-from rich.console import Console
-from safetensors.torch import load_file
-from tiny_run import tree, write_dataset
+from tiny_run import deliverable, run_quietly, staged, write_dataset
 from torch import nn
 
 # 80 training images in batches of 32: 3 steps in each of 2 epochs.
@@ -44,30 +40,17 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _config(data: Path, output: Path, *, compress: bool = False, **changes: Any) -> Config:
-    whole = tree(data, output, regularize={**STAGE, **changes})
-    if compress:
-        whole["compress"]["target"] = 0.6  # so that a layer is factored
-    else:
-        whole |= {"compress": None, "finetune": None}
-    return parse_config(whole)
-
-
-def _run(settings: Config) -> Summary:
-    return run(settings, console=Console(file=io.StringIO(), width=120))
-
-
-def _weights(settings: Config) -> dict[str, torch.Tensor]:
-    return load_file(settings.folder / "checkpoints" / "compressed.safetensors")
+    return staged(data, output, compress=compress, regularize={**STAGE, **changes})
 
 
 def test_the_run_ends_in_compressed_form(dataset: Path, tmp_path: Path) -> None:
     settings = _config(dataset, tmp_path)
-    summary = _run(settings)
+    summary = run_quietly(settings)
     found = summary.regularized
     assert found is not None
     assert [entry[:2] for entry in found["trace"]] == [[4, 4], [6, 2]]
     assert found["top1"] == summary.after.top1
-    weights = _weights(settings)
+    weights = deliverable(settings)
     names = [entry["name"] for entry in found["parameters"]]
     assert names == [name for name in weights if ".conv" in name and name.endswith(".weight")]
     for entry in found["parameters"]:
@@ -89,7 +72,7 @@ def test_the_run_ends_in_compressed_form(dataset: Path, tmp_path: Path) -> None:
 
 def test_events_follow_fine_tuning_of_a_smaller_network(dataset: Path, tmp_path: Path) -> None:
     settings = _config(dataset, tmp_path, compress=True)
-    summary = _run(settings)
+    summary = run_quietly(settings)
     assert summary.regularized is not None
     assert summary.after.macs < summary.before.macs
     dense, _ = store.load_model(settings.folder / "checkpoints" / "dense.safetensors")
@@ -129,7 +112,7 @@ def test_accuracies_of_the_epochs_are_as_if_at_an_event(
         return original(model, batches, **options)
 
     monkeypatch.setattr(measure, "accuracy", spy)
-    _run(_config(dataset, tmp_path, frequency={"kind": "constant", "period": 100}))
+    run_quietly(_config(dataset, tmp_path, frequency={"kind": "constant", "period": 100}))
     # Two epochs of training, the dense model, two epochs as if at an event, the weights between, the last event.
     assert [round(sparsity, 2) for sparsity in seen] == [0, 0, 0, 0.75, 0.75, 0, 0.75]
 
@@ -151,7 +134,7 @@ def test_an_interrupted_stage_ends_like_one_that_was_not(
         "q": [{"kind": "uniform_noise", "strength": 0.01}, {"kind": "uniform_quantization", "bits": 4}],
     }
     whole, parts = (_config(dataset, tmp_path / name, **changes) for name in ("whole", "parts"))
-    undisturbed = _run(whole).regularized
+    undisturbed = run_quietly(whole).regularized
     original, calls = trainer.train_epoch, iter(range(1, 100))
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
@@ -162,15 +145,17 @@ def test_an_interrupted_stage_ends_like_one_that_was_not(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "train_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            _run(parts)
-    assert _run(parts).regularized == undisturbed
-    first, second = _weights(whole), _weights(parts)
+            run_quietly(parts)
+    assert run_quietly(parts).regularized == undisturbed
+    first, second = deliverable(whole), deliverable(parts)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_the_period_follows_the_learning_rate(dataset: Path, tmp_path: Path) -> None:
     # One cycle over 6 steps, the peak at the second.
-    found = _run(_config(dataset, tmp_path, frequency={"kind": "inverse_learning_rate", "product": 0.02})).regularized
+    found = run_quietly(
+        _config(dataset, tmp_path, frequency={"kind": "inverse_learning_rate", "product": 0.02})
+    ).regularized
     assert found is not None
     periods = [entry[1] for entry in found["trace"]]
     assert 1 in periods
@@ -180,14 +165,14 @@ def test_the_period_follows_the_learning_rate(dataset: Path, tmp_path: Path) -> 
 def test_a_pattern_that_matches_nothing_is_refused_before_any_training(dataset: Path, tmp_path: Path) -> None:
     settings = _config(dataset, tmp_path, parameters=["layer1.*.weight", "layer9.*"])
     with pytest.raises(ConfigError, match=r"'layer9\.\*' matches no parameter; expected a pattern such as"):
-        _run(settings)
+        run_quietly(settings)
     assert not (settings.folder / "checkpoints").exists()
 
 
 def test_a_shape_that_does_not_fit_is_refused_before_any_training(dataset: Path, tmp_path: Path) -> None:
     settings = _config(dataset, tmp_path, q=[{"kind": "nm_pruning", "n": 2, "m": 5}])
     with pytest.raises(ConfigError, match=r"regularize: NMPruning: parameter 'layer1\.0\.conv1\.weight' has shape"):
-        _run(settings)
+        run_quietly(settings)
     assert not (settings.folder / "checkpoints").exists()
 
 
@@ -215,7 +200,7 @@ def test_a_parameter_is_described_by_zeros_values_and_rank() -> None:
 
 def test_the_report_shows_the_events(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = _config(dataset, tmp_path)
-    _run(settings)
+    run_quietly(settings)
     monkeypatch.undo()
     text = report.write(settings.folder).read_text()
     assert "2 regularization events" in text

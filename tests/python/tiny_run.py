@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from cctorch.config import Config, parse_config
+from cctorch.run import Summary, run
+from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 
 
@@ -56,3 +60,22 @@ def tree(data: Path, output: Path, **changes: Any) -> dict[str, Any]:
 
 def config(data: Path, output: Path, **changes: Any) -> Config:
     return parse_config(tree(data, output, **changes))
+
+
+def staged(data: Path, output: Path, *, compress: bool, **sections: Any) -> Config:
+    """With a stage after the compression and the fine-tuning, or after the training alone."""
+    whole = tree(data, output, **sections)
+    if compress:
+        whole["compress"]["target"] = 0.6  # so that a layer is factored
+    else:
+        whole |= {"compress": None, "finetune": None}
+    return parse_config(whole)
+
+
+def run_quietly(settings: Config) -> Summary:
+    return run(settings, console=Console(file=io.StringIO(), width=120))
+
+
+def deliverable(settings: Config) -> dict[str, Tensor]:
+    """The tensors of its compressed.safetensors."""
+    return load_file(settings.folder / "checkpoints" / "compressed.safetensors")
