@@ -1,16 +1,20 @@
 #include <cctorch/nn/apply.h>
 #include <cctorch/nn/compressible.h>
+#include <torch/nn/modules/rnn.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/adamw.h>
 #include <torch/optim/lbfgs.h>
 #include <torch/optim/sgd.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "csrc/nn/named_layers.h"
 
 namespace cctorch {
 
@@ -24,41 +28,53 @@ struct PlannedLayer {
   std::shared_ptr<torch::nn::Module> module;
 };
 
-std::string first_names(const torch::OrderedDict<std::string, std::shared_ptr<torch::nn::Module>>& modules) {
+std::string first_names(const std::vector<nn::NamedLayer>& layers) {
   std::string names;
   size_t listed = 0;
-  for (const auto& module : modules) {
-    if (dynamic_cast<const nn::Compressible*>(module.value().get()) == nullptr) continue;
+  for (const nn::NamedLayer& layer : layers) {
     if (++listed > 5) return names + ", ...";
-    names += (names.empty() ? "" : ", ") + module.key();
+    names += (names.empty() ? "" : ", ") + layer.name;
   }
   return names.empty() ? "no compressible layer" : names;
 }
 
-std::vector<PlannedLayer> find_layers(torch::nn::Module& model, const CompressionPlan& plan) {
+// The module that `plan` names, or PyTorch's LSTM of which it names a weight.
+const torch::nn::Module* module_of(torch::nn::Module& model, const LayerPlan& plan) {
   const auto modules = model.named_modules("", /*include_self=*/false);
-  std::vector<PlannedLayer> found;
+  if (const auto* const module = modules.find(plan.name)) return module->get();
+  if (const auto* const module = modules.find(plan.name.substr(0, plan.name.rfind('.'))))
+    return dynamic_cast<const torch::nn::LSTMImpl*>(module->get());
+  return nullptr;
+}
+
+[[noreturn]] void refuse(torch::nn::Module& model, const LayerPlan& plan, const std::vector<nn::NamedLayer>& layers) {
+  const auto* const module = module_of(model, plan);
+  TORCH_CHECK_VALUE(module != nullptr, "plan: the model has no layer '", plan.name, "', it has ", first_names(layers),
+                    ": the plan was made for another architecture");
+  TORCH_CHECK_VALUE(false, "layer '", plan.name, "' is a ", plan.kind == LayerKind::lstm ? "weight of a " : "",
+                    module->name(),
+                    ", which apply() cannot rebuild: build the model with cctorch::nn::Conv2d, Linear, BatchNorm2d and "
+                    "LSTM");
+}
+
+std::vector<PlannedLayer> find_layers(torch::nn::Module& model, const CompressionPlan& plan) {
+  const std::vector<nn::NamedLayer> layers = nn::named_layers(model);
+  std::vector<PlannedLayer> planned;
   std::unordered_map<const nn::Compressible*, const LayerPlan*> seen;
   for (const LayerPlan& layer_plan : plan.layers) {
-    if (layer_plan.kind == LayerKind::lstm) {
-      TORCH_CHECK_VALUE(layer_plan.is_unchanged(), "layer '", layer_plan.name,
-                        "' is a weight of an lstm, which apply() cannot decompose: leave it out of the plan");
-      continue;
+    const auto found = std::ranges::find(layers, layer_plan.name, &nn::NamedLayer::name);
+    if (found == layers.end()) {
+      // Of a torch::nn::LSTM, in a plan that was made in Python.
+      if (layer_plan.kind == LayerKind::lstm && layer_plan.is_unchanged()) continue;
+      refuse(model, layer_plan, layers);
     }
-    const auto* const module = modules.find(layer_plan.name);
-    TORCH_CHECK_VALUE(module != nullptr, "plan: the model has no layer '", layer_plan.name, "', it has ",
-                      first_names(modules), ": the plan was made for another architecture");
-    auto* const layer = dynamic_cast<nn::Compressible*>(module->get());
-    TORCH_CHECK_VALUE(
-        layer != nullptr, "layer '", layer_plan.name, "' is a ", (*module)->name(),
-        ", which apply() cannot rebuild: build the model with cctorch::nn::Conv2d, Linear and BatchNorm2d");
-    const auto [earlier, is_new] = seen.emplace(layer, &layer_plan);
+    const auto [earlier, is_new] = seen.emplace(found->layer, &layer_plan);
     TORCH_CHECK_VALUE(is_new, "layers '", earlier->second->name, "' and '", layer_plan.name,
                       "' are one module under two names, expected at most one of them in the plan");
-    layer->check(layer_plan);
-    if (!layer_plan.keeps_shape()) found.push_back({&layer_plan, layer, *module});
+    found->layer->check(layer_plan);
+    if (!layer_plan.keeps_shape()) planned.push_back({&layer_plan, found->layer, found->module});
   }
-  return found;
+  return planned;
 }
 
 bool carries_over(const torch::optim::OptimizerParamState& state) {
@@ -127,6 +143,7 @@ void replace_state(torch::optim::Optimizer& optimizer, const LayerPlan& plan, co
   for (const auto& parameter : before) {
     void* const key = parameter.value().unsafeGetTensorImpl();
     const at::Tensor* const successor = after.find(parameter.key());
+    if (successor != nullptr && successor->is_same(parameter.value())) continue;
     replacements[key] = successor != nullptr ? std::vector<at::Tensor>{*successor} : instead_of(before, after);
     const auto state = optimizer.state().find(key);
     if (state == optimizer.state().end()) continue;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cctorch/nn/lstm.h>
 #include <torch/nn/module.h>
 #include <torch/nn/modules/rnn.h>
 
@@ -46,6 +47,7 @@ class RecurrentGradients {
  public:
   explicit RecurrentGradients(torch::nn::Module& model) {
     visit_modules(model, [&](torch::nn::Module& module) {
+      add(dynamic_cast<nn::LSTMImpl*>(&module));
       add(dynamic_cast<torch::nn::LSTMImpl*>(&module));
       add(dynamic_cast<torch::nn::GRUImpl*>(&module));
       add(dynamic_cast<torch::nn::RNNImpl*>(&module));

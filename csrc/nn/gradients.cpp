@@ -5,14 +5,17 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/linear.h>
+#include <torch/nn/modules/rnn.h>
 #include <torch/types.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <unordered_set>
 #include <utility>
 
 #include "csrc/nn/eval_mode.h"
+#include "csrc/nn/named_layers.h"
 
 namespace cctorch {
 
@@ -20,17 +23,25 @@ namespace {
 
 bool is_dense_torch_layer(const torch::nn::Module& module) {
   return dynamic_cast<const torch::nn::Conv2dImpl*>(&module) != nullptr ||
-         dynamic_cast<const torch::nn::LinearImpl*>(&module) != nullptr;
+         dynamic_cast<const torch::nn::LinearImpl*>(&module) != nullptr ||
+         dynamic_cast<const torch::nn::LSTMImpl*>(&module) != nullptr;
+}
+
+void warn_of_dense_torch_layers(torch::nn::Module& model) {
+  std::unordered_set<const torch::nn::Module*> seen;  // named_modules() has a shared one under each of its names
+  for (const auto& module : model.named_modules("", /*include_self=*/false)) {
+    if (!is_dense_torch_layer(*module.value()) || !seen.insert(module.value().get()).second) continue;
+    TORCH_WARN("layer '", module.key(), "' is a ", module.value()->name(),
+               ", whose work is not counted and which is left alone: use the layer of cctorch::nn in its place");
+  }
 }
 
 }  // namespace
 
 std::vector<LayerSpec> layer_specs(torch::nn::Module& model, const std::function<void()>& forward) {
-  const auto modules = model.named_modules("", /*include_self=*/false);
+  const std::vector<nn::NamedLayer> layers = nn::named_layers(model);
   const auto observe = [&](bool on) {
-    for (const auto& module : modules) {
-      if (auto* const layer = dynamic_cast<nn::Compressible*>(module.value().get())) layer->observe(on);
-    }
+    for (const nn::NamedLayer& named : layers) named.layer->observe(on);
   };
   {
     const EvalMode eval(model);
@@ -40,17 +51,13 @@ std::vector<LayerSpec> layer_specs(torch::nn::Module& model, const std::function
     observe(false);
   }
   std::vector<LayerSpec> specs;
-  std::unordered_set<const torch::nn::Module*> seen;  // named_modules() has a shared one under each of its names
-  for (const auto& module : modules) {
-    if (!seen.insert(module.value().get()).second) continue;
-    if (const auto* const layer = dynamic_cast<const nn::Compressible*>(module.value().get())) {
-      LayerSpec spec = layer->spec(module.key());
-      if (spec.positions > 0) specs.push_back(std::move(spec));
-    } else if (is_dense_torch_layer(*module.value())) {
-      TORCH_WARN("layer '", module.key(), "' is a ", module.value()->name(),
-                 ", whose work is not counted and which is left alone: use the layer of cctorch::nn in its place");
-    }
+  std::unordered_set<const nn::Compressible*> seen;
+  for (const nn::NamedLayer& named : layers) {
+    if (!seen.insert(named.layer).second) continue;
+    LayerSpec spec = named.layer->spec(named.name);
+    if (spec.positions > 0) specs.push_back(std::move(spec));
   }
+  warn_of_dense_torch_layers(model);
   return specs;
 }
 
@@ -59,20 +66,19 @@ namespace collaborative {
 std::vector<Layer> mean_gradients(torch::nn::Module& model, const std::vector<LayerSpec>& specs,
                                   const NextLoss& next_loss, const distributed::Ranks& ranks) {
   TORCH_CHECK_VALUE(!specs.empty(), "specs: empty, expected at least one layer");
-  const auto modules = model.named_modules("", /*include_self=*/false);
+  const std::vector<nn::NamedLayer> named = nn::named_layers(model);
   std::vector<at::Tensor> weights, sums;
   for (const LayerSpec& spec : specs) {
-    const auto* const module = modules.find(spec.name);
-    TORCH_CHECK_VALUE(module != nullptr, "specs: the model has no layer '", spec.name, "'");
-    const auto parameters = (*module)->named_parameters(/*recurse=*/false);
-    const at::Tensor* const weight = parameters.find("weight");
-    const auto* const layer = dynamic_cast<const nn::Compressible*>(module->get());
-    TORCH_CHECK_VALUE(weight != nullptr && layer != nullptr && !layer->plan(), "layer '", spec.name,
-                      "' is compressed already or not a layer of cctorch::nn, expected a dense Conv2d or Linear");
-    TORCH_CHECK_VALUE(weight->requires_grad(), "layer '", spec.name,
+    const auto found = std::ranges::find(named, spec.name, &nn::NamedLayer::name);
+    TORCH_CHECK_VALUE(found != named.end(), "specs: the model has no layer '", spec.name, "' of cctorch::nn");
+    const auto of_layer = found->layer->weights();
+    TORCH_CHECK_VALUE(of_layer.size() == 1 && !found->layer->plan(), "layer '", spec.name,
+                      "' is compressed already or has no weight, expected a dense Conv2d, Linear or weight of an LSTM");
+    const at::Tensor& weight = of_layer.front().second;
+    TORCH_CHECK_VALUE(weight.requires_grad(), "layer '", spec.name,
                       "': its weight is frozen, expected requires_grad: unfreeze it, or leave it out of the search");
-    weights.push_back(*weight);
-    sums.push_back(at::zeros_like(*weight, at::TensorOptions().dtype(at::kDouble)));
+    weights.push_back(weight);
+    sums.push_back(at::zeros_like(weight, at::TensorOptions().dtype(at::kDouble)));
   }
 
   const EvalMode eval(model);

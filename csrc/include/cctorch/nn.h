@@ -7,6 +7,7 @@
 #include <cctorch/nn/compressible.h>
 #include <cctorch/nn/gradients.h>
 #include <cctorch/nn/layers.h>
+#include <cctorch/nn/lstm.h>
 #include <cctorch/nn/modules.h>
 #include <cctorch/nn/prepare.h>
 #include <cctorch/nn/state_dict.h>
