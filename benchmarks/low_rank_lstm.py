@@ -1,6 +1,7 @@
 """Times the forward pass, and a training step, of a low-rank LSTM beside the dense one and a loop in Python.
 
     OMP_NUM_THREADS=1 python benchmarks/low_rank_lstm.py [--size 256] [--steps 32] [--batch 16] [--rank 32]
+    python benchmarks/low_rank_lstm.py --device cuda
 
 Milliseconds, medians of runs taken in turns. The loop is what one writes without an operator: the same products, a step
 at a time, from Python.
@@ -35,11 +36,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("size", 256), ("steps", 32), ("batch", 16), ("rank", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     given = parser.parse_args()
     torch.manual_seed(0)
-    dense = nn.LSTM(given.size, given.size)
+    dense = nn.LSTM(given.size, given.size).to(given.device)
     lstm = LowRankLSTM.from_dense(dense, dict.fromkeys(("weight_ih_l0", "weight_hh_l0"), given.rank))
-    x = torch.randn(given.steps, given.batch, given.size)
+    x = torch.randn(given.steps, given.batch, given.size, device=given.device)
     contenders: dict[str, Callable[[], Tensor]] = {
         "nn.LSTM": lambda: dense(x)[0],
         "LowRankLSTM": lambda: lstm(x)[0],
@@ -51,10 +53,10 @@ def main() -> None:
         return lambda: run().square().mean().backward()
 
     with torch.inference_mode():
-        forward = in_turns(dict(contenders), 3.0, "cpu")
-    training = in_turns({name: step(run) for name, run in contenders.items()}, 3.0, "cpu")
-    threads = torch.get_num_threads()
-    print(f"size {given.size}, {given.steps} steps, batch {given.batch}, rank {given.rank}, {threads} threads")
+        forward = in_turns(dict(contenders), 3.0, given.device)
+    training = in_turns({name: step(run) for name, run in contenders.items()}, 3.0, given.device)
+    where = torch.cuda.get_device_name() if given.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"size {given.size}, {given.steps} steps, batch {given.batch}, rank {given.rank}, {where}")
     print("| ms | forward | forward and backward |\n|---|---|---|")
     for name in contenders:
         print(f"| {name} | {forward[name]:.2f} | {training[name]:.2f} |")

@@ -2,11 +2,11 @@
 
     CCTORCH_DATA=... CCTORCH_WEIGHTS=... python benchmarks/regularization_sweep.py OUT [--steps 400] [--batch 32]
 
-Every run starts from the published weights, trains for the same number of steps (at most an epoch) at one cycle of the
-learning rate, ends on an event, and is measured once on the test set. OUT/runs.jsonl gets a line for each finished run;
-runs that are in it are not repeated, so the same command goes on where it stopped, and draws OUT/sweep.svg and
-OUT/sweep.md anew. Several processes share the work with --part 0/4 to --part 3/4 and one OUT; the same command without
---part then draws.
+Every run starts from the published weights, trains for the same number of steps at one cycle of the learning rate (the
+first images of an epoch, or as many whole epochs as it takes), ends on an event, and is measured once on the test set.
+OUT/runs.jsonl gets a line for each finished run; runs that are in it are not repeated, so the same command goes on
+where it stopped, and draws OUT/sweep.svg and OUT/sweep.md anew. Several processes share the work with --part 0/4 to
+--part 3/4 and one OUT; the same command without --part then draws.
 
 Schedules are compared at an equal budget: "inverse" has as many events as a constant period, by the mean of the
 learning rate, and "adaptive" holds the update per mini-batch that the constant period's runs had on average. "early" is
@@ -27,7 +27,8 @@ from cctorch import _C, data, datasets, measure, models
 from cctorch import regularize as r
 from cctorch.config import Data, Training, expand
 from cctorch.regularize_stage import located, select
-from cctorch.train import learning_rate, make_optimizer, train_epoch
+from cctorch.step import make_step
+from cctorch.train import learning_rate, make_criterion, make_optimizer, train_epoch
 from matplotlib.figure import Figure
 
 WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th"}
@@ -77,13 +78,22 @@ def make_schedule(setting: Run, training: Training, runs: list[Run]) -> r.Freque
     return r.AdaptivePeriod(statistics.mean(updates) / period)
 
 
+def divided(steps: int, longest: int) -> tuple[int, int]:
+    """The fewest epochs of at most `longest` steps that have `steps` together, and the steps of each."""
+    epochs = -(-steps // longest)
+    if steps % epochs:
+        raise SystemExit(f"--steps {steps}: expected a multiple of {epochs}, the epochs that so many steps take")
+    return epochs, steps // epochs
+
+
 def train(setting: Run, images: data.Dataset, runs: list[Run]) -> Run:
     torch.manual_seed(setting["seed"])
     model = models.create(setting["model"])
     models.load_weights(model, expand("${CCTORCH_WEIGHTS}/" + WEIGHTS[setting["model"]]))
     device = images.train.labels.device
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    training = Training(epochs=1, batch_size=setting["batch"], lr=setting["lr"], cuda_graphs=device.type == "cuda")
+    epochs, steps = divided(setting["steps"], len(images.train) // setting["batch"])
+    training = Training(epochs=epochs, batch_size=setting["batch"], lr=setting["lr"], cuda_graphs=device.type == "cuda")
     optimizer = make_optimizer(model, training)
     quantity = QUANTITIES[setting["q"]][setting["strength"]]
     schedule = make_schedule(setting, training, runs)
@@ -94,19 +104,23 @@ def train(setting: Run, images: data.Dataset, runs: list[Run]) -> Run:
         if event := events.step():
             updates.append(event.relative_update)
 
-    count = setting["steps"] * setting["batch"]
+    count = steps * setting["batch"]
     batches = data.Batches(images.train, setting["batch"], images.mean, images.std, channels_last=True)
+    batches = batches.head(count, setting["seed"])
+    step = make_step(model, optimizer, training, make_criterion(training))
     start = time.perf_counter()
-    train_epoch(
-        model,
-        batches.head(count, setting["seed"]).epoch(setting["seed"], 0, augment=True),
-        optimizer,
-        training,
-        epoch=0,
-        steps=setting["steps"],
-        images=count,
-        after_step=after_step,
-    )
+    for epoch in range(epochs):
+        train_epoch(
+            model,
+            batches.epoch(setting["seed"], epoch, augment=True),
+            optimizer,
+            training,
+            epoch=epoch,
+            steps=steps,
+            images=count,
+            train_step=step,
+            after_step=after_step,
+        )
     seconds = time.perf_counter() - start
     if event := events.finish():
         updates.append(event.relative_update)

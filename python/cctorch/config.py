@@ -104,7 +104,10 @@ class Training(Section):
     warmup: float = Field(default=0.3, ge=0, lt=1)
     clip_grad_norm: float | None = Field(default=None, gt=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    # Random crops and flips.
     augment: bool = True
+    # Probability that a box of a training image, of 2 to 33 % of its area, becomes the mean color (random erasing).
+    erasing: float = Field(default=0.0, ge=0, le=1)
     channels_last: bool = True
     # Autocast to bfloat16 on CUDA.
     bf16: bool = False

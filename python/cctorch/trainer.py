@@ -129,9 +129,10 @@ class Trainer:
                 written = len(losses)
 
             seed, number = self.config.seed, self._epochs_before(stage) + epoch
+            made = batches.epoch(seed, number, settings.augment, written, erasing=settings.erasing)
             result = train_epoch(
                 self.network.parallel,
-                seeded(batches.epoch(seed, number, settings.augment, written), seed, number, written),
+                seeded(made, seed, number, written),
                 self.network.optimizer,
                 settings,
                 epoch=epoch,

@@ -60,7 +60,7 @@ def _epoch(
     batches = _batches(steps)
     train_epoch(
         model,
-        around(batches.epoch(3, 0, augment=True)),
+        around(batches.epoch(3, 0, augment=True, erasing=0.5)),
         step.optimizer,
         settings,
         epoch=0,

@@ -33,6 +33,7 @@ REFUSED = [
     ("train.epochs=true", "train.epochs = True: expected a whole number"),
     ("train.epochs=0", "train.epochs = 0 with model.weights = null: expected weights to load or epochs to train"),
     ("train.augment=1", "train.augment = 1: expected true or false"),
+    ("train.erasing=1.5", "train.erasing = 1.5: expected a value less than or equal to 1"),
     ("train=3", "train = 3: expected a section with keys of its own"),
     ("finetune.clip_grad_norm=0", "finetune.clip_grad_norm = 0: expected a value greater than 0"),
     ("model.name=resnet51", "model.name = 'resnet51': expected one of resnet8, resnet20"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import zipfile
 import zlib
@@ -217,6 +218,52 @@ def test_crops_and_flips_like_one_image_at_a_time() -> None:
         padded = numpy.pad(images[index].numpy(), ((0, 0), (4, 4), (4, 4)))
         window = padded[:, top[index] : top[index] + 8, left[index] : left[index] + 10]
         assert numpy.array_equal(result[index].numpy(), window[:, :, ::-1] if flip[index] else window)
+
+
+def test_erases_a_box_of_some_images_and_nothing_else() -> None:
+    images = ImageSet(torch.randint(0, 256, (400, 3, 16, 20), dtype=torch.uint8), torch.arange(400))
+    batches = Batches(images, 150, (0.4, 0.5, 0.6), (0.25,) * 3)  # pixels of 255 * (0.4, 0.5, 0.6) are no integers
+    whole, erased = (
+        torch.cat([x for x, _ in batches.epoch(3, 1, augment=True, erasing=erasing)]) for erasing in (0.0, 0.6)
+    )
+    changed = (whole != erased).any(1)
+    padding = whole == torch.tensor([-1.6, -2.0, -2.4]).view(-1, 1, 1)
+    assert not padding.all(1)[changed].all()
+    for before, after, pixels in zip(whole, erased, changed, strict=True):
+        assert (after[:, pixels] == 0).all()
+        assert torch.equal(before[:, ~pixels], after[:, ~pixels])
+        rows, columns = pixels.any(1), pixels.any(0)
+        assert torch.equal(pixels, rows[:, None] & columns)
+        assert all(len(lengths) <= 3 for lengths in (rows.unique_consecutive(), columns.unique_consecutive()))
+    assert 0.5 < changed.flatten(1).any(1).float().mean() < 0.7
+
+
+def test_boxes_have_the_areas_and_shapes_of_random_erasing() -> None:
+    count, sides = 40_000, (64, 80)
+    top, left, height, width = data.boxes_to_erase(count, sides, 0.25, torch.Generator().manual_seed(0)).double()
+    drawn = height > 0
+    assert torch.equal(drawn, width > 0)
+    assert drawn.double().mean() == pytest.approx(0.25, abs=0.01)
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height).max() == 64
+    assert (left + width).max() == 80
+    area, ratio = (height * width)[drawn] / math.prod(sides), (height / width)[drawn]
+    cut = (height[drawn] == 64) | (width[drawn] == 80)
+    assert area.min() > 0.018
+    assert area.max() < 0.34
+    assert area[~cut].mean() == pytest.approx(0.175, abs=0.005)
+    assert ratio.min() > 0.28
+    assert ratio.max() < 3.6
+    assert ratio.log().mean() == pytest.approx((math.log(0.3) + math.log(3.3)) / 2, abs=0.03)
+
+
+def test_a_rank_erases_its_part_of_what_one_process_erases() -> None:
+    images = ImageSet(torch.randint(1, 256, (24, 3, 8, 8), dtype=torch.uint8), torch.arange(24))
+    batches = Batches(images, 10, (0.5,) * 3, (0.25,) * 3)
+    whole = torch.cat([x for x, _ in batches.epoch(0, 0, augment=True, first=1, erasing=1.0)])
+    ranks = [list(batches.sliced(rank, 2).epoch(0, 0, augment=True, first=1, erasing=1.0)) for rank in range(2)]
+    assert torch.equal(whole, torch.cat([x for step in zip(*ranks, strict=True) for x, _ in step]))
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
