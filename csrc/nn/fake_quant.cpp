@@ -15,6 +15,10 @@ namespace cctorch::nn {
 
 namespace {
 
+// Added to the logarithm of a scale that comes from a range: the largest value is the end of the grid then, and would be
+// clipped or not by its last bit, in which ranks of a run, or devices, may differ.
+constexpr double inside = 1e-6;
+
 // The type of the scales of `x`.
 at::ScalarType kind(const at::Tensor& x) { return c10::promoteTypes(x.scalar_type(), at::kFloat); }
 
@@ -93,8 +97,9 @@ void FakeQuantImpl::initialize(const at::Tensor& input) {
     logarithm = torch::where(scale > 0, scale, torch::ones_like(scale)).log();
   } else if (options.offset()) {
     std::tie(logarithm, start) = quant_range_offset(x, qmin(), qmax(), axis(), options.init());
+    logarithm.add_(inside);
   } else {
-    logarithm = quant_range(x, qmin(), qmax(), axis(), options.init());
+    logarithm = quant_range(x, qmin(), qmax(), axis(), options.init()).add_(inside);
   }
   log_scale.copy_(logarithm.view(log_scale.sizes()));
   if (options.offset()) offset.copy_(start.view(offset.sizes()));

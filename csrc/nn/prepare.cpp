@@ -18,10 +18,6 @@ namespace cctorch {
 
 namespace {
 
-// Added to the logarithm of a scale that comes from the range of a weight: the largest value is the end of the grid
-// then, and would be clipped or not by its last bit, in which ranks of a run may differ.
-constexpr double inside = 1e-6;
-
 // A weight that the plan acts on.
 struct Target {
   const LayerPlan* plan;
@@ -103,7 +99,6 @@ nn::Constraint constraint_of(const Target& target, const std::string& init) {
                         at::full({}, std::numeric_limits<double>::quiet_NaN(), target.weight.options()))
             : target.weight;
     constraint.quant->initialize(counted);
-    if (init != "lsq") constraint.quant->log_scale.add_(inside);
   }
   return constraint;
 }

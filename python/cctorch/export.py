@@ -20,9 +20,9 @@ from cctorch.nn import FakeQuant
 def save_program(model: nn.Module, example: Tensor, path: str | Path) -> ExportedProgram:
     """Exports ``model`` in evaluation mode, writes it to ``path`` and returns it.
 
-    The batch size is free where the model allows it; else it is that of ``example``, and a warning says so. The program
-    consists of PyTorch's own operators. What was written is loaded and compared with the model before it takes the
-    place of an older file. Load it with ``torch.export.load(path).module()``.
+    The batch size is free where the model allows it, on CUDA up to 65,535; else it is that of ``example``, and a warning
+    says so. The program consists of PyTorch's own operators. What was written is loaded and compared with the model
+    before it takes the place of an older file. Load it with ``torch.export.load(path).module()``.
 
     Args:
         model: takes one tensor, batch first, and gives tensors in whatever structure; stays as it is.
@@ -65,8 +65,10 @@ def exported(model: nn.Module, example: Tensor, function: str) -> ExportedProgra
 def _traced(model: nn.Module, example: Tensor) -> ExportedProgram:
     # Export takes a batch of 1 for a constant.
     batch = torch.cat([example, example]) if example.shape[0] == 1 else example
+    # Above, batch normalization on CUDA takes another kernel, which would be another program.
+    limit = 65535 if example.is_cuda else None
     try:
-        return torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False)
+        return torch.export.export(model, (batch,), dynamic_shapes=({0: Dim("batch", min=1, max=limit)},), strict=False)
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
         warnings.warn(

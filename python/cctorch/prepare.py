@@ -14,9 +14,6 @@ from cctorch.nn import FakeQuant, GatherChannels, LowRankConv2d, LowRankLinear, 
 from cctorch.plan import check_plan
 
 _Weight = tuple[nn.Module, str]
-# Added to the logarithm of a scale that comes from the range of a weight: the largest value is the end of the grid
-# then, and would be clipped or not by its last bit, in which ranks of a run may differ.
-_INSIDE = 1e-6
 _OURS = (Mask, FakeQuant, LowRankWeight, SoftThreshold)
 
 
@@ -201,7 +198,4 @@ def _quantize(module: nn.Module, name: str, bits: int, mask: Tensor | None, init
     scales = torch.promote_types(weight.dtype, torch.float32)
     quant = FakeQuant(bits, axis=0, channels=weight.shape[0], device=weight.device, dtype=scales, init=init)
     quant.initialize(weight, mask)
-    if init != "lsq":
-        with torch.no_grad():
-            quant.log_scale.add_(_INSIDE)
     parametrize.register_parametrization(module, name, quant)

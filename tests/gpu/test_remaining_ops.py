@@ -98,7 +98,9 @@ def test_the_passes_of_synchronized_statistics(dtype: torch.dtype, memory_format
         ours = call(*(t.to(DEVICE) for t in (x, grad, *per_channel)))
         theirs = call(x, grad, *per_channel)
         for mine, wanted in zip(*(r if isinstance(r, tuple) else (r,) for r in (ours, theirs)), strict=True):
-            assert_same(mine, wanted, rtol=8 * eps(dtype), atol=8 * eps(dtype))
+            # Sums of 72 numbers, made in float64 whatever the type.
+            tolerance = (72 if dtype == torch.float64 else 8) * eps(dtype)
+            assert_same(mine, wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -148,7 +150,10 @@ def test_lists(name: str, dtype: torch.dtype, axis: int | None) -> None:
     # Quarter steps off the half and off the ends of the grids: exp may differ in the last bit between devices, a
     # rounding decision may not.
     step = 2.0**-3
-    xs = [((torch.randint(-60, 60, shape, generator=generator) * 4 + 1) * step / 16).to(dtype) for shape in shapes]
+    xs = [(torch.randint(-60, 60, shape, generator=generator) * 4 + 1) * step / 16 for shape in shapes]
+    if name == "fp8_quant":  # whose grid is finer near 0: a 64th above its own levels
+        xs = [(x / step).to(torch.float8_e4m3fn).float() * (65 / 64 * step) for x in xs]
+    xs = [x.to(dtype) for x in xs]
     xs[0] = xs[0].contiguous(memory_format=torch.channels_last)
     xs[3] = xs[3].permute(2, 0, 1)
     grads = [torch.randn(x.shape, generator=generator).to(dtype) for x in xs]

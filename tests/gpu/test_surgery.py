@@ -145,8 +145,9 @@ def test_compress_and_apply(name: str) -> None:
     """All of it, with what a GPU's users get: multiples of 8, where a layer has as many."""
     model = built(name)
     dense = placed(model)
-    found = cctorch.compress(dense, batches(DEVICE), images(2).to(DEVICE), target=0.15)
-    assert found.final_reduction > 0.14
+    target = 0.05 if name == "recurrent" else 0.15  # few multiples of 8 fit into so narrow an LSTM
+    found = cctorch.compress(dense, batches(DEVICE), images(2).to(DEVICE), target=target)
+    assert found.final_reduction > target - 0.01
     small = cctorch.apply(copy.deepcopy(dense), found.plan)
     assert {tensor.device.type for tensor in small.state_dict().values()} == {DEVICE.type}
     on_cpu = cctorch.apply(copy.deepcopy(model), found.plan).eval()

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from cctorch._C import CompressionPlan, LayerPlan, MaskPlan
 from cctorch.apply import apply
-from cctorch.export import save_program
+from cctorch.export import _traced, save_program
 from cctorch.graph import trace
 from cctorch.nn import ChannelGate, FakeQuant, HardConcreteGate, LowRankConv2d, LowRankLinear, SoftThreshold
 from cctorch.ops import binary_quant, fp8_quant, pact, sigmoid_gate
 from cctorch.prepare import prepare
 from networks import PaddedResNet, Vgg, random_plan, randomized
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrize
 
 RUN = """
@@ -239,3 +241,16 @@ def test_a_scale_that_has_not_started_is_refused_and_stays_so(tmp_path: Path) ->
     expected = model(4 * x)
     program = save_program(model, x, tmp_path / "model.pt2")
     torch.testing.assert_close(program.module()(4 * x), expected)
+
+
+def test_the_batch_is_free_on_cuda_too() -> None:
+    """Traced on fake tensors: batch normalization takes one of several kernels there, by the batch."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layers = nn.Conv2d(3, 4, 3, device="cuda"), nn.BatchNorm2d(4, device="cuda"), nn.ReLU()
+        x = torch.empty(6, 3, 8, 8, device="cuda")
+    model = nn.Sequential(*layers).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program = _traced(model, x)
+    [(low, high)] = [(limits.lower, limits.upper) for limits in program.range_constraints.values()]
+    assert (low, high) == (1, 65535)

@@ -6,6 +6,10 @@ from torch import Tensor, nn
 
 from cctorch import ops
 
+# Added to the logarithm of a scale that comes from a range: the largest value is the end of the grid then, and would be
+# clipped or not by its last bit, in which ranks of a run, or devices, may differ.
+_INSIDE = 1e-6
+
 
 def _kind(x: Tensor) -> torch.dtype:
     """The type of the scales of `x`."""
@@ -95,9 +99,10 @@ class FakeQuant(nn.Module):
         if self.init == "lsq":
             log_scale, offset = self._lsq(x, counted, axis), torch.zeros_like(self.log_scale, dtype=x.dtype)
         elif self.offset is None:
-            log_scale = offset = ops.quant_range(x, self.qmin, self.qmax, axis, self.init)
+            log_scale = offset = ops.quant_range(x, self.qmin, self.qmax, axis, self.init) + _INSIDE
         else:
             log_scale, offset = ops.quant_range_offset(x, self.qmin, self.qmax, axis, self.init)
+            log_scale = log_scale + _INSIDE
         self.log_scale.copy_(log_scale.view_as(self.log_scale))
         if self.offset is not None:
             self.offset.copy_(offset.view_as(self.offset))

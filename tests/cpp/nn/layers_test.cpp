@@ -334,7 +334,10 @@ TEST(FakeQuant, OffsetsGroupsAndRanges) {
   EXPECT_EQ(quant->log_scale.sizes(), at::IntArrayRef({3, 2}));
   const at::Tensor groups = weight.view({3, 2, 4});
   EXPECT_LT(difference(quant->log_scale.exp(), (groups.amax(-1) - groups.amin(-1)) / 255), 1e-6);
-  quant(weight).sum().backward();
+  // Straight-through: a value that is clipped has no gradient.
+  const at::Tensor leaf = weight.clone().requires_grad_();
+  quant(leaf).sum().backward();
+  EXPECT_TRUE((leaf.grad() == 1).all().item<bool>());
   EXPECT_TRUE(quant->offset.grad().defined());
   for (const char* init : {"minmax", "mse"}) {
     FakeQuant symmetric(FakeQuantOptions(8).init(init));

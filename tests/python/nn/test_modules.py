@@ -200,6 +200,19 @@ def test_a_module_in_half_precision_starts_and_goes_on_with_float32_scales(
     assert quant.double().log_scale.dtype == torch.float64
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("groups", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_value_of_a_range_is_clipped(signed: bool, offset: bool, groups: int, dtype: torch.dtype) -> None:
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    x = (x if signed or offset else x.abs()).requires_grad_()
+    quant = FakeQuant(4, signed, 0, 40, dtype=dtype, offset=offset, groups=groups, init="minmax")
+    quant(x).sum().backward()
+    assert x.grad is not None
+    assert (x.grad == 1).all()
+
+
 @pytest.mark.parametrize("init", ["lsq", "minmax", "mse"])
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("groups", [1, 4])
@@ -214,6 +227,8 @@ def test_scales_and_offsets_start_from_the_data(init: str, offset: bool, groups:
         log_scale, start = ops.quant_range_offset(rows, -4, 3, 0, init)
     elif init != "lsq":
         log_scale = ops.quant_range(rows, -4, 3, 0, init)
+    if init != "lsq":
+        log_scale = log_scale + 1e-6  # the largest value is inside, not at the end
     torch.testing.assert_close(quant.log_scale.detach().flatten(), log_scale)
     assert quant.log_scale.shape == ((3,) if groups == 1 else (3, groups))
     if offset:
