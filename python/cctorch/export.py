@@ -20,9 +20,9 @@ from cctorch.nn import FakeQuant
 def save_program(model: nn.Module, example: Tensor, path: str | Path) -> ExportedProgram:
     """Exports ``model`` in evaluation mode, writes it to ``path`` and returns it.
 
-    The batch size is free where the model allows it, on CUDA up to 65,535; else it is that of ``example``, and a warning
-    says so. The program consists of PyTorch's own operators. What was written is loaded and compared with the model
-    before it takes the place of an older file. Load it with ``torch.export.load(path).module()``.
+    The batch size is free where the model allows it, on CUDA up to 65,535; else it is that of ``example``, and a
+    warning says so. The program consists of PyTorch's own operators. What was written is loaded and compared with the
+    model before it takes the place of an older file. Load it with ``torch.export.load(path).module()``.
 
     Args:
         model: takes one tensor, batch first, and gives tensors in whatever structure; stays as it is.
