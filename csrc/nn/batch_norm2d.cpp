@@ -27,6 +27,13 @@ LayerSpec BatchNorm2dImpl::spec(const std::string& name) const {
 
 at::Tensor BatchNorm2dImpl::forward(const at::Tensor& x) {
   if (observing_) positions_ += x.size(-2) * x.size(-1);
+  if (watcher_ != nullptr) watcher_->reads(*this, x, x);
+  const at::Tensor y = compute(x);
+  if (watcher_ != nullptr) watcher_->gives(*this, x, y);
+  return y;
+}
+
+at::Tensor BatchNorm2dImpl::compute(const at::Tensor& x) {
   if (plan_ && plan_->reads_nothing()) return constant_of(bias, x, x.sizes().vec(), 1, format_);
   if (is_training() && ranks_.count() > 1) return synchronized_forward(x);
   return BatchNormImplBase::forward(x);

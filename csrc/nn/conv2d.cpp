@@ -75,6 +75,7 @@ at::Tensor Conv2dImpl::constant(const at::Tensor& x) const {
 
 at::Tensor Conv2dImpl::forward(const at::Tensor& x) {
   const at::Tensor input = gathered(x, 1);
+  if (watcher_ != nullptr) watcher_->reads(*this, x, input);
   const torch::ExpandingArray<2> padding = numeric_padding(options);
   at::Tensor y;
   if (reads_nothing()) {
@@ -88,6 +89,7 @@ at::Tensor Conv2dImpl::forward(const at::Tensor& x) {
                         options.dilation());
   }
   if (observing_) positions_ += y.size(-2) * y.size(-1);
+  if (watcher_ != nullptr) watcher_->gives(*this, input, y);
   return y;
 }
 

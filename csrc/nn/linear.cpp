@@ -37,6 +37,7 @@ LayerSpec LinearImpl::spec(const std::string& name) const {
 
 at::Tensor LinearImpl::forward(const at::Tensor& x) {
   const at::Tensor input = gathered(x, -1);
+  if (watcher_ != nullptr) watcher_->reads(*this, x, input);
   const auto optional_bias = bias.defined() ? std::optional(bias) : std::nullopt;
   at::Tensor y;
   if (reads_nothing()) {
@@ -47,6 +48,7 @@ at::Tensor LinearImpl::forward(const at::Tensor& x) {
                          : low_rank_linear(input, constrained(first), constrained(second), optional_bias);
   }
   if (observing_) positions_ += y.dim() < 2 ? 1 : y.numel() / (y.size(0) * y.size(-1));
+  if (watcher_ != nullptr) watcher_->gives(*this, input, y);
   return y;
 }
 

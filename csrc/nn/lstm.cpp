@@ -252,7 +252,11 @@ std::tuple<PackedSequence, LSTMImpl::States> LSTMImpl::forward_with_packed_input
 std::tuple<at::Tensor, LSTMImpl::States> LSTMImpl::compute(const at::Tensor& x, const States& states,
                                                            const at::Tensor& batch_sizes) {
   for (LSTMWeight& weight : weights_) weight.count(batch_sizes.defined() ? batch_sizes.size(0) : x.size(0));
-  return factored() ? low_rank(x, states, batch_sizes) : dense(x, states, batch_sizes);
+  auto found = factored() ? low_rank(x, states, batch_sizes) : dense(x, states, batch_sizes);
+  for (LSTMWeight& weight : weights_) {
+    if (weight.watcher_ != nullptr) weight.watcher_->gives(weight, x, std::get<0>(found));
+  }
+  return found;
 }
 
 std::tuple<at::Tensor, LSTMImpl::States> LSTMImpl::dense(const at::Tensor& x, const States& states,

@@ -23,6 +23,7 @@ void visit_figures(Figures& of, const Visit& visit) {
   visit("final_macs", of.final_macs);
   visit("top1_uncorrected", of.uncorrected);
   visit("top1_reestimated", of.reestimated);
+  visit("top1_repaired", of.repaired);
   visit("dense.top1", of.dense.top1);
   visit("dense.latency_1", of.dense.latency_1);
   visit("dense.latency_128", of.dense.latency_128);

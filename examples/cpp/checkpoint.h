@@ -22,7 +22,7 @@ struct Compressed {
   cctorch::CompressionPlan plan;
   int64_t nominal_macs = 0, final_macs = 0;
   Measurements dense;
-  double uncorrected = 0.0, reestimated = 0.0;  // top-1
+  double uncorrected = 0.0, reestimated = 0.0, repaired = 0.0;  // top-1
 };
 
 // Where a run stands after an epoch, or after the compression: all that it takes to go on as if it had never stopped.

@@ -29,6 +29,7 @@ namespace fs = std::filesystem;
 namespace {
 
 constexpr int64_t classes = 10;
+constexpr int64_t repair_images = 4000;
 
 // Where torchrun starts several processes on a machine, each has a GPU of its own.
 at::Device choose_device(const std::string& name) {
@@ -215,10 +216,14 @@ class Run {
     found.nominal_macs = nominal_macs;
     found.final_macs = cctorch::final_macs(specs, found.plan);
     check_target(found.dense.macs, found.final_macs, options_.target);
+    ResNet whole = new_model(options_, device_);
+    cctorch::load_state_dict(*whole, cctorch::state_dict(*model));
     cctorch::apply(*model, found.plan, &dense.optimizer);
     found.uncorrected = accuracy(model, data_.test, 256, ranks_);
-    reestimate(model, data_.train, options_.batch, 4000, ranks_);
+    reestimate(model, data_.train, options_.batch, repair_images, ranks_);
     found.reestimated = accuracy(model, data_.test, 256, ranks_);
+    repair(model, whole, found.plan, data_.train, options_.batch, repair_images, ranks_);
+    found.repaired = accuracy(model, data_.test, 256, ranks_);
     state_.compressed = std::move(found);
     save(dense);
   }
@@ -238,8 +243,8 @@ class Run {
           fmt::format("reloaded from {}: top-1 {} %, expected {} %", out_.string(), reloaded, after.top1));
     }
     print_table(compressed.dense, after);
-    fmt::print("top-1 right after compression: {:.2f} %, {:.2f} % with BatchNorm re-estimated\n",
-               compressed.uncorrected, compressed.reestimated);
+    fmt::print("top-1 right after compression: {:.2f} %, {:.2f} % with BatchNorm re-estimated, {:.2f} % repaired\n",
+               compressed.uncorrected, compressed.reestimated, compressed.repaired);
     fmt::print(
         "written to {}: plan.json, dense.safetensors, compressed.safetensors (reloaded: same top-1), "
         "summary.json\n",
@@ -249,10 +254,11 @@ class Run {
   std::string summary(const Measurements& after) const {
     const Compressed& compressed = *state_.compressed;
     return fmt::format(
-        "{{\"top1_before\": {}, \"top1_compressed\": {}, \"top1_reestimated\": {}, \"top1_after\": {}, "
+        "{{\"top1_before\": {}, \"top1_compressed\": {}, \"top1_reestimated\": {}, \"top1_repaired\": {}, "
+        "\"top1_after\": {}, "
         "\"macs_before\": {}, \"macs_nominal\": {}, \"macs_after\": {}, \"losses\": [{}]}}\n",
-        compressed.dense.top1, compressed.uncorrected, compressed.reestimated, after.top1, compressed.dense.macs,
-        compressed.nominal_macs, after.macs, fmt::join(state_.losses, ", "));
+        compressed.dense.top1, compressed.uncorrected, compressed.reestimated, compressed.repaired, after.top1,
+        compressed.dense.macs, compressed.nominal_macs, after.macs, fmt::join(state_.losses, ", "));
   }
 
   const Options& options_;

@@ -12,6 +12,7 @@
 #include <numbers>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "progress.h"
@@ -163,6 +164,22 @@ void reestimate(ResNet& model, const Images& images, int64_t batch, int64_t limi
     return true;
   };
   cctorch::reestimate_batch_norm(*model, next, ranks);
+}
+
+void repair(ResNet& model, ResNet& dense, const cctorch::CompressionPlan& plan, const Images& images, int64_t batch,
+            int64_t limit, const Ranks& ranks) {
+  const int64_t count = std::min(limit, images.pixels.size(0));
+  const auto [begin, length] = ranks.slice(count);
+  const at::Tensor pixels = images.pixels.narrow(0, begin, length);
+  const auto next = [&, start = int64_t{0}]() mutable {
+    if (start >= length) return false;
+    dense->forward(normalized(dense, pixels.narrow(0, start, std::min(batch, length - start))));
+    start += batch;
+    return true;
+  };
+  const auto forward = [&] { model->forward(normalized(model, pixels)); };
+  const auto repaired = cctorch::repair::repair(*model, forward, *dense, next, plan, length, {}, ranks);
+  for (const std::string& warning : repaired.warnings) fmt::print("warning: {}\n", warning);
 }
 
 double latency(ResNet& model, const Images& images, int64_t batch) {

@@ -38,5 +38,9 @@ cctorch::collaborative::NextLoss losses(ResNet& model, const Images& images, int
 // Takes the statistics of the batch normalizations anew, over the first `limit` images.
 void reestimate(ResNet& model, const Images& images, int64_t batch, int64_t limit, const Ranks& ranks);
 
+// Fits the weights of `model`, compressed by `plan`, to the outputs of `dense`, over the first `limit` images.
+void repair(ResNet& model, ResNet& dense, const cctorch::CompressionPlan& plan, const Images& images, int64_t batch,
+            int64_t limit, const Ranks& ranks);
+
 // Median seconds of a forward pass over `batch` images, in eval mode.
 double latency(ResNet& model, const Images& images, int64_t batch);

@@ -380,6 +380,23 @@ class Fit:
     before: float
     after: float
 
+class Norm:
+    def __init__(self, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> None: ...
+
+class Affine:
+    inputs: int
+    outputs: int
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        first: Tensor | None = None,
+        second: Tensor | None = None,
+        bias: Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> None: ...
+
+def fit_affine(affine: Affine, moments: Moments, ridge: float = 1e-5) -> Fit: ...
 def input_samples(x: Tensor, window: Window, step: int = 1, first_image: int = 0) -> Tensor: ...
 def output_samples(y: Tensor, step: int = 1, first_image: int = 0) -> Tensor: ...
 def least_squares(

@@ -10,4 +10,5 @@
 #include <cctorch/nn/lstm.h>
 #include <cctorch/nn/modules.h>
 #include <cctorch/nn/prepare.h>
+#include <cctorch/nn/repair.h>
 #include <cctorch/nn/state_dict.h>

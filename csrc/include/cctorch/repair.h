@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <optional>
 
 // Closed-form repair of a compressed layer: the weight that comes closest to the outputs wanted of it, given the inputs
 // that it now gets.
@@ -78,5 +79,28 @@ Fit least_squares(const Moments& moments, const at::Tensor& weight, const at::Te
 // singular vectors of what it makes of the inputs. `weight` must itself be of no higher rank.
 Fit reduced_rank(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept, int64_t rank,
                  const Options& options = {});
+
+// A batch normalization in evaluation mode. All N.
+struct Norm {
+  at::Tensor weight, bias, running_mean, running_var;
+  double eps = 1e-5;
+};
+
+// A layer and the normalization that reads its output, if there is one: together an affine function of the layer's
+// unfolded input. Either `weight` (N x ...) is defined, or `first` (r x ...) and `second` (N x r, or N x r x 1 x 1).
+struct Affine {
+  at::Tensor weight, first, second;
+  at::Tensor bias;  // N, or undefined
+  std::optional<Norm> norm;
+
+  int64_t inputs() const;   // P
+  int64_t outputs() const;  // N
+};
+
+// least_squares() or, of factors, reduced_rank() of the whole function, whose present one is where it starts. What is
+// found is written into the tensors, unless it is no better. The statistics of the normalization become those of the
+// samples, its scale and shift what gives the wanted function with them: a training step, which normalizes by the
+// batch's own statistics, goes on from the function that was fitted.
+Fit fit(const Affine& affine, const Moments& moments, double ridge = Options().ridge);
 
 }  // namespace cctorch::repair

@@ -19,7 +19,7 @@ from cctorch.nn import Constant
 from cctorch.nn.gather import unwrapped
 from cctorch.pairs import pairs
 from cctorch.plan import check_plan
-from cctorch.repair.affine import Affine, as_image, as_map
+from cctorch.repair.affine import affine_of, as_image, as_map
 from cctorch.repair.constant import fit_constant
 from cctorch.repair.layer_fit import LayerFit
 from cctorch.repair.places import Layer, Place, find, is_repairable, watching
@@ -248,17 +248,15 @@ class _Pass:
     def _fit_affine(
         self, name: str, layer: Layer, batch_norm: _BatchNorm | None, x: Tensor, target: Tensor
     ) -> LayerFit:
-        affine = Affine(layer, batch_norm)
+        affine = affine_of(layer, batch_norm)
         image, window = as_image(layer, x)
-        moments = _C.Moments(affine.weight.shape[1], affine.weight.shape[0])
+        moments = _C.Moments(affine.inputs, affine.outputs)
         try:
             moments.add_conv2d(image, target, window, self.sampling.step, self.sampling.first_image)
             if self.across_ranks and distributed.world_size() > 1:
                 moments.all_reduce(distributed.sum_)
-            fit = affine.fit(moments, self.ridge)
+            fit = _C.fit_affine(affine, moments, self.ridge)
         except ValueError as error:
             message = str(error).removeprefix("repair: ")
             raise ValueError(f"repair: layer '{name}': {message}") from None
-        if fit.after < fit.before:
-            affine.set(fit, moments)
-        return LayerFit(name, moments.samples, affine.weight.shape[1], fit.before, fit.after)
+        return LayerFit(name, moments.samples, affine.inputs, fit.before, fit.after)

@@ -21,6 +21,18 @@ struct Constraint {
   at::Tensor operator()(at::Tensor value) const;
 };
 
+class Compressible;
+
+// Is told what layers read and give.
+class Watcher {
+ public:
+  virtual ~Watcher() = default;
+
+  // Before `layer` computes with `input`, which is what it gathers of x.
+  virtual void reads(Compressible& layer, const at::Tensor& x, const at::Tensor& input) = 0;
+  virtual void gives(Compressible& layer, const at::Tensor& input, const at::Tensor& y) = 0;
+};
+
 // A dense layer that can carry out a LayerPlan in place.
 class Compressible {
  public:
@@ -53,12 +65,16 @@ class Compressible {
   // While on, forward() counts output positions for spec(), of every call. Switching on begins at 0.
   void observe(bool on);
 
+  // Tells `watcher` of every forward pass, until it is given another one, or nullptr.
+  void watch(Watcher* watcher) { watcher_ = watcher; }
+
  protected:
   virtual void check_structure(const LayerPlan& plan) const = 0;
   virtual void carry_out(const LayerPlan& plan) = 0;
 
   bool observing_ = false;
   int64_t positions_ = 0;
+  Watcher* watcher_ = nullptr;
   std::optional<LayerPlan> plan_;
   std::vector<Constraint> constraints_;
   at::MemoryFormat format_ = at::MemoryFormat::Contiguous;

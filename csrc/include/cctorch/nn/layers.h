@@ -122,6 +122,7 @@ class BatchNorm2dImpl : public torch::nn::BatchNormImplBase<2, BatchNorm2dImpl>,
   void _check_input_dim(const at::Tensor& x) override;
 
  private:
+  at::Tensor compute(const at::Tensor& x);
   at::Tensor synchronized_forward(const at::Tensor& x);
   void leave_bias_only();
 
