@@ -90,6 +90,7 @@ class Checkpoints:
 
         Raises CheckpointError where there are some, and none is whole.
         """
+        distributed.on_main(lambda: state_files.finish_interrupted(self._folder))
         names = distributed.on_main(lambda: [name for name in ("last", "previous") if (self._folder / name).exists()])
         warned: list[str] = []
         for name in names:

@@ -33,6 +33,7 @@ from cctorch.models import CheckpointError
 _FORMAT = 1
 _STATE = "state.json"
 _RANK = "rank{}.safetensors"
+_FRESH = "next"
 
 
 def is_own(file: Path) -> bool:
@@ -55,7 +56,7 @@ class Writer(StorageWriter):
     """
 
     def __init__(self, checkpoints: Path, content: dict[str, Any], is_damaged: bool = False) -> None:
-        self._fresh, self._last, self._previous = (checkpoints / name for name in ("next", "last", "previous"))
+        self._fresh, self._last = checkpoints / _FRESH, checkpoints / "last"
         self._content, self._is_damaged = content, is_damaged
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -112,18 +113,39 @@ class Writer(StorageWriter):
         text = json.dumps({"format": _FORMAT, "files": files, "tensors": tensors, **self._content})
         checked = f'{{"checksum": "{_checksum(text.encode())}",\n"content": {text}}}\n'
         atomic.write(self._fresh / _STATE, checked.encode())
-        if self._is_damaged:
-            shutil.rmtree(self._last)
-        elif self._last.exists():
-            if self._previous.exists():
-                shutil.rmtree(self._previous)
-            self._last.rename(self._previous)
-        self._fresh.rename(self._last)
-        atomic.sync_folder(self._last.parent)
+        _publish(self._last.parent, self._is_damaged)
 
     def discard(self) -> None:
         """Deletes what was not finished."""
         shutil.rmtree(self._fresh, ignore_errors=True)
+
+
+def _publish(checkpoints: Path, last_is_damaged: bool) -> None:
+    """What is `next`, and whole, becomes `last`. At any moment two are whole, if two were before."""
+    fresh, last, previous = (checkpoints / name for name in (_FRESH, "last", "previous"))
+    if last_is_damaged:
+        shutil.rmtree(last)
+    elif last.exists():
+        if previous.exists():
+            shutil.rmtree(previous)
+        last.rename(previous)
+    fresh.rename(last)
+    atomic.sync_folder(checkpoints)
+
+
+def finish_interrupted(checkpoints: Path) -> None:
+    """Where a process was killed when `next` was whole and not yet `last`: makes it that."""
+    if is_whole(checkpoints / _FRESH):
+        last = checkpoints / "last"
+        _publish(checkpoints, last.exists() and not is_whole(last))
+
+
+def is_whole(folder: Path) -> bool:
+    try:
+        check(folder, read_content(folder), slice(None))
+    except CheckpointError:
+        return False
+    return True
 
 
 class Reader(StorageReader):

@@ -110,6 +110,44 @@ def test_the_only_whole_state_stays_until_there_are_two(tmp_path: Path, monkeypa
         _assert_loads(Checkpoints(tmp_path / str(epoch)), epoch - 1)
 
 
+def _killed_at_the_end_of_the_third_save(folder: Path) -> Path:
+    """`previous` is of epoch 1, `last` of epoch 2, and `next` of epoch 3 is whole."""
+    checkpoints = Checkpoints(folder / "of 3")
+    for epoch in (1, 2, 3):
+        checkpoints.save(_state(epoch), _whole())
+        checkpoints.wait()
+        for name in ("previous", "last") if epoch == 2 else ():
+            shutil.copytree(folder / "of 3" / name, folder / "killed" / name)
+    shutil.copytree(folder / "of 3" / "last", folder / "killed" / "next")
+    return folder / "killed"
+
+
+@pytest.mark.parametrize("gone", [[], ["previous/rank0.safetensors"], ["previous"], ["previous", "last"]])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_state_that_was_whole_before_the_kill_is_the_newest(tmp_path: Path, gone: list[str], damaged: bool) -> None:
+    folder = _killed_at_the_end_of_the_third_save(tmp_path)
+    for name in gone:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if damaged and "last" not in gone:
+        os.truncate(folder / "last" / "rank0.safetensors", 50)
+    _assert_loads(Checkpoints(folder), 3)
+    assert not (folder / "next").exists()
+    if not damaged and "last" not in gone:  # and the one before it is its previous one
+        shutil.rmtree(folder / "last")
+        _assert_loads(Checkpoints(folder), 2)
+
+
+def test_a_state_that_was_not_whole_at_the_kill_is_none(tmp_path: Path) -> None:
+    folder = _killed_at_the_end_of_the_third_save(tmp_path)
+    os.truncate(folder / "next" / "rank0.safetensors", 50)
+    _assert_loads(Checkpoints(folder), 2)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(_state(3), _whole())
+    checkpoints.wait()
+    _assert_loads(checkpoints, 3)
+
+
 def test_the_end_says_what_the_last_save_could_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
