@@ -88,25 +88,33 @@ class KillTest:
         return 1 if wrong else 0
 
     def _disturb(self, name: str, seconds: float, kills: int) -> int:
-        """Until the run has ended. Returns how often it was started."""
-        starts = 0
+        """Until the run has ended. Returns how often it was started.
+
+        One that had finished when it was struck, and was writing its report, is left in peace from then on.
+        """
+        starts, finished = 0, False
         while True:
             starts += 1
             process = self._start(name)
-            if self.chance.random() < 0.9:
-                self._wait_for_work(process, name)
-            deadline = time.monotonic() + self.chance.uniform(0, 0.6) * seconds
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-            if process.poll() is None and self.blows.total() < kills:
-                self._strike(process, name)
+            if not finished:
+                self._let_work(process, name, seconds)
+                if process.poll() is None and self.blows.total() < kills:
+                    self._strike(process, name)
             code = process.wait()
             if code == 0:
                 return starts
             state = self._status(name)
             self.states[state] += 1
+            finished = state == "finished"
             if state == "failed" or starts > 200:
                 raise SystemExit(f"{name} failed, exit code {code}: {self.folder / (name + '.log')}")
+
+    def _let_work(self, process: subprocess.Popen[bytes], name: str, seconds: float) -> None:
+        if self.chance.random() < 0.9:
+            self._wait_for_work(process, name)
+        deadline = time.monotonic() + self.chance.uniform(0, 0.6) * seconds
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def _wait_for_work(self, process: subprocess.Popen[bytes], name: str) -> float:
         """Until the log has a new line. One in ten blows falls into the start instead."""
