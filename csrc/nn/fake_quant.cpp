@@ -15,8 +15,8 @@ namespace cctorch::nn {
 
 namespace {
 
-// Added to the logarithm of a scale that comes from a range: the largest value is the end of the grid then, and would be
-// clipped or not by its last bit, in which ranks of a run, or devices, may differ.
+// Added to the logarithm of a scale that comes from a range: the largest value is the end of the grid then, and would
+// be clipped or not by its last bit, in which ranks of a run, or devices, may differ.
 constexpr double inside = 1e-6;
 
 // The type of the scales of `x`.
