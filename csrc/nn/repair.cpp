@@ -1,12 +1,10 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/tensor.h>
 #include <cctorch/nn/layers.h>
 #include <cctorch/nn/repair.h>
 #include <torch/types.h>
 
 #include <algorithm>
-#include <map>
 #include <optional>
 #include <unordered_map>
 #include <utility>
@@ -14,19 +12,12 @@
 #include "csrc/nn/eval_mode.h"
 #include "csrc/nn/layer_parts.h"
 #include "csrc/nn/named_layers.h"
+#include "csrc/nn/repair_targets.h"
 #include "csrc/nn/watching.h"
 
 namespace cctorch::repair {
 
 namespace {
-
-using Named = std::map<std::string, Compressible*>;
-
-// A layer in order of execution. `norm`: the BatchNorm that reads it, or nothing. `joins`: a shortcut is added.
-struct Place {
-  std::string layer, norm;
-  bool joins = false;
-};
 
 Named named(torch::nn::Module& model) {
   Named found;
@@ -39,25 +30,6 @@ Compressible& find(const Named& layers, const std::string& name, const char* of)
   TORCH_CHECK_VALUE(found != layers.end(), "repair: the ", of, " model has no layer '", name,
                     "': repair(compressed, ..., dense, ...) by the plan that made one of the other");
   return *found->second;
-}
-
-bool is_affine(const Compressible& layer) {
-  if (const auto* const convolution = dynamic_cast<const nn::Conv2dImpl*>(&layer))
-    return convolution->options.groups() == 1;
-  return dynamic_cast<const nn::LinearImpl*>(&layer) != nullptr;
-}
-
-bool holds_an_intercept(const Compressible& layer) {
-  const auto* const norm = dynamic_cast<const nn::BatchNorm2dImpl*>(&layer);
-  return norm != nullptr && norm->weight.defined() && norm->running_mean.defined();
-}
-
-bool is_constant(const LayerPlan& plan) { return plan.reads_nothing() && !plan.kept_out.empty(); }
-
-// A feature map B x N x H x W of what a linear layer reads or gives.
-at::Tensor as_map(const Compressible& layer, const at::Tensor& y) {
-  if (dynamic_cast<const nn::LinearImpl*>(&layer) == nullptr) return y;
-  return y.dim() > 2 ? y.flatten(1, -2).transpose(1, 2).unsqueeze(3) : y.unsqueeze(2).unsqueeze(3);
 }
 
 Window window_of(const Compressible& layer) {
@@ -74,6 +46,8 @@ Window window_of(const Compressible& layer) {
 void check(const Named& model, const Named& dense, const CompressionPlan& plan) {
   plan.validate();
   for (const LayerPlan& layer : plan.layers) {
+    // Of a torch::nn::LSTM, in a plan that was made in Python.
+    if (layer.kind == LayerKind::lstm && layer.is_unchanged() && !dense.contains(layer.name)) continue;
     const Compressible& whole = find(dense, layer.name, "dense");
     TORCH_CHECK_VALUE(!whole.plan(), "repair: layer '", layer.name, "' of the dense model is compressed");
     nn::check_architecture(layer, whole.spec(layer.name));
@@ -84,160 +58,6 @@ void check(const Named& model, const Named& dense, const CompressionPlan& plan) 
                       "' is prepared: repair() comes before prepare()");
   }
 }
-
-// What can be fitted: layers under one name, with parameters of their own, and what removed branches leave.
-Named candidates(torch::nn::Module& dense, const CompressionPlan& plan) {
-  std::unordered_map<const void*, int64_t> uses;
-  const std::vector<nn::NamedLayer> layers = nn::named_layers(dense);
-  for (const nn::NamedLayer& named : layers) {
-    ++uses[named.layer];
-    for (const auto& [name, weight] : named.layer->weights()) ++uses[weight.unsafeGetTensorImpl()];
-  }
-  Named found;
-  for (const nn::NamedLayer& named : layers) {
-    const LayerPlan* const planned = plan.find(named.name);
-    const bool removed = planned != nullptr && planned->reads_nothing();
-    const auto weights = named.layer->weights();
-    const bool own = uses[named.layer] == 1 && std::ranges::all_of(weights, [&](const auto& weight) {
-                       return uses[weight.second.unsafeGetTensorImpl()] == 1;
-                     });
-    const bool lstm = named.layer->spec(named.name).kind == LayerKind::lstm;
-    if (removed ? is_constant(*planned) : lstm || (own && is_affine(*named.layer))) found[named.name] = named.layer;
-  }
-  return found;
-}
-
-std::vector<Compressible*> values_of(const Named& layers) {
-  std::vector<Compressible*> values;
-  for (const auto& [name, layer] : layers) values.push_back(layer);
-  return values;
-}
-
-// The dense model: finds the places while the first batch runs, and what it gives there.
-class Targets : public Watching {
- public:
-  Targets(const Named& layers, const Named& norms, const CompressionPlan& plan, const ModelOptions& options,
-          int64_t first_image)
-      : Watching(values_of(layers), values_of(norms)), plan_(plan), options_(options), first_image_(first_image) {
-    for (const Named* const some : {&layers, &norms}) {
-      for (const auto& [name, layer] : *some) names_[layer] = name;
-    }
-  }
-
-  void run(const std::function<bool()>& next) {
-    while (watch(next)) {
-      if (!chosen_) choose();
-    }
-    TORCH_CHECK_VALUE(chosen_, "repair: next_dense ran no batch, expected at least one");
-  }
-
-  // How many images the dense model was run on, as its layers saw it.
-  int64_t images() const {
-    int64_t most = 0;
-    for (const auto& [layer, count] : images_) most = std::max(most, count);
-    return most;
-  }
-
-  const std::vector<Place>& places() const { return places_; }
-
-  // Kept outputs x samples.
-  at::Tensor take(const std::string& layer) { return at::cat(std::exchange(samples_.at(layer), {}), 1); }
-
- protected:
-  void on_output(Compressible& layer, const at::Tensor& y) override {
-    order_.push_back(&layer);
-    begin_[&layer] = first_image_ + images_[&layer];
-    images_[&layer] += y.size(0);
-    record({.layer = &layer}, false, y);
-  }
-  void on_norm(const Origin& origin, const at::Tensor& y) override {
-    normed_.push_back(origin);
-    record(origin, false, y);
-  }
-  void on_join(const Origin& origin, const at::Tensor&, const at::Tensor&) override { joined_.push_back(origin); }
-  void on_joined(const Origin& origin, const at::Tensor& sum) override { record(origin, true, sum); }
-  void on_use(Compressible& layer) override { used_.insert(&layer); }
-
- private:
-  // Where a target may be taken: behind a layer, its norm, or the addition.
-  struct Spot {
-    Origin origin;
-    bool joined;
-    at::Tensor samples;
-  };
-
-  void record(const Origin& origin, bool joined, const at::Tensor& y) {
-    const std::string& name = names_.at(origin.layer);
-    if (chosen_) {
-      const auto place = places_by_name_.find(name);
-      if (place == places_by_name_.end() || !is_spot_of(*place->second, origin, joined)) return;
-      samples_[name].push_back(sampled(*origin.layer, name, y));
-    } else if (origin.layer->spec(name).kind != LayerKind::lstm) {
-      spots_.push_back({origin, joined, sampled(*origin.layer, name, y)});
-    }
-  }
-
-  at::Tensor sampled(const Compressible& layer, const std::string& name, const at::Tensor& y) {
-    at::Tensor map = as_map(layer, y);
-    const LayerPlan* const planned = plan_.find(name);
-    if (planned != nullptr && static_cast<int64_t>(planned->kept_out.size()) < planned->out_channels)
-      map = map.index_select(1, at::tensor(planned->kept_out, at::TensorOptions(y.device()).dtype(at::kLong)));
-    return output_samples(map, options_.step, begin_.at(&layer));
-  }
-
-  bool is_spot_of(const Place& place, const Origin& origin, bool joined) const {
-    if (place.joins != joined) return false;
-    return place.norm == (origin.norm == nullptr ? "" : names_.at(origin.norm));
-  }
-
-  Place place_of(Compressible* layer) const {
-    const auto is_its = [&](const Origin& origin) { return origin.layer == layer; };
-    const auto norms = std::ranges::count_if(normed_, is_its);
-    const auto read = std::ranges::find_if(normed_, is_its);
-    // A norm that runs for others too, one of several, or one beside which the output is used as it is.
-    const bool shared =
-        norms != 1 || std::ranges::count(normed_, read->norm, &Origin::norm) != 1 || used_.contains(layer);
-    Compressible* const norm = shared ? nullptr : read->norm;
-    const auto joins = std::ranges::count_if(joined_, is_its);
-    // A norm would have read the output that the fit, at the addition, replaces.
-    const bool joined = joins == 1 && std::ranges::find_if(joined_, is_its)->norm == norm && (norm || norms == 0);
-    return {names_.at(layer), norm == nullptr ? "" : names_.at(norm), joined && options_.shortcuts};
-  }
-
-  // From the first layer on that the plan changes.
-  void choose() {
-    const auto changes = [&](const Compressible* layer) {
-      const LayerPlan* const planned = plan_.find(names_.at(layer));
-      return planned != nullptr && !planned->is_unchanged();
-    };
-    for (auto first = std::ranges::find_if(order_, changes); first != order_.end(); ++first) {
-      const bool once = std::ranges::count(order_, *first) == 1;
-      if (once && (*first)->spec("").kind != LayerKind::lstm) places_.push_back(place_of(*first));
-    }
-    for (const Place& place : places_) places_by_name_[place.layer] = &place;
-    for (Spot& spot : spots_) {
-      const auto place = places_by_name_.find(names_.at(spot.origin.layer));
-      if (place != places_by_name_.end() && is_spot_of(*place->second, spot.origin, spot.joined))
-        samples_[place->first].push_back(std::move(spot.samples));
-    }
-    spots_.clear();
-    chosen_ = true;
-  }
-
-  const CompressionPlan& plan_;
-  const ModelOptions& options_;
-  const int64_t first_image_;
-  std::unordered_map<const Compressible*, std::string> names_;
-  std::unordered_map<const Compressible*, int64_t> images_, begin_;
-  std::vector<Compressible*> order_;
-  std::vector<Origin> normed_, joined_;
-  std::unordered_set<Compressible*> used_;
-  std::vector<Spot> spots_;
-  bool chosen_ = false;
-  std::vector<Place> places_;
-  std::map<std::string, const Place*> places_by_name_;
-  std::map<std::string, std::vector<at::Tensor>> samples_;
-};
 
 std::optional<Norm> norm_of(Compressible* layer) {
   if (layer == nullptr) return std::nullopt;
@@ -408,11 +228,8 @@ Repair repair(torch::nn::Module& model, const std::function<void()>& forward, to
   check(of_model, of_dense, plan);
   const int64_t first_image = first_of(images, ranks);
 
-  Named layers = candidates(dense, plan), norms;
-  for (const auto& [name, layer] : of_dense) {
-    if (!layers.contains(name) && holds_an_intercept(*layer)) norms[name] = layer;
-  }
-  Targets targets(layers, norms, plan, options, first_image);
+  const Candidates candidates(dense, plan);
+  Targets targets(candidates, plan, options, first_image);
   {
     const EvalMode eval(dense);
     targets.run(next_dense);
@@ -420,7 +237,7 @@ Repair repair(torch::nn::Module& model, const std::function<void()>& forward, to
   TORCH_CHECK_VALUE(targets.places().empty() || targets.images() == images, "repair: next_dense ran ", targets.images(),
                     " images, expected the ", images, " that forward runs");
 
-  layers.clear(), norms.clear();
+  Named layers, norms;
   for (const Place& place : targets.places()) {
     layers[place.layer] = &find(of_model, place.layer, "compressed");
     if (!place.norm.empty()) norms[place.norm] = &find(of_model, place.norm, "compressed");

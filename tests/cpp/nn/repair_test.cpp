@@ -312,6 +312,11 @@ TEST_F(TinyTest, RefusalsLeaveTheModelAsItWas) {
   expect([&] { repaired(net, dense, plan, bad); }, "repair: layer 'conv3': ");
   expect([&] { repair(*net, [&] { net->forward(x.narrow(0, 0, 9)); }, *dense, batches(dense, x, 7), plan, 40); },
          "repair: layer 'conv3': ");
+  const auto late = [&] {
+    net->forward(x);
+    TORCH_CHECK_VALUE(false, "too late");
+  };
+  expect([&] { repair(*net, late, *dense, batches(dense, x, 40), plan, 40); }, "too late");
   LayerPlan bits = plan.layers[0];
   bits.bits = 4;
   prepare(*net, {.method = "", .target = 0.0, .layers = {bits}});
