@@ -39,7 +39,7 @@ test-cpp: test-build
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure -j 2
 
 test-python: test-build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 	$(BIN)/python -m pytest --doctest-modules python/cctorch -o testpaths=python
 
 explore: test-build  ## new random examples for the tests of properties; `make test` always draws the same

@@ -198,7 +198,7 @@ def test_inference_is_differentiable(layout):
         ops.batch_norm_inference(x, weight, bias, mean, var[:4])
 
 
-MODULES = itertools.product((0.1, None), (True, False), LAYOUTS)
+MODULES = list(itertools.product((0.1, None), (True, False), LAYOUTS))
 
 
 @pytest.mark.parametrize(("momentum", "tracks", "layout"), MODULES)

@@ -101,7 +101,9 @@ def test_small_weights_leave_no_state() -> None:
     assert q.state_dict() == {}
 
 
-@pytest.mark.parametrize("q", [r.SVD(rank=5), r.TiledSVD(16, 3), r.Tucker2(ranks=(5, 5))], ids=repr)
+@pytest.mark.parametrize(
+    "q", [r.SVD(rank=5), r.TiledSVD(16, 3), r.Tucker2(ranks=(5, 5))], ids=["svd", "tiled", "tucker2"]
+)
 def test_lstm_weights_are_matrices_of_stacked_gates(q: r.Regularizer) -> None:
     torch.manual_seed(0)
     lstm = nn.LSTM(12, 20, num_layers=2)
