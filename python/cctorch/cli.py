@@ -26,6 +26,7 @@ examples:
   cctorch run configs/demo.yaml                          Fashion-MNIST, ten minutes on two cores
   cctorch run configs/demo.yaml name=harder compress.target=0.7
                                                          the same with changed values, in runs/harder
+  cctorch run configs/demo.yaml name=deployed onnx=true  an ONNX file too, of int8 weights after a quantize stage
   cctorch run configs/demo.yaml                          run again: goes on where it was interrupted
   cctorch run configs/demo.yaml --fresh                  start over
   torchrun --nproc-per-node 4 -m cctorch run configs/demo.yaml
@@ -37,7 +38,7 @@ examples:
 _RUN = """\
 Runs what CONFIG describes: train, compress, finetune, then regularize or quantize, and measure. Writes into
 runs/<name>/: config.yaml, metrics.jsonl, steps.jsonl and tensorboard/, plan.json, checkpoints/, compressed.pt2 (a
-torch.export program), summary.json, run.log and report.html.
+torch.export program), compressed.onnx (with onnx=true), summary.json, run.log and report.html.
 
 An interrupted run goes on from its last checkpoint when the same command is given again. SIGTERM, SIGUSR1 and Ctrl-C
 write one after the step of training that runs.

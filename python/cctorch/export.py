@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree
 
@@ -59,6 +59,10 @@ def exported(model: nn.Module, example: Tensor, function: str) -> ExportedProgra
             "data, or call initialize(x)"
         )
     program: ExportedProgram = _traced(model, example).run_decompositions(_decompositions())
+    # Where in which source file each operator came from: paths of this machine, and a good part of a small file.
+    for graph in program.graph_module.modules():
+        for node in graph.graph.nodes if isinstance(graph, fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
     return program
 
 

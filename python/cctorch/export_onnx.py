@@ -58,9 +58,18 @@ def save_onnx(
         program = exported(deployed, example, "save_onnx")
         onnx = torch.onnx.export(program, dynamo=True, verbose=False)
         assert onnx is not None
-        data = onnx.model_proto.SerializeToString()
+        data = _serialized(onnx.model_proto)
         _check_run(data, example, deployed(example), 2e-2 if activations else 1e-4)
     atomic.write(Path(path), data)
+
+
+def _serialized(proto: Any) -> bytes:
+    """Without PyTorch's notes of what each operator was: they take more bytes than a small network's weights."""
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+    data: bytes = proto.SerializeToString()
+    return data
 
 
 class _Dequantize(nn.Module):

@@ -12,7 +12,7 @@ from cctorch import data, export, measure
 from cctorch.config import Config, Measure
 from cctorch.device import describe
 from cctorch.log import Log
-from cctorch.store import Folder, load_model
+from cctorch.store import Folder, load_model, load_state
 from cctorch.summary import Figures, Summary
 
 
@@ -25,7 +25,7 @@ def measured(
     results: dict[str, Any],
     log: Log,
 ) -> Summary:
-    """Measures `model`, the compressed one, and the folder's dense model, and writes compressed.pt2 and summary.json.
+    """Measures `model`, the compressed one, and the folder's dense model; writes the exported files and summary.json.
 
     `results` are those of the stages before; its layers get the seconds they take. `model` ends on the CPU.
     """
@@ -42,10 +42,10 @@ def measured(
     for layer in results["layers"]:
         layer["seconds_before"] = _seconds_of(layer["name"], before_times)
         layer["seconds_after"] = _seconds_of(layer["name"], after_times)
-    if config.export:
+    if config.export or config.onnx:
         log.line("exporting")
         # A program remembers its device; one on the CPU opens everywhere.
-        export.save_program(model.cpu(), feed.example(2).cpu(), folder.path / "compressed.pt2")
+        _export(config, folder, model.cpu(), feed.example(2).cpu())
     shared = {field: results[field] for field in Summary.__dataclass_fields__ if field in results}
     summary = Summary(
         name=config.name,
@@ -58,6 +58,17 @@ def measured(
     )
     folder.write("summary.json", summary.to_json())
     return summary
+
+
+def _export(config: Config, folder: Folder, model: nn.Module, example: torch.Tensor) -> None:
+    if config.export:
+        export.save_program(model, example, folder.path / "compressed.pt2")
+    if config.onnx:
+        from cctorch.export_onnx import save_onnx
+
+        # What the deliverable holds, which may be lossy, and its codes.
+        file = folder.deliverable(config.checkpoint)
+        save_onnx(load_model(file)[0], example, folder.path / "compressed.onnx", codes=load_state(file))
 
 
 def _figures(

@@ -42,6 +42,7 @@ _FILES = {
     "report.html",
     "sweep.json",
     "compressed.pt2",
+    "compressed.onnx",
     "checkpoints",
     "tensorboard",
 }
@@ -75,7 +76,7 @@ def load_model(path: Path) -> tuple[nn.Module, Architecture]:
 
     Raises CheckpointError for a file that is damaged or of another kind.
     """
-    tensors, metadata = (_load_hdf5 if path.suffix == ".h5" else _load_safetensors)(path)
+    tensors, metadata = _load(path)
     if "architecture" not in metadata:
         raise CheckpointError(f"{path} holds tensors, but not the architecture of a run's model")
     with damage_named(path):
@@ -85,6 +86,11 @@ def load_model(path: Path) -> tuple[nn.Module, Architecture]:
         tensors = codes.dequantized_state_dict(tensors)
     models.load_state(model, tensors, str(path))
     return model.eval(), architecture
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of such a file, codes as codes. Raises CheckpointError for a file that is damaged."""
+    return _load(path)[0]
 
 
 def build(architecture: Architecture, plan: str | None) -> nn.Module:
@@ -333,6 +339,10 @@ def _save_safetensors(path: Path, state: Mapping[str, Tensor], plan: str | None,
         metadata["plan"] = plan
     tensors = {name: value.contiguous() for name, value in state.items()}
     atomic.write(path, safetensors.torch.save(tensors, metadata))
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    return (_load_hdf5 if path.suffix == ".h5" else _load_safetensors)(path)
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

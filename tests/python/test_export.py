@@ -2,10 +2,12 @@ import os
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cctorch
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,17 @@ def test_program_holds_pytorchs_operators_only(tmp_path: Path) -> None:
     program = save_program(model, x, tmp_path / "model.pt2")
     operators = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     assert {operator.namespace for operator in operators} == {"aten"}
+
+
+def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:
+    model = nn.Sequential(LowRankLinear(4, 4, 2), FakeQuant(8), nn.ReLU())
+    x = torch.randn(2, 4)
+    model(x)
+    save_program(model, x, tmp_path / "model.pt2")
+    with zipfile.ZipFile(tmp_path / "model.pt2") as archive:
+        contents = [archive.read(name) for name in archive.namelist()]
+    for place in (cctorch.__file__, torch.__file__, __file__):
+        assert not any(str(Path(place).parent).encode() in content for content in contents)
 
 
 @pytest.mark.parametrize("padding", [1, "same"])

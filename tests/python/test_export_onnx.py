@@ -103,6 +103,9 @@ def test_a_rebuilt_network_from_its_codes(tmp_path: Path) -> None:
     kinds, _ = _content(tmp_path / "model.onnx")
     assert kinds["DequantizeLinear"] == sum(name.endswith(".codes") for name in state) > 5
     torch.testing.assert_close(_run(tmp_path / "model.onnx", x), model(x), rtol=1e-3, atol=1e-4)
+    written = (tmp_path / "model.onnx").read_bytes()
+    assert not any(str(Path(place).parent).encode() in written for place in (cctorch.__file__, torch.__file__))
+    assert len(written) < 2 * sum(value.nbytes for value in cctorch.quantized_state_dict(model).values())
     save_onnx(model, x, tmp_path / "plain.onnx")
     assert "DequantizeLinear" not in _content(tmp_path / "plain.onnx")[0]
     with torch.no_grad():

@@ -1,0 +1,70 @@
+"""compressed.onnx of a run: what its deliverable holds."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cctorch import store
+from cctorch.config import Config, ConfigError
+from cctorch.report import page
+from tiny_run import config, run_quietly, staged, write_dataset
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+QUANTIZE = {"epochs": 1, "batch_size": 32, "lr": 0.01, "bits": 3}
+LOSSY = {"format": "hdf5", "codec": "sz3", "error_bound": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "render", lambda record: record.config)
+
+
+def _largest_difference(settings: Config, file: Path) -> float:
+    """Of ONNX Runtime's outputs from those of the model in a file, for a batch size that was not exported."""
+    model = store.load_model(file)[0]
+    x = torch.randn(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(settings.folder / "compressed.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    with torch.no_grad():
+        return float(np.abs(found - model(x).numpy()).max())
+
+
+@pytest.mark.parametrize("checkpoint", [{}, LOSSY], ids=["safetensors", "lossy hdf5"])
+def test_weights_of_few_bits_are_int8(tmp_path: Path, checkpoint: dict[str, Any]) -> None:
+    data = write_dataset(tmp_path / "data")
+    settings = staged(data, tmp_path, compress=True, quantize=QUANTIZE, checkpoint=checkpoint, onnx=True)
+    summary = run_quietly(settings)
+    assert summary.quantized is not None
+    graph = onnx.load(settings.folder / "compressed.onnx").graph
+    assert [node.op_type for node in graph.node].count("DequantizeLinear") == len(summary.quantized["layers"]) > 5
+    whole = {
+        value.name for value in graph.initializer if value.data_type == onnx.TensorProto.FLOAT and len(value.dims) > 1
+    }
+    assert not whole
+    file = settings.folder / "checkpoints" / ("compressed.h5" if checkpoint else "compressed.safetensors")
+    assert _largest_difference(settings, file) < 1e-3
+    assert not (settings.folder / "compressed.pt2").exists()
+
+
+def test_a_lossy_model_is_what_is_exported(tmp_path: Path) -> None:
+    settings = config(write_dataset(tmp_path / "data"), tmp_path, checkpoint=LOSSY, onnx=True)
+    run_quietly(settings)
+    assert _largest_difference(settings, settings.folder / "checkpoints" / "compressed.h5") < 1e-3
+
+
+def test_without_its_packages_it_is_refused_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(
+        ConfigError, match=r"onnx = True: expected onnx, onnxscript and onnxruntime to be installed: pip"
+    ):
+        config(tmp_path, tmp_path, onnx=True)
