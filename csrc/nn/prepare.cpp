@@ -105,6 +105,24 @@ nn::Constraint constraint_of(const Target& target, const std::string& init) {
 
 }  // namespace
 
+void set_bits(const std::vector<LayerSpec>& model, CompressionPlan& plan, const std::map<std::string, int64_t>& bits) {
+  CompressionPlan changed = plan;
+  std::map<std::string, int64_t> left = bits;
+  for (const LayerSpec& spec : model) {
+    const auto found = left.extract(spec.name);
+    if (found.empty()) continue;
+    LayerPlan* layer = changed.find(spec.name);
+    if (layer == nullptr) {
+      layer =
+          &changed.layers.emplace_back(LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels));
+    }
+    if (!layer->reads_nothing()) layer->bits = found.mapped();
+  }
+  TORCH_CHECK_VALUE(left.empty(), "bits: the model has no layer '", left.begin()->first, "'");
+  changed.validate();
+  plan = std::move(changed);
+}
+
 void prepare(torch::nn::Module& model, const CompressionPlan& plan, const std::string& init) {
   plan.validate();
   const torch::NoGradGuard no_grad;

@@ -1,4 +1,5 @@
 #include <cctorch/channel_graph.h>
+#include <cctorch/nn/prepare.h>
 #include <cctorch/plan.h>
 #include <pybind11/operators.h>
 #include <pybind11/stl.h>
@@ -146,6 +147,7 @@ void bind_compression_plan(py::module_& module) {
 
 void bind_macs(py::module_& module) {
   module.def("drop_idle_ranks", &drop_idle_ranks, py::arg("model"), py::arg("plan"));
+  module.def("set_bits", &set_bits, py::arg("model"), py::arg("plan"), py::arg("bits"));
   module.def("dense_macs", &dense_macs, py::arg("model"));
   module.def("nominal_macs", &nominal_macs, py::arg("model"), py::arg("plan"));
   module.def("final_macs", &final_macs, py::arg("model"), py::arg("plan"));

@@ -16,6 +16,8 @@
 
 namespace {
 
+constexpr const char* top1_prepared = "top1_prepared";
+
 // Calls visit(name, member) for each.
 template <typename Figures, typename Visit>
 void visit_figures(Figures& of, const Visit& visit) {
@@ -52,6 +54,8 @@ cctorch::Safetensors to_archive(const State& state, const std::map<std::string, 
     archive.metadata["plan"] = state.compressed->plan.to_json();
     visit_figures(*state.compressed,
                   [&](const char* name, const auto& value) { archive.metadata[name] = fmt::format("{}", value); });
+    const auto& prepared = state.compressed->prepared;
+    if (prepared) archive.metadata[top1_prepared] = fmt::format("{}", *prepared);
   }
   insert(archive, "model.", state.model);
   insert(archive, "momentum.", state.momentum);
@@ -75,6 +79,9 @@ State state_of(const cctorch::Safetensors& archive) {
     Compressed& compressed = state.compressed.emplace();
     compressed.plan = cctorch::CompressionPlan::from_json(archive.metadata.at("plan"));
     visit_figures(compressed, [&](const char* name, auto& value) { parse(archive.metadata.at(name), value); });
+    if (archive.metadata.contains(top1_prepared)) {
+      parse(archive.metadata.at(top1_prepared), compressed.prepared.emplace());
+    }
   }
   state.model = tensors_of(archive, "model.");
   state.momentum = tensors_of(archive, "momentum.");

@@ -23,12 +23,13 @@ struct Compressed {
   int64_t nominal_macs = 0, final_macs = 0;
   Measurements dense;
   double uncorrected = 0.0, reestimated = 0.0, repaired = 0.0;  // top-1
+  std::optional<double> prepared;  // once the weights are quantized: top-1 before they are trained so
 };
 
 // Where a run stands after an epoch, or after the compression: all that it takes to go on as if it had never stopped.
 // No random numbers are among it: each epoch has a seed of its own.
 struct State {
-  std::vector<double> losses;            // of each epoch so far, those of fine-tuning included
+  std::vector<double> losses;            // of each epoch so far, of all stages
   std::optional<Compressed> compressed;  // absent while the dense network is trained
   Tensors model, momentum;               // empty before the first epoch
 

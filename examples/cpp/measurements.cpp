@@ -4,12 +4,12 @@
 
 #include "files.h"
 
-Measurements measure(ResNet& model, const Images& images, int64_t macs, const std::filesystem::path& file,
-                     const Ranks& ranks) {
+Measurements measure(ResNet& model, const Images& images, int64_t macs, const cctorch::Safetensors::Tensors& state,
+                     const std::filesystem::path& file, const Ranks& ranks) {
   Measurements measured{.top1 = accuracy(model, images, 256, ranks), .macs = macs};
   for (const at::Tensor& parameter : model->parameters()) measured.parameters += parameter.numel();
   ranks.on_main([&] {
-    const std::string bytes = cctorch::to_safetensors({.tensors = cctorch::state_dict(*model), .metadata = {}});
+    const std::string bytes = cctorch::to_safetensors({.tensors = state, .metadata = {}});
     write_file(file, bytes);
     measured.bytes = static_cast<int64_t>(bytes.size());
     measured.latency_1 = latency(model, images, 1);

@@ -12,8 +12,9 @@ struct Measurements {
   int64_t parameters = 0, macs = 0, bytes = 0;
 };
 
-// Saves `model` as `file` too. Rank 0 writes and takes the times; the accuracy is over all ranks.
-Measurements measure(ResNet& model, const Images& images, int64_t macs, const std::filesystem::path& file,
-                     const Ranks& ranks);
+// Of `model`, stored as the tensors `state` in `file`. Rank 0 writes and takes the times; the accuracy is over all
+// ranks.
+Measurements measure(ResNet& model, const Images& images, int64_t macs, const cctorch::Safetensors::Tensors& state,
+                     const std::filesystem::path& file, const Ranks& ranks);
 
 void print_table(const Measurements& before, const Measurements& after);

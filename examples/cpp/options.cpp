@@ -80,12 +80,22 @@ void set_device(Options& options, const std::string& name, const std::string& va
   options.device = value;
 }
 
+void set_bits(Options& options, const std::string& name, const std::string& value) {
+  options.bits = parse<int64_t>(name, value, 0, 16);
+  if (options.bits == 1) refuse(name, value, "0, or a whole number from 2 to 16");
+}
+
 const std::vector<Flag>& flags() {
   static const std::vector<Flag> all = {
       {"--data", "DIR", "folder of the four Fashion-MNIST idx files, .gz or unpacked", text(&Options::data)},
       {"--out", "DIR", "where the network, its plan, the summary and the checkpoint go", text(&Options::out)},
       {"--epochs", "N", "epochs of the dense network", count(&Options::epochs, 1)},
       {"--finetune-epochs", "N", "epochs of the compressed network", count(&Options::finetune_epochs, 0)},
+      {"--bits",
+       "N",
+       "of a weight in the end, trained with LSQ; at least 8 in the first and last layer; 0 for float",
+       {set_bits, getter(&Options::bits)}},
+      {"--quantize-epochs", "N", "epochs of the network with weights of few bits", count(&Options::quantize_epochs, 0)},
       {"--target", "C", "fraction of the multiply-accumulates to remove", number(&Options::target, 0.01, 0.95)},
       {"--blocks", "N", "blocks in each of the three stages: 3 makes a ResNet-20", count(&Options::blocks, 1)},
       {"--batch", "N", "images in a batch", count(&Options::batch, 2)},
@@ -134,9 +144,11 @@ std::map<std::string, std::string> settings(const Options& options) {
 
 std::string help_text() {
   std::string text =
-      "Trains a ResNet on Fashion-MNIST, compresses it by Collaborative Compression, fine-tunes it, and compares.\n\n"
+      "Trains a ResNet on Fashion-MNIST, compresses it by Collaborative Compression, fine-tunes it,\n"
+      "quantizes it where that is asked for, and compares.\n\n"
       "  train_resnet                                    ResNet-20, half of the multiply-accumulates removed\n"
       "  train_resnet --target 0.7 --finetune-epochs 5   remove more, and give it longer to recover\n"
+      "  train_resnet --bits 4                           then train with weights of 4 bits, and store their codes\n"
       "  train_resnet --synthetic --blocks 1 --batch 32  a try of a few seconds, without any data\n"
       "  torchrun --no-python --nproc-per-node 2 train_resnet   data parallel: --batch is that of all ranks\n\n"
       "Stopped, it goes on after its last epoch when the same command is given again.\n\n"
@@ -145,9 +157,10 @@ std::string help_text() {
     text += fmt::format("  {:<22} {}\n", flag.name + " " + flag.placeholder, flag.help);
   }
   const Options defaults;
-  text +=
-      fmt::format("\nDefaults: --epochs {} --finetune-epochs {} --target {} --blocks {} --batch {} --lr {} --out {}.\n",
-                  defaults.epochs, defaults.finetune_epochs, defaults.target, defaults.blocks, defaults.batch,
-                  defaults.lr, defaults.out);
+  text += fmt::format(
+      "\nDefaults: --epochs {} --finetune-epochs {} --bits {} --quantize-epochs {} --target {} --blocks {} "
+      "--batch {} --lr {} --out {}.\n",
+      defaults.epochs, defaults.finetune_epochs, defaults.bits, defaults.quantize_epochs, defaults.target,
+      defaults.blocks, defaults.batch, defaults.lr, defaults.out);
   return text;
 }

@@ -11,6 +11,8 @@ struct Options {
   std::string device = "auto";
   int64_t epochs = 3;
   int64_t finetune_epochs = 2;
+  int64_t bits = 0;  // of a weight in the end, 0 for float
+  int64_t quantize_epochs = 1;
   int64_t blocks = 3;
   int64_t batch = 128;
   int64_t limit = 0;  // training and test images, 0 for all

@@ -4,11 +4,13 @@
 #include <torch/cuda.h>
 #include <torch/utils.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -110,6 +112,17 @@ Search search(ResNet& model, const Images& images, const std::vector<cctorch::La
   return found;
 }
 
+// Of every convolution and linear layer; the first and the last are the ones that few bits cost most.
+std::map<std::string, int64_t> bits_of(const std::vector<cctorch::LayerSpec>& specs, int64_t bits) {
+  std::map<std::string, int64_t> of_layers;
+  if (bits == 0) return of_layers;
+  for (const cctorch::LayerSpec& spec : specs) {
+    const bool at_an_end = spec.name == "conv1" || spec.name == "linear";
+    if (spec.macs() > 0) of_layers[spec.name] = at_an_end ? std::max<int64_t>(bits, 8) : bits;
+  }
+  return of_layers;
+}
+
 void check_target(int64_t dense_macs, int64_t final_macs, double target) {
   const double removed = 1.0 - static_cast<double>(final_macs) / static_cast<double>(dense_macs);
   if (removed >= target - 0.01) return;
@@ -151,6 +164,7 @@ struct Trainee {
     ResNet model = new_model(options, device);
     if (state.compressed) cctorch::apply(*model, state.compressed->plan);
     to_channels_last(model);
+    if (state.compressed && state.compressed->prepared) cctorch::prepare(*model, state.compressed->plan);
     return model;
   }
 };
@@ -172,24 +186,31 @@ class Run {
                device_.str(), ranks_.count(), data_.train.labels.size(0), data_.test.labels.size(0));
     if (saved) {
       state_ = *saved;
-      fmt::print("going on after epoch {} of {}\n", state_.losses.size(), options_.epochs + options_.finetune_epochs);
+      fmt::print("going on after epoch {} of {}\n", state_.losses.size(),
+                 options_.epochs + options_.finetune_epochs + (options_.bits > 0 ? options_.quantize_epochs : 0));
     }
     // Anew: making data has drawn random numbers on rank 0 alone.
     torch::manual_seed(options_.seed);
     if (!state_.compressed) {
       Trainee dense(state_, options_, device_, ranks_);
-      train_to("training", options_.epochs, options_.lr, dense);
+      train_to("training", 0, options_.epochs, options_.lr, dense);
       compress(dense);
     }
-    Trainee compressed(state_, options_, device_, ranks_);
-    train_to("fine-tuning", options_.finetune_epochs, 0.5 * options_.lr, compressed);
-    finish(compressed.model);
+    if (!state_.compressed->prepared) {
+      Trainee compressed(state_, options_, device_, ranks_);
+      train_to("fine-tuning", options_.epochs, options_.finetune_epochs, 0.5 * options_.lr, compressed);
+      if (options_.bits == 0) return finish(compressed.model);
+      quantize(compressed);
+    }
+    Trainee quantized(state_, options_, device_, ranks_);
+    train_to("training with few bits", options_.epochs + options_.finetune_epochs, options_.quantize_epochs,
+             0.1 * options_.lr, quantized);
+    finish(quantized.model);
   }
 
  private:
-  // What is left of a stage, with a checkpoint after each epoch.
-  void train_to(const std::string& stage, int64_t epochs, double lr, Trainee& trainee) {
-    const int64_t before = state_.compressed ? options_.epochs : 0;
+  // What is left of a stage behind the epochs of those `before`, with a checkpoint after each epoch.
+  void train_to(const std::string& stage, int64_t before, int64_t epochs, double lr, Trainee& trainee) {
     const uint64_t seed = static_cast<uint64_t>(options_.seed) * 1'000'003 + static_cast<uint64_t>(before);
     train(trainee.model, trainee.optimizer, data_.train, {stage, epochs, options_.batch, lr, seed},
           static_cast<int64_t>(state_.losses.size()) - before, ranks_, [&](double loss) {
@@ -210,9 +231,11 @@ class Run {
       accuracy(model, {data_.test.pixels.narrow(0, 0, 1), data_.test.labels.narrow(0, 0, 1)}, 1, {});
     });
     Compressed found;
-    found.dense = measure(model, data_.test, cctorch::dense_macs(specs), out_ / "dense.safetensors", ranks_);
+    found.dense = measure(model, data_.test, cctorch::dense_macs(specs), cctorch::state_dict(*model),
+                          out_ / "dense.safetensors", ranks_);
     auto [plan, nominal_macs] = search(model, data_.train, specs, options_, ranks_);
     found.plan = std::move(plan);
+    cctorch::set_bits(specs, found.plan, bits_of(specs, options_.bits));
     found.nominal_macs = nominal_macs;
     found.final_macs = cctorch::final_macs(specs, found.plan);
     check_target(found.dense.macs, found.final_macs, options_.target);
@@ -228,10 +251,20 @@ class Run {
     save(dense);
   }
 
+  // Each stage that follows begins with what is saved here; the momentum was that of other gradients.
+  void quantize(Trainee& trained) {
+    cctorch::prepare(*trained.model, state_.compressed->plan, "mse");
+    state_.compressed->prepared = accuracy(trained.model, data_.test, 256, ranks_);
+    trained.optimizer.state().clear();
+    save(trained);
+  }
+
   void finish(ResNet& model) {
     const Compressed& compressed = *state_.compressed;
+    const auto stored = cctorch::quantized_state_dict(*model);
+    cctorch::convert(*model);
     const Measurements after =
-        measure(model, data_.test, compressed.final_macs, out_ / "compressed.safetensors", ranks_);
+        measure(model, data_.test, compressed.final_macs, stored, out_ / "compressed.safetensors", ranks_);
     ranks_.on_main([&] {
       write_file(out_ / "plan.json", compressed.plan.to_json());
       write_file(out_ / "summary.json", summary(after));
@@ -245,6 +278,9 @@ class Run {
     print_table(compressed.dense, after);
     fmt::print("top-1 right after compression: {:.2f} %, {:.2f} % with BatchNorm re-estimated, {:.2f} % repaired\n",
                compressed.uncorrected, compressed.reestimated, compressed.repaired);
+    if (compressed.prepared)
+      fmt::print("top-1 with weights of {} bits, before training them: {:.2f} %\n", options_.bits,
+                 *compressed.prepared);
     fmt::print(
         "written to {}: plan.json, dense.safetensors, compressed.safetensors (reloaded: same top-1), "
         "summary.json\n",
@@ -256,9 +292,11 @@ class Run {
     return fmt::format(
         "{{\"top1_before\": {}, \"top1_compressed\": {}, \"top1_reestimated\": {}, \"top1_repaired\": {}, "
         "\"top1_after\": {}, "
+        "{}"
         "\"macs_before\": {}, \"macs_nominal\": {}, \"macs_after\": {}, \"losses\": [{}]}}\n",
         compressed.dense.top1, compressed.uncorrected, compressed.reestimated, compressed.repaired, after.top1,
-        compressed.dense.macs, compressed.nominal_macs, after.macs, fmt::join(state_.losses, ", "));
+        compressed.prepared ? fmt::format("\"top1_prepared\": {}, ", *compressed.prepared) : "", compressed.dense.macs,
+        compressed.nominal_macs, after.macs, fmt::join(state_.losses, ", "));
   }
 
   const Options& options_;

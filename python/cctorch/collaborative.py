@@ -178,7 +178,7 @@ def _solver_layers(
 
 
 def _compression(graph: ModelGraph, solution: _C.Solution, nominal_macs: int, gradient_seconds: float) -> Compression:
-    layer_choice.say_bits(solution.plan, graph)
+    _C.set_bits(graph.specs, solution.plan, graph.bits)
     return Compression(
         plan=solution.plan,
         curves=solution.curves,

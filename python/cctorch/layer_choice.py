@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from cctorch import _C
-from cctorch._C import CompressionPlan, LayerPlan
 from cctorch.graph import ModelGraph
 from cctorch.graph.lstm import module_of
 
@@ -59,21 +58,6 @@ def quantize(graph: ModelGraph, bits: Mapping[str, int]) -> None:
         graph.warnings.append(f"bits: {', '.join(map(repr, recurrent))} keep theirs, as weights of an LSTM")
     for spec in graph.specs:
         spec.bits = graph.bits.get(spec.name, spec.bits)
-
-
-def say_bits(plan: CompressionPlan, graph: ModelGraph) -> None:
-    """Of the layers that are to be quantized, the plan's and those that it leaves as they are."""
-    layers = plan.layers
-    planned = {layer.name: layer for layer in layers}
-    for spec in graph.specs:
-        if spec.name not in graph.bits:
-            continue
-        if spec.name not in planned:
-            planned[spec.name] = LayerPlan(spec.name, spec.kind, spec.in_channels, spec.out_channels)
-            layers.append(planned[spec.name])
-        if planned[spec.name].kept_in:
-            planned[spec.name].bits = graph.bits[spec.name]
-    plan.layers = layers
 
 
 def candidates(graph: ModelGraph, exclude: Sequence[str], units: Units = "both", timed: bool = False) -> list[str]:

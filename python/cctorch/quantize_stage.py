@@ -49,7 +49,7 @@ def planned(dense: nn.Module, example: Tensor, settings: Quantize) -> tuple[_C.C
     except ValueError as error:
         raise ConfigError(str(error).replace("compress: bits", "quantize.bits")) from error
     plan = _C.CompressionPlan()
-    layer_choice.say_bits(plan, graph)
+    _C.set_bits(graph.specs, plan, graph.bits)
     return plan, graph.warnings[warned:]
 
 

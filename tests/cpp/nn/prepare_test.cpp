@@ -179,6 +179,35 @@ TEST(Prepare, TheQuantizedStateIsThatOfTheConvertedModel) {
   }
 }
 
+LayerSpec spec_of(const LayerPlan& layer) {
+  return {.name = layer.name, .kind = layer.kind, .in_channels = layer.in_channels, .out_channels = layer.out_channels};
+}
+
+TEST(SetBits, OfWhatThePlanNamesAndOfWhatItLeaves) {
+  LayerPlan narrow = conv2();
+  narrow.kept_in = narrow.gather = {1, 5};
+  LayerPlan removed = LayerPlan::unchanged("removed", LayerKind::conv2d, 4, 4);
+  removed.kept_in.clear();
+  CompressionPlan plan = plan_of({narrow, removed});
+  const std::vector<LayerSpec> model{spec_of(removed), spec_of(linear()), spec_of(conv2())};
+  set_bits(model, plan, {{"conv2", 4}, {"linear", 8}, {"removed", 4}});
+  narrow.bits = 4;
+  LayerPlan added = linear();
+  added.bits = 8;
+  EXPECT_EQ(plan.layers, (std::vector<LayerPlan>{narrow, removed, added}));
+}
+
+TEST(SetBits, WhatCannotBeIsRefusedAndChangesNothing) {
+  CompressionPlan plan = plan_of({conv2()});
+  const std::vector<LayerSpec> model{spec_of(conv2()), spec_of(linear())};
+  EXPECT_NE(
+      refusal([&] { set_bits(model, plan, {{"linear", 4}, {"linaer", 4}}); }).find("the model has no layer 'linaer'"),
+      std::string::npos);
+  EXPECT_NE(refusal([&] { set_bits(model, plan, {{"conv2", 1}}); }).find("layer 'conv2': bits = 1, expected 2 to 16"),
+            std::string::npos);
+  EXPECT_EQ(plan.layers, std::vector<LayerPlan>{conv2()});
+}
+
 TEST(Prepare, WhatCannotBeIsRefusedAndChangesNothing) {
   TinyNet model;
   const auto refused = [&](const LayerPlan& wrong, const std::string& message, const std::string& init = "lsq") {
