@@ -1,5 +1,4 @@
-#include <ATen/ops/cat.h>
-#include <ATen/ops/full.h>
+#include <ATen/ops/empty.h>
 #include <cctorch/nn/layers.h>
 #include <cctorch/nn/repair.h>
 #include <torch/types.h>
@@ -65,15 +64,7 @@ std::optional<Norm> norm_of(Compressible* layer) {
   return Norm{norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.options.eps()};
 }
 
-template <typename Layer>
-Affine affine_of(const Layer& layer, Compressible* norm) {
-  return {layer.weight, layer.first, layer.second, layer.bias, norm_of(norm)};
-}
-
-Affine affine_of(Compressible& layer, Compressible* norm) {
-  if (const auto* const convolution = dynamic_cast<nn::Conv2dImpl*>(&layer)) return affine_of(*convolution, norm);
-  return affine_of(dynamic_cast<nn::LinearImpl&>(layer), norm);
-}
+bool reads_nothing(const Compressible& layer) { return layer.plan() && layer.plan()->reads_nothing(); }
 
 at::Tensor bias_of(Compressible& layer) {
   if (const auto* const convolution = dynamic_cast<nn::Conv2dImpl*>(&layer)) return convolution->bias;
@@ -81,36 +72,21 @@ at::Tensor bias_of(Compressible& layer) {
   return dynamic_cast<nn::BatchNorm2dImpl&>(layer).bias;
 }
 
+template <typename Layer>
+Affine affine_of(const Layer& layer, Compressible* norm) {
+  return {layer.weight, layer.first, layer.second, layer.bias, norm_of(norm)};
+}
+
+Affine affine_of(Compressible& layer, Compressible* norm) {
+  if (reads_nothing(layer)) return {{}, {}, {}, bias_of(layer), norm_of(norm)};
+  if (const auto* const convolution = dynamic_cast<nn::Conv2dImpl*>(&layer)) return affine_of(*convolution, norm);
+  return affine_of(dynamic_cast<nn::LinearImpl&>(layer), norm);
+}
+
 at::Tensor run(Compressible& layer, const at::Tensor& x) {
   if (auto* const convolution = dynamic_cast<nn::Conv2dImpl*>(&layer)) return convolution->forward(x);
   if (auto* const linear = dynamic_cast<nn::LinearImpl*>(&layer)) return linear->forward(x);
   return dynamic_cast<nn::BatchNorm2dImpl&>(layer).forward(x);
-}
-
-// What is left of a removed residual branch, behind its norm if there is one: the mean of the targets.
-LayerFit fit_constant(const std::string& name, const at::Tensor& bias, const std::optional<Norm>& norm,
-                      const at::Tensor& target, const distributed::Ranks& ranks) {
-  const at::Tensor wide = target.to(at::kDouble);
-  const at::Tensor count = at::full({1}, static_cast<double>(target.size(1)), wide.options());
-  const at::Tensor sums = at::cat({wide.sum(1), wide.square().sum(1), count});
-  ranks.sum_(sums);
-  const int64_t outputs = target.size(0);
-  const at::Tensor samples = sums[2 * outputs];
-  const at::Tensor mean = sums.narrow(0, 0, outputs) / samples, square = sums.narrow(0, outputs, outputs) / samples;
-  TORCH_CHECK_VALUE(square.isfinite().all().item<bool>(), "the wanted outputs are NaN or infinite");
-  at::Tensor now = bias.to(at::kDouble);
-  if (norm) {
-    const at::Tensor slope = norm->weight.to(at::kDouble) / (norm->running_var.to(at::kDouble) + norm->eps).sqrt();
-    now = slope * (now - norm->running_mean.to(at::kDouble)) + norm->bias.to(at::kDouble);
-    norm->running_mean.copy_(bias);
-    norm->bias.copy_(mean);
-  } else {
-    now = now.clone();
-    bias.copy_(mean);
-  }
-  const auto spread = (square - mean.square()).clamp_min(0).sum().item<double>();
-  const auto before = (mean - now).square().sum().item<double>();
-  return {name, samples.item<int64_t>(), 0, spread > 0 ? (spread + before) / spread : 1.0, 1.0};
 }
 
 // One forward pass of the compressed model, during which every layer is fitted before its output is used.
@@ -158,13 +134,13 @@ class Pass : public Watching {
   void fit_place(const Place& place, const at::Tensor& input, const at::Tensor& target) try {
     Compressible& layer = *layers_.at(place.layer);
     Compressible* const norm = place.norm.empty() ? nullptr : norms_.at(place.norm);
-    if (layer.plan() && layer.plan()->reads_nothing()) {
-      fits.push_back(fit_constant(place.layer, bias_of(layer), norm_of(norm), target, ranks_));
-      return;
-    }
     const Affine affine = affine_of(layer, norm);
     Moments moments(affine.inputs(), affine.outputs());
-    moments.add_conv2d(as_map(layer, input), target, window_of(layer), options_.step, first_image_);
+    if (reads_nothing(layer)) {
+      moments.add(at::empty({0, target.size(1)}, target.options()), target);
+    } else {
+      moments.add_conv2d(as_map(layer, input), target, window_of(layer), options_.step, first_image_);
+    }
     if (ranks_.count() > 1) moments.all_reduce([&](const at::Tensor& sums) { ranks_.sum_(sums); });
     const Fit found = fit(affine, moments, options_.ridge);
     fits.push_back({place.layer, moments.samples(), affine.inputs(), found.before, found.after});

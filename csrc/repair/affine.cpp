@@ -21,13 +21,14 @@ struct Whole {
 
 at::Tensor own_weight(const Affine& affine) {
   if (affine.weight.defined()) return affine.weight.flatten(1).to(at::kDouble);
+  if (!affine.first.defined()) return at::zeros({affine.bias.size(0), 0}, affine.bias.options().dtype(at::kDouble));
   return affine.second.flatten(1).to(at::kDouble).mm(affine.first.flatten(1).to(at::kDouble));
 }
 
 Whole whole_of(const Affine& affine) {
   const at::Tensor weight = own_weight(affine);
   const at::Tensor bias =
-      affine.bias.defined() ? affine.bias.to(at::kDouble) : at::zeros({weight.size(0)}, weight.options());
+      affine.bias.defined() ? affine.bias.detach().to(at::kDouble) : at::zeros({weight.size(0)}, weight.options());
   if (!affine.norm) return {weight, bias, at::ones_like(bias)};
   const Norm& norm = *affine.norm;
   const at::Tensor slope = norm.weight.to(at::kDouble) / (norm.running_var.to(at::kDouble) + norm.eps).sqrt();
@@ -69,17 +70,37 @@ void write(const Affine& affine, const Whole& whole, const Fit& fit, const Momen
   norm.bias.copy_(whole.scale * mean + fit.intercept);
 }
 
+Fit fit_constant(const Affine& affine, const Moments& moments) {
+  const at::Tensor &mean = moments.output_mean(), &square = moments.output_square();
+  TORCH_CHECK_VALUE(moments.samples() > 0, "repair: no samples, expected at least one");
+  TORCH_CHECK_VALUE(square.isfinite().all().item<bool>(), "repair: the wanted outputs hold NaN or infinite values");
+  const Whole whole = whole_of(affine);
+  const auto off = (mean - whole.constant).square().sum().item<double>() * static_cast<double>(moments.samples());
+  const auto spread = square.sum().item<double>();
+  if (affine.norm) {
+    affine.norm->running_mean.copy_(affine.bias);
+    affine.norm->bias.copy_(mean);
+  } else {
+    affine.bias.copy_(mean);
+  }
+  return {whole.weight, mean, spread > 0 ? (spread + off) / spread : 1.0, 1.0};
+}
+
 }  // namespace
 
 int64_t Affine::inputs() const {
   const at::Tensor& read = weight.defined() ? weight : first;
-  return read.flatten(1).size(1);
+  return read.defined() ? read.flatten(1).size(1) : 0;
 }
 
-int64_t Affine::outputs() const { return (weight.defined() ? weight : second).size(0); }
+int64_t Affine::outputs() const {
+  const at::Tensor& writes = weight.defined() ? weight : second.defined() ? second : bias;
+  return writes.size(0);
+}
 
 Fit fit(const Affine& affine, const Moments& moments, double ridge) {
   const torch::NoGradGuard no_grad;
+  if (affine.inputs() == 0) return fit_constant(affine, moments);
   const Whole whole = whole_of(affine);
   const Options options{.ridge = ridge, .intercept = affine.norm || affine.bias.defined()};
   Fit found = affine.weight.defined()

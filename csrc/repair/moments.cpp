@@ -80,8 +80,8 @@ at::Tensor output_samples(const at::Tensor& y, int64_t step, int64_t first_image
 }
 
 Moments::Moments(int64_t inputs, int64_t outputs) {
-  TORCH_CHECK_VALUE(inputs >= 1 && outputs >= 1, "repair: moments of ", inputs, " inputs and ", outputs,
-                    " outputs, expected at least 1 of each");
+  TORCH_CHECK_VALUE(inputs >= 0 && outputs >= 1, "repair: moments of ", inputs, " inputs and ", outputs,
+                    " outputs, expected at least 1 output");
   input_mean_ = at::zeros({inputs}, at::kDouble);
   output_mean_ = at::zeros({outputs}, at::kDouble);
   input_moment_ = at::zeros({inputs, inputs}, at::kDouble);
@@ -152,7 +152,9 @@ void Moments::all_reduce(const std::function<void(at::Tensor)>& sum) {
   input_moment_.addr_(x_shift, x_shift, 1, own);
   cross_moment_.addr_(y_shift, x_shift, 1, own);
   output_square_.addcmul_(y_shift, y_shift, own);
-  for (const at::Tensor& moment : {input_moment_, cross_moment_, output_square_}) sum(moment);
+  for (const at::Tensor& moment : {input_moment_, cross_moment_, output_square_}) {
+    if (moment.numel() > 0) sum(moment);
+  }
   input_mean_ = input_mean;
   output_mean_ = output_mean;
   samples_ = std::llround(all);

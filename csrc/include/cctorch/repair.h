@@ -32,7 +32,7 @@ at::Tensor output_samples(const at::Tensor& y, int64_t step, int64_t first_image
 // samples' device.
 class Moments {
  public:
-  Moments(int64_t inputs, int64_t outputs);
+  Moments(int64_t inputs, int64_t outputs);  // inputs may be 0, outputs not
 
   // x: P x samples, y: N x samples.
   void add(const at::Tensor& x, const at::Tensor& y);
@@ -87,7 +87,8 @@ struct Norm {
 };
 
 // A layer and the normalization that reads its output, if there is one: together an affine function of the layer's
-// unfolded input. Either `weight` (N x ...) is defined, or `first` (r x ...) and `second` (N x r, or N x r x 1 x 1).
+// unfolded input. Either `weight` (N x ...) is defined, or `first` (r x ...) and `second` (N x r, or N x r x 1 x 1), or
+// none of them: a layer that reads nothing and gives its bias everywhere, all that is left of a removed branch.
 struct Affine {
   at::Tensor weight, first, second;
   at::Tensor bias;  // N, or undefined
@@ -100,7 +101,8 @@ struct Affine {
 // least_squares() or, of factors, reduced_rank() of the whole function, whose present one is where it starts. What is
 // found is written into the tensors, unless it is no better. The statistics of the normalization become those of the
 // samples, its scale and shift what gives the wanted function with them: a training step, which normalizes by the
-// batch's own statistics, goes on from the function that was fitted.
+// batch's own statistics, goes on from the function that was fitted. Of a layer that reads nothing the bias, or the
+// normalization's, becomes the mean of the wanted outputs.
 Fit fit(const Affine& affine, const Moments& moments, double ridge = Options().ridge);
 
 }  // namespace cctorch::repair

@@ -37,13 +37,15 @@ def _pair(values: tuple[int, ...]) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def affine_of(layer: Layer, norm: _BatchNorm | None) -> _C.Affine:
+def affine_of(layer: Layer | Constant, norm: _BatchNorm | None) -> _C.Affine:
     """The layer and the BatchNorm behind it as one affine function of the layer's unfolded input, on their tensors."""
     behind = None
     if norm is not None:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         behind = _C.Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+    if isinstance(layer, Constant):
+        return _C.Affine(bias=layer.bias, norm=behind)
     if isinstance(layer, LowRankConv2d | LowRankLinear):
         return _C.Affine(first=layer.first, second=layer.second, bias=layer.bias, norm=behind)
     return _C.Affine(weight=layer.weight, bias=layer.bias, norm=behind)

@@ -20,7 +20,6 @@ from cctorch.nn.gather import unwrapped
 from cctorch.pairs import pairs
 from cctorch.plan import check_plan
 from cctorch.repair.affine import affine_of, as_image, as_map
-from cctorch.repair.constant import fit_constant
 from cctorch.repair.layer_fit import LayerFit
 from cctorch.repair.places import Layer, Place, find, is_repairable, watching
 
@@ -237,22 +236,21 @@ class _Pass:
     def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
         norm = self.places[name].norm
         batch_norm: _BatchNorm | None = None if norm is None else self.norms[norm]  # type: ignore[assignment]
-        layer = self.layers[name]
-        if isinstance(layer, Constant):
-            self.fits.append(fit_constant(name, layer, batch_norm, target, self.across_ranks))
-        else:
-            self.fits.append(self._fit_affine(name, layer, batch_norm, x, target))  # type: ignore[arg-type]
+        self.fits.append(self._fit_affine(name, self.layers[name], batch_norm, x, target))  # type: ignore[arg-type]
         if self.progress:
             self.progress("repair", len(self.fits), len(self.layers))
 
     def _fit_affine(
-        self, name: str, layer: Layer, batch_norm: _BatchNorm | None, x: Tensor, target: Tensor
+        self, name: str, layer: Layer | Constant, batch_norm: _BatchNorm | None, x: Tensor, target: Tensor
     ) -> LayerFit:
         affine = affine_of(layer, batch_norm)
-        image, window = as_image(layer, x)
         moments = _C.Moments(affine.inputs, affine.outputs)
         try:
-            moments.add_conv2d(image, target, window, self.sampling.step, self.sampling.first_image)
+            if isinstance(layer, Constant):
+                moments.add(target.new_empty(0, target.shape[1]), target)
+            else:
+                image, window = as_image(layer, x)
+                moments.add_conv2d(image, target, window, self.sampling.step, self.sampling.first_image)
             if self.across_ranks and distributed.world_size() > 1:
                 moments.all_reduce(distributed.sum_)
             fit = _C.fit_affine(affine, moments, self.ridge)

@@ -141,6 +141,36 @@ TEST(RepairFit, TakesSingularMomentsOfSingleSamples) {
   EXPECT_LE(fit.after, fit.before);
 }
 
+TEST(RepairFit, ABiasAloneBecomesTheMean) {
+  for (const bool normalized : {false, true}) {
+    at::manual_seed(1);
+    const at::Tensor y = at::randn({3, 40}, at::kDouble) * 2 + 1;
+    Affine affine{.weight = {}, .first = {}, .second = {}, .bias = at::randn({3}, at::kDouble), .norm = {}};
+    at::Tensor before = affine.bias.clone();
+    if (normalized) {
+      affine.norm = Norm{at::randn({3}, at::kDouble), at::randn({3}, at::kDouble), at::randn({3}, at::kDouble),
+                         at::rand({3}, at::kDouble) + 0.5};
+      const Norm& norm = *affine.norm;
+      before = (before - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias;
+    }
+    Moments moments(0, 3);
+    for (const at::Tensor& part : y.split(15, 1)) moments.add(at::empty({0, part.size(1)}, at::kDouble), part);
+    const Fit found = fit(affine, moments);
+    const at::Tensor mean = y.mean(1);
+    EXPECT_TRUE(at::allclose(normalized ? affine.norm->bias : affine.bias, mean, 1e-12, 1e-12));
+    // Behind a norm the bias goes into its statistics, and nothing of it comes out.
+    EXPECT_TRUE(!normalized || at::equal(affine.norm->running_mean, affine.bias));
+    const auto error = [&](const at::Tensor& constant) {
+      return (y - constant.unsqueeze(1)).square().sum().item<double>();
+    };
+    EXPECT_NEAR(found.before, error(before) / error(mean), 1e-10 * found.before);
+    EXPECT_EQ(found.after, 1);
+    EXPECT_THROW(fit(affine, Moments(0, 3)), c10::Error);
+    moments.add(at::empty({0, 1}, at::kDouble), at::full({3, 1}, NAN, at::kDouble));
+    EXPECT_THROW(fit(affine, moments), c10::Error);
+  }
+}
+
 TEST(RepairFit, RefusesWhatItCannotFit) {
   const Samples s = samples(4, 3, 10);
   EXPECT_THROW(least_squares(Moments(4, 3), s.weight, s.constant), c10::Error);
