@@ -87,7 +87,7 @@ sanitize: $(VENV)/.ready  ## the C++ tests under address and undefined-behaviour
 	  -DCCTORCH_BUILD_TESTS=ON -DCCTORCH_BUILD_PYTHON=OFF -DCCTORCH_CUDA=OFF \
 	  -DLIBTORCH_ROOT=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')
 	$(BIN)/cmake --build $(BUILD)-sanitize
-	ASAN_OPTIONS=detect_leaks=0 $(BIN)/ctest --test-dir $(BUILD)-sanitize --output-on-failure
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/ctest --test-dir $(BUILD)-sanitize --output-on-failure -j 2
 
 clean:  ## remove what was built, but not the virtual environment
 	rm -rf $(BUILD) $(BUILD)-sanitize $(BUILD)-tidy dist python/cctorch/lib python/cctorch/include python/cctorch/share \

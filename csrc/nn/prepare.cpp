@@ -111,6 +111,8 @@ void set_bits(const std::vector<LayerSpec>& model, CompressionPlan& plan, const 
   for (const LayerSpec& spec : model) {
     const auto found = left.extract(spec.name);
     if (found.empty()) continue;
+    TORCH_CHECK_VALUE(spec.kind != LayerKind::batch_norm2d && spec.kind != LayerKind::lstm, "bits: layer '", spec.name,
+                      "' is of kind ", to_string(spec.kind), ", expected a convolution or a linear layer");
     LayerPlan* layer = changed.find(spec.name);
     if (layer == nullptr) {
       layer =

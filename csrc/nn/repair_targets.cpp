@@ -150,11 +150,11 @@ Place Targets::place_of(Compressible* layer) const {
   return {names_.at(layer), norm == nullptr ? "" : names_.at(norm), joined && options_.shortcuts};
 }
 
-// From the first layer on that the plan changes.
+// From the first layer on that apply() changes; masks and bits, which plans may also have, act later.
 void Targets::choose() {
   const auto changes = [&](const Compressible* layer) {
     const LayerPlan* const planned = plan_.find(names_.at(layer));
-    return planned != nullptr && !planned->is_unchanged();
+    return planned != nullptr && !planned->keeps_shape();
   };
   for (auto first = std::ranges::find_if(order_, changes); first != order_.end(); ++first) {
     const bool once = std::ranges::count(order_, *first) == 1;

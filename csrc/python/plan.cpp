@@ -110,6 +110,7 @@ void bind_layer_plan(py::module_& module) {
       .def_readwrite("mask", &LayerPlan::mask)
       .def_readwrite("bits", &LayerPlan::bits)
       .def_property_readonly("is_unchanged", &LayerPlan::is_unchanged)
+      .def_property_readonly("keeps_shape", &LayerPlan::keeps_shape)
       .def(py::self == py::self);  // NOLINT(misc-redundant-expression): binds the operator
   bind_kind(type);
 }

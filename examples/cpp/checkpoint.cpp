@@ -13,10 +13,9 @@
 #include <utility>
 
 #include "files.h"
+#include "options.h"
 
 namespace {
-
-constexpr const char* top1_prepared = "top1_prepared";
 
 // Calls visit(name, member) for each.
 template <typename Figures, typename Visit>
@@ -32,6 +31,12 @@ void visit_figures(Figures& of, const Visit& visit) {
   visit("dense.parameters", of.dense.parameters);
   visit("dense.macs", of.dense.macs);
   visit("dense.bytes", of.dense.bytes);
+}
+
+template <typename Quantized, typename Visit>
+void visit_quantized(Quantized& of, const Visit& visit) {
+  visit("top1_finetuned", of.finetuned);
+  visit("top1_prepared", of.prepared);
 }
 
 void insert(cctorch::Safetensors& archive, const std::string& prefix, const Tensors& tensors) {
@@ -52,10 +57,9 @@ cctorch::Safetensors to_archive(const State& state, const std::map<std::string, 
   archive.tensors["losses"] = at::tensor(state.losses, at::kDouble);
   if (state.compressed) {
     archive.metadata["plan"] = state.compressed->plan.to_json();
-    visit_figures(*state.compressed,
-                  [&](const char* name, const auto& value) { archive.metadata[name] = fmt::format("{}", value); });
-    const auto& prepared = state.compressed->prepared;
-    if (prepared) archive.metadata[top1_prepared] = fmt::format("{}", *prepared);
+    const auto put = [&](const char* name, const auto& value) { archive.metadata[name] = fmt::format("{}", value); };
+    visit_figures(*state.compressed, put);
+    if (state.compressed->quantized) visit_quantized(*state.compressed->quantized, put);
   }
   insert(archive, "model.", state.model);
   insert(archive, "momentum.", state.momentum);
@@ -78,10 +82,9 @@ State state_of(const cctorch::Safetensors& archive) {
   if (archive.metadata.contains("plan")) {
     Compressed& compressed = state.compressed.emplace();
     compressed.plan = cctorch::CompressionPlan::from_json(archive.metadata.at("plan"));
-    visit_figures(compressed, [&](const char* name, auto& value) { parse(archive.metadata.at(name), value); });
-    if (archive.metadata.contains(top1_prepared)) {
-      parse(archive.metadata.at(top1_prepared), compressed.prepared.emplace());
-    }
+    const auto take = [&](const char* name, auto& value) { parse(archive.metadata.at(name), value); };
+    visit_figures(compressed, take);
+    if (archive.metadata.contains("top1_prepared")) visit_quantized(compressed.quantized.emplace(), take);
   }
   state.model = tensors_of(archive, "model.");
   state.momentum = tensors_of(archive, "momentum.");
@@ -101,9 +104,11 @@ void expect_none_of_before(const std::filesystem::path& file) {
 void expect_settings(const cctorch::Safetensors& archive, const std::map<std::string, std::string>& settings,
                      const std::filesystem::path& file) {
   std::string differences;
+  // What an earlier version did not have was as it is by default.
+  const std::map<std::string, std::string> defaults = ::settings(Options());
   for (const auto& [name, value] : settings) {
     const auto found = archive.metadata.find("setting." + name);
-    const std::string before = found == archive.metadata.end() ? "" : found->second;
+    const std::string before = found == archive.metadata.end() ? defaults.at(name) : found->second;
     if (before != value)
       differences += fmt::format("{}{} '{}' -> '{}'", differences.empty() ? "" : ", ", name, before, value);
   }

@@ -23,7 +23,12 @@ struct Compressed {
   int64_t nominal_macs = 0, final_macs = 0;
   Measurements dense;
   double uncorrected = 0.0, reestimated = 0.0, repaired = 0.0;  // top-1
-  std::optional<double> prepared;  // once the weights are quantized: top-1 before they are trained so
+
+  // Once the weights have few bits: top-1 before that, and with them but before they are trained so.
+  struct Quantized {
+    double finetuned = 0.0, prepared = 0.0;
+  };
+  std::optional<Quantized> quantized;
 };
 
 // Where a run stands after an epoch, or after the compression: all that it takes to go on as if it had never stopped.

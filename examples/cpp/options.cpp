@@ -81,8 +81,7 @@ void set_device(Options& options, const std::string& name, const std::string& va
 }
 
 void set_bits(Options& options, const std::string& name, const std::string& value) {
-  options.bits = parse<int64_t>(name, value, 0, 16);
-  if (options.bits == 1) refuse(name, value, "0, or a whole number from 2 to 16");
+  options.bits = value == "0" ? 0 : parse<int64_t>(name, value, 2, 16);
 }
 
 const std::vector<Flag>& flags() {
@@ -93,7 +92,7 @@ const std::vector<Flag>& flags() {
       {"--finetune-epochs", "N", "epochs of the compressed network", count(&Options::finetune_epochs, 0)},
       {"--bits",
        "N",
-       "of a weight in the end, trained with LSQ; at least 8 in the first and last layer; 0 for float",
+       "bits of a weight, trained with LSQ; 8 or more in the first and last layer; 0 for float",
        {set_bits, getter(&Options::bits)}},
       {"--quantize-epochs", "N", "epochs of the network with weights of few bits", count(&Options::quantize_epochs, 0)},
       {"--target", "C", "fraction of the multiply-accumulates to remove", number(&Options::target, 0.01, 0.95)},
@@ -131,6 +130,8 @@ Options parse_options(const std::vector<std::string>& arguments) {
   }
   if (options.synthetic && !options.data.empty())
     refuse("--data", options.data, "no --synthetic beside it, which makes data of its own");
+  if (options.bits == 0 && options.quantize_epochs != Options().quantize_epochs)
+    refuse("--quantize-epochs", fmt::format("{}", options.quantize_epochs), "--bits beside it");
   return options;
 }
 

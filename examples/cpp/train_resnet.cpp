@@ -164,7 +164,7 @@ struct Trainee {
     ResNet model = new_model(options, device);
     if (state.compressed) cctorch::apply(*model, state.compressed->plan);
     to_channels_last(model);
-    if (state.compressed && state.compressed->prepared) cctorch::prepare(*model, state.compressed->plan);
+    if (state.compressed && state.compressed->quantized) cctorch::prepare(*model, state.compressed->plan);
     return model;
   }
 };
@@ -196,15 +196,15 @@ class Run {
       train_to("training", 0, options_.epochs, options_.lr, dense);
       compress(dense);
     }
-    if (!state_.compressed->prepared) {
+    if (!state_.compressed->quantized) {
       Trainee compressed(state_, options_, device_, ranks_);
       train_to("fine-tuning", options_.epochs, options_.finetune_epochs, 0.5 * options_.lr, compressed);
       if (options_.bits == 0) return finish(compressed.model);
       quantize(compressed);
     }
     Trainee quantized(state_, options_, device_, ranks_);
-    train_to("training with few bits", options_.epochs + options_.finetune_epochs, options_.quantize_epochs,
-             0.1 * options_.lr, quantized);
+    train_to("quantizing", options_.epochs + options_.finetune_epochs, options_.quantize_epochs, 0.1 * options_.lr,
+             quantized);
     finish(quantized.model);
   }
 
@@ -251,10 +251,12 @@ class Run {
     save(dense);
   }
 
-  // Each stage that follows begins with what is saved here; the momentum was that of other gradients.
+  // The momentum was that of other gradients.
   void quantize(Trainee& trained) {
+    Compressed::Quantized found{.finetuned = accuracy(trained.model, data_.test, 256, ranks_)};
     cctorch::prepare(*trained.model, state_.compressed->plan, "mse");
-    state_.compressed->prepared = accuracy(trained.model, data_.test, 256, ranks_);
+    found.prepared = accuracy(trained.model, data_.test, 256, ranks_);
+    state_.compressed->quantized = found;
     trained.optimizer.state().clear();
     save(trained);
   }
@@ -278,9 +280,11 @@ class Run {
     print_table(compressed.dense, after);
     fmt::print("top-1 right after compression: {:.2f} %, {:.2f} % with BatchNorm re-estimated, {:.2f} % repaired\n",
                compressed.uncorrected, compressed.reestimated, compressed.repaired);
-    if (compressed.prepared)
-      fmt::print("top-1 with weights of {} bits, before training them: {:.2f} %\n", options_.bits,
-                 *compressed.prepared);
+    if (compressed.quantized) {
+      fmt::print(
+          "top-1 fine-tuned: {:.2f} %, with {} bits (8 or more in the first and last layer) and untrained: {:.2f} %\n",
+          compressed.quantized->finetuned, options_.bits, compressed.quantized->prepared);
+    }
     fmt::print(
         "written to {}: plan.json, dense.safetensors, compressed.safetensors (reloaded: same top-1), "
         "summary.json\n",
@@ -289,14 +293,16 @@ class Run {
 
   std::string summary(const Measurements& after) const {
     const Compressed& compressed = *state_.compressed;
+    const std::string quantized = compressed.quantized
+                                      ? fmt::format("\"top1_finetuned\": {}, \"top1_prepared\": {}, ",
+                                                    compressed.quantized->finetuned, compressed.quantized->prepared)
+                                      : "";
     return fmt::format(
-        "{{\"top1_before\": {}, \"top1_compressed\": {}, \"top1_reestimated\": {}, \"top1_repaired\": {}, "
+        "{{\"top1_before\": {}, \"top1_compressed\": {}, \"top1_reestimated\": {}, \"top1_repaired\": {}, {}"
         "\"top1_after\": {}, "
-        "{}"
         "\"macs_before\": {}, \"macs_nominal\": {}, \"macs_after\": {}, \"losses\": [{}]}}\n",
-        compressed.dense.top1, compressed.uncorrected, compressed.reestimated, compressed.repaired, after.top1,
-        compressed.prepared ? fmt::format("\"top1_prepared\": {}, ", *compressed.prepared) : "", compressed.dense.macs,
-        compressed.nominal_macs, after.macs, fmt::join(state_.losses, ", "));
+        compressed.dense.top1, compressed.uncorrected, compressed.reestimated, compressed.repaired, quantized,
+        after.top1, compressed.dense.macs, compressed.nominal_macs, after.macs, fmt::join(state_.losses, ", "));
   }
 
   const Options& options_;

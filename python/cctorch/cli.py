@@ -26,7 +26,8 @@ examples:
   cctorch run configs/demo.yaml                          Fashion-MNIST, ten minutes on two cores
   cctorch run configs/demo.yaml name=harder compress.target=0.7
                                                          the same with changed values, in runs/harder
-  cctorch run configs/demo.yaml name=deployed onnx=true  an ONNX file too, of int8 weights after a quantize stage
+  cctorch run configs/resnet20_cifar10_quantized.yaml onnx=true
+                                                         weights of 4 bits, and an ONNX file of int8 weights
   cctorch run configs/demo.yaml                          run again: goes on where it was interrupted
   cctorch run configs/demo.yaml --fresh                  start over
   torchrun --nproc-per-node 4 -m cctorch run configs/demo.yaml

@@ -258,17 +258,10 @@ class Config(Section):
     quantize: Quantize | None = None
     measure: Measure = Measure()
     checkpoint: Checkpoint = Checkpoint()
-    # compressed.pt2, a torch.export program.
+    # Made of the file of the compressed model: compressed.pt2, a torch.export program, and compressed.onnx, which needs
+    # `pip install cctorch[onnx]`. They may change before and after the end of a run: what is missing is written.
     export: bool = True
-    # compressed.onnx; needs `pip install cctorch[onnx]`.
     onnx: bool = False
-
-    @field_validator("onnx")
-    @classmethod
-    def _onnx_installed(cls, wanted: bool) -> bool:
-        if wanted and not all(importlib.util.find_spec(module) for module in ("onnx", "onnxscript", "onnxruntime")):
-            raise ValueError("expected onnx, onnxscript and onnxruntime to be installed: pip install cctorch[onnx]")
-        return wanted
 
     @model_validator(mode="after")
     def _stages(self) -> Config:

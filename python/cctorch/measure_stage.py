@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,19 @@ import torch
 from torch import nn
 
 from cctorch import data, export, measure
-from cctorch.config import Config, Measure
+from cctorch.config import Config, ConfigError, Measure
 from cctorch.device import describe
 from cctorch.log import Log
 from cctorch.store import Folder, load_model, load_state
 from cctorch.summary import Figures, Summary
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where a package is missing that the stage needs."""
+    if config.onnx and not all(importlib.util.find_spec(module) for module in ("onnx", "onnxscript", "onnxruntime")):
+        raise ConfigError(
+            "onnx = true: expected onnx, onnxscript and onnxruntime to be installed: pip install cctorch[onnx]"
+        )
 
 
 def measured(
@@ -27,7 +36,7 @@ def measured(
 ) -> Summary:
     """Measures `model`, the compressed one, and the folder's dense model; writes the exported files and summary.json.
 
-    `results` are those of the stages before; its layers get the seconds they take. `model` ends on the CPU.
+    `results` are those of the stages before; its layers get the seconds they take.
     """
     log.line("measuring")
     dense = feed.place(load_model(folder.dense)[0], device)
@@ -42,10 +51,7 @@ def measured(
     for layer in results["layers"]:
         layer["seconds_before"] = _seconds_of(layer["name"], before_times)
         layer["seconds_after"] = _seconds_of(layer["name"], after_times)
-    if config.export or config.onnx:
-        log.line("exporting")
-        # A program remembers its device; one on the CPU opens everywhere.
-        _export(config, folder, model.cpu(), feed.example(2).cpu())
+    export_missing(config, folder, log)
     shared = {field: results[field] for field in Summary.__dataclass_fields__ if field in results}
     summary = Summary(
         name=config.name,
@@ -60,15 +66,26 @@ def measured(
     return summary
 
 
-def _export(config: Config, folder: Folder, model: nn.Module, example: torch.Tensor) -> None:
-    if config.export:
-        export.save_program(model, example, folder.path / "compressed.pt2")
-    if config.onnx:
+def export_missing(config: Config, folder: Folder, log: Log) -> None:
+    """Writes the files that `config` wants exported and that are not there, of what the deliverable holds."""
+    program, onnx = folder.path / "compressed.pt2", folder.path / "compressed.onnx"
+    wanted = [file for file, wants in ((program, config.export), (onnx, config.onnx)) if wants and not file.exists()]
+    if not wanted:
+        return
+    log.line("exporting")
+    deliverable = folder.deliverable(config.checkpoint)
+    model, architecture = load_model(deliverable)
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    # A program remembers its device; one on the CPU opens everywhere.
+    model = model.to(memory_format=layout)  # type: ignore[call-overload]
+    example = torch.rand(2, *architecture.shape, generator=torch.Generator().manual_seed(0))
+    example = example.contiguous(memory_format=layout)
+    if program in wanted:
+        export.save_program(model, example, program)
+    if onnx in wanted:
         from cctorch.export_onnx import save_onnx
 
-        # What the deliverable holds, which may be lossy, and its codes.
-        file = folder.deliverable(config.checkpoint)
-        save_onnx(load_model(file)[0], example, folder.path / "compressed.onnx", codes=load_state(file))
+        save_onnx(model, example, onnx, codes=load_state(deliverable))
 
 
 def _figures(

@@ -46,15 +46,16 @@ def run(config: Config, *, fresh: bool = False, console: Console | None = None) 
             # What is refused is refused here, before anything is written or, for --fresh, deleted.
             ahead = None if summary else _Run(config, folder, interruption, fresh)
             with logged(folder, config, interruption, fresh, console) as log:
-                return _finish(summary, ahead, folder, log)
+                return _finish(config, summary, ahead, folder, log)
 
 
-def _finish(summary: Summary | None, ahead: _Run | None, folder: Folder, log: Log) -> Summary:
+def _finish(config: Config, summary: Summary | None, ahead: _Run | None, folder: Folder, log: Log) -> Summary:
     page = folder.path / "report.html"
     if ahead is not None:
         summary = ahead.execute(log)
     else:
         log.line(f"{folder.path} is finished; --fresh starts it over")
+        distributed.on_main(lambda: measure_stage.export_missing(config, folder, log))
     assert summary is not None
     if distributed.is_main() and (ahead is not None or not page.exists()):
         report.write(folder.path)
@@ -66,6 +67,7 @@ def _finish(summary: Summary | None, ahead: _Run | None, folder: Folder, log: Lo
 class _Run(Trainer):
     def __init__(self, config: Config, folder: Folder, interruption: Interruption, fresh: bool) -> None:
         super().__init__(config, folder, interruption, fresh)
+        measure_stage.check(config)
         self.regularized = self._regularized()
         if config.compress and (config.compress.exclude or config.compress.bounds) and not self.resuming:
             compress_stage.check_names(self._fresh(), self.feed.example(2).cpu(), config.compress)

@@ -46,6 +46,8 @@ _FILES = {
     "checkpoints",
     "tensorboard",
 }
+# Settings of what is made of a finished model.
+_EXPORTED = {"export", "onnx"}
 _STATES = ("last", "previous", "next")
 _CHECKPOINTS = {*_STATES, "gradients.safetensors", "dense.safetensors", "compressed.safetensors", "compressed.h5"}
 # Of earlier versions.
@@ -186,7 +188,9 @@ class Folder:
             old = _flat({**_settings(), **yaml.safe_load(file.read_text())})
         new = _flat(config.model_dump())
         changed = [
-            f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
+            f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+            for key in {**old, **new}
+            if old.get(key) != new.get(key) and key not in _EXPORTED
         ]
         if changed:
             raise ConfigError(

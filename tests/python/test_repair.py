@@ -241,6 +241,22 @@ def test_what_the_smaller_layers_can_compute_is_recovered(rank: int | None) -> N
         torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
 
 
+def test_bits_of_a_layer_that_keeps_its_shape_change_nothing() -> None:
+    dense, data = duplicates(), batches((3, 8, 8))
+    narrow = LayerPlan("conv2", "conv2d", 8, 6, kept_in=[0, 1, 6, 7], gather=[0, 1, 6, 7])
+    repaired = []
+    for layers in ([narrow], [LayerPlan("conv1", "conv2d", 3, 8, bits=4), narrow]):
+        plan = CompressionPlan("test", 0.5, layers)
+        model = cctorch.apply(copy.deepcopy(dense), plan).eval()
+        assert [layer.name for layer in cctorch.repair(model, dense, plan, data).layers] == [
+            "conv2",
+            "hidden",
+            "linear",
+        ]
+        repaired.append(model.state_dict())
+    assert all(torch.equal(value, repaired[1][name]) for name, value in repaired[0].items())
+
+
 class Projected(nn.Module):
     """A block whose shortcut is a convolution of its own, executed last, added in place."""
 

@@ -208,6 +208,16 @@ TEST(SetBits, WhatCannotBeIsRefusedAndChangesNothing) {
   EXPECT_EQ(plan.layers, std::vector<LayerPlan>{conv2()});
 }
 
+TEST(SetBits, OfLayersWithoutAWeightToQuantizeIsRefused) {
+  for (const LayerKind kind : {LayerKind::batch_norm2d, LayerKind::lstm}) {
+    CompressionPlan plan;
+    const std::vector<LayerSpec> model{{.name = "layer", .kind = kind, .in_channels = 4, .out_channels = 4}};
+    EXPECT_NE(refusal([&] { set_bits(model, plan, {{"layer", 4}}); }).find("layer 'layer' is of kind"),
+              std::string::npos);
+    EXPECT_TRUE(plan.layers.empty());
+  }
+}
+
 TEST(Prepare, WhatCannotBeIsRefusedAndChangesNothing) {
   TinyNet model;
   const auto refused = [&](const LayerPlan& wrong, const std::string& message, const std::string& init = "lsq") {

@@ -142,6 +142,13 @@ class BlockTest : public testing::TestWithParam<Sum> {
   BlockNet dense{GetParam()}, net{GetParam()};
 };
 
+TEST_P(BlockTest, BeginsWhereAShapeChangesNotWhereBitsDo) {
+  CompressionPlan plan = block_plan();
+  LayerPlan& stem = plan.layers.emplace_back(LayerPlan::unchanged("stem", LayerKind::conv2d, 3, 8));
+  stem.bits = 4;
+  EXPECT_EQ(repaired(net, dense, plan, x).layers.front().name, "conv1");
+}
+
 // conv1 by its own output behind the norm, conv2 by the sum that the dense model has: each on what now comes in.
 TEST_P(BlockTest, IsTheLeastSquaresSolution) {
   const torch::NoGradGuard no_grad;

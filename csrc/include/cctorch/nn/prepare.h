@@ -11,10 +11,10 @@
 
 namespace cctorch {
 
-// Says in `plan` how many bits the weights of layers get, by the layers' names, for prepare() later on; layers that the
-// plan leaves as they are come in, and one that reads nothing, which has no weight, gets none. `model` are the dense
-// model's layers. Throws c10::ValueError, the plan is then as before, naming a layer that is not among them, or whose
-// bits are not 2 to 16.
+// Writes into `plan`, for prepare(), how many bits the weights of the layers named in `bits` get. A layer that the plan
+// lacks is added, otherwise unchanged; one that reads nothing has no weight, and is passed over. `model` are the dense
+// model's layers. Throws c10::ValueError, the plan is then as before, naming a layer that is not among them, that is a
+// BatchNorm or an LSTM's, or whose bits are not 2 to 16.
 void set_bits(const std::vector<LayerSpec>& model, CompressionPlan& plan, const std::map<std::string, int64_t>& bits);
 
 // Puts the masks and the fake-quantization (LSQ, one scale for each output channel) of `plan` on the weights of the
