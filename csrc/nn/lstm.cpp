@@ -74,7 +74,7 @@ LayerSpec LSTMWeight::spec(const std::string& name) const {
           .in_channels = columns_,
           .out_channels = rows_,
           .positions = positions_,
-          .bits = 8 * static_cast<int64_t>(of_->values(name_).front().element_size())};
+          .bits = 8 * of_->values(name_).front().element_size()};
 }
 
 std::vector<std::pair<std::string, at::Tensor>> LSTMWeight::weights() const {
@@ -90,7 +90,7 @@ void LSTMWeight::check_structure(const LayerPlan& plan) const { check_rank(plan,
 void LSTMWeight::carry_out(const LayerPlan& plan) {
   const torch::NoGradGuard no_grad;
   const at::Tensor weight = of_->values(name_).front().detach();
-  const auto [first, second] = collaborative::factorize(weight, plan.kept_in, *plan.rank);
+  const auto [first, second] = collaborative::factorize(weight, plan.kept_in, plan.rank.value());
   plan_ = plan;
   of_->factor(name_, first.to(weight.options()).contiguous(), second.to(weight.options()).contiguous());
 }
@@ -137,7 +137,7 @@ void LSTMImpl::reset_parameters() {
   const torch::NoGradGuard no_grad;
   const double bound = 1.0 / std::sqrt(static_cast<double>(options.hidden_size()));
   for (const auto& parameter : named_parameters(/*recurse=*/false)) {
-    at::Tensor value = parameter.value();
+    const at::Tensor& value = parameter.value();
     // The product of the factors then has the variance of PyTorch's default.
     const bool second = parameter.key().ends_with("_second");
     const double limit = second ? std::sqrt(3.0 / static_cast<double>(value.size(1))) : bound;
@@ -154,7 +154,7 @@ void LSTMImpl::pretty_print(std::ostream& stream) const {
   stream << ")";
   const char* before = " compressed to ";
   for (const LSTMWeight& weight : weights_) {
-    if (!weight.plan()) continue;
+    if (!weight.plan() || !weight.plan()->rank) continue;
     stream << std::exchange(before, ", ") << weight.name_ << " of rank " << *weight.plan()->rank;
   }
 }
@@ -230,7 +230,7 @@ LSTMImpl::States LSTMImpl::checked(const std::optional<States>& states, const at
   return *states;
 }
 
-std::tuple<at::Tensor, LSTMImpl::States> LSTMImpl::forward(const at::Tensor& x, std::optional<States> states) {
+std::tuple<at::Tensor, LSTMImpl::States> LSTMImpl::forward(const at::Tensor& x, const std::optional<States>& states) {
   check_input(x, 3);
   const at::Tensor steps = options.batch_first() ? x.transpose(0, 1) : x;
   const auto [y, last] = compute(steps, checked(states, x, steps.size(1)), {});
@@ -238,7 +238,7 @@ std::tuple<at::Tensor, LSTMImpl::States> LSTMImpl::forward(const at::Tensor& x, 
 }
 
 std::tuple<PackedSequence, LSTMImpl::States> LSTMImpl::forward_with_packed_input(const PackedSequence& packed,
-                                                                                 std::optional<States> states) {
+                                                                                 const std::optional<States>& states) {
   check_input(packed.data(), 2);
   const auto batch = packed.batch_sizes()[0].item<int64_t>();
   const auto [given_h, given_c] = checked(states, packed.data(), batch);

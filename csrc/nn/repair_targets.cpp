@@ -127,7 +127,7 @@ void Targets::record(const Origin& origin, bool joined, const at::Tensor& y) {
 at::Tensor Targets::sampled(const Compressible& layer, const std::string& name, const at::Tensor& y) const {
   at::Tensor map = as_map(layer, y);
   const LayerPlan* const planned = plan_.find(name);
-  if (planned != nullptr && static_cast<int64_t>(planned->kept_out.size()) < planned->out_channels)
+  if (planned != nullptr && std::cmp_less(planned->kept_out.size(), planned->out_channels))
     map = map.index_select(1, at::tensor(planned->kept_out, at::TensorOptions(y.device()).dtype(at::kLong)));
   return output_samples(map, options_.step, begin_.at(&layer));
 }

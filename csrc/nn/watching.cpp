@@ -118,7 +118,7 @@ void Watching::mark(const at::Tensor& y, const Origin& origin) {
 Watching::Origin Watching::origin_of(const at::Tensor& x) const {
   if (!x.defined()) return {};
   const auto found = sources_.find(x.unsafeGetTensorImpl());
-  if (found == sources_.end() || found->second.version != static_cast<uint32_t>(x._version())) return {};
+  if (found == sources_.end() || std::cmp_not_equal(found->second.version, x._version())) return {};
   return found->second.origin;
 }
 

@@ -26,7 +26,7 @@ class Watching : public nn::Watcher {
   template <typename Run>
   auto watch(const Run& run) {
     const Scope scope(*this);
-    auto result = run();
+    const auto result = run();
     if (thrown_) std::rethrow_exception(thrown_);
     return result;
   }

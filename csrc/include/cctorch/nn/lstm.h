@@ -56,9 +56,9 @@ class LSTMImpl : public torch::nn::Cloneable<LSTMImpl> {
   void pretty_print(std::ostream& stream) const override;
 
   // x: steps x batch x features, or batch x steps x features with `batch_first`; states of zeros where there are none.
-  std::tuple<at::Tensor, States> forward(const at::Tensor& x, std::optional<States> states = {});
+  std::tuple<at::Tensor, States> forward(const at::Tensor& x, const std::optional<States>& states = {});
   std::tuple<torch::nn::utils::rnn::PackedSequence, States> forward_with_packed_input(
-      const torch::nn::utils::rnn::PackedSequence& packed, std::optional<States> states = {});
+      const torch::nn::utils::rnn::PackedSequence& packed, const std::optional<States>& states = {});
 
   // Its weights, by the names of the dense parameters: a plan names them by the path of this module, a dot and that.
   std::vector<std::pair<std::string, Compressible*>> layers();
