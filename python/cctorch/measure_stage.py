@@ -51,7 +51,7 @@ def measured(
     for layer in results["layers"]:
         layer["seconds_before"] = _seconds_of(layer["name"], before_times)
         layer["seconds_after"] = _seconds_of(layer["name"], after_times)
-    export_missing(config, folder, log)
+    export_files(config, folder, log)
     shared = {field: results[field] for field in Summary.__dataclass_fields__ if field in results}
     summary = Summary(
         name=config.name,
@@ -66,10 +66,12 @@ def measured(
     return summary
 
 
-def export_missing(config: Config, folder: Folder, log: Log) -> None:
-    """Writes the files that `config` wants exported and that are not there, of what the deliverable holds."""
+def export_files(config: Config, folder: Folder, log: Log, *, only_missing: bool = False) -> None:
+    """Writes what `config` wants exported, of what the deliverable holds."""
     program, onnx = folder.path / "compressed.pt2", folder.path / "compressed.onnx"
-    wanted = [file for file, wants in ((program, config.export), (onnx, config.onnx)) if wants and not file.exists()]
+    wanted = [file for file, wants in ((program, config.export), (onnx, config.onnx)) if wants]
+    if only_missing:
+        wanted = [file for file in wanted if not file.exists()]
     if not wanted:
         return
     log.line("exporting")

@@ -55,7 +55,7 @@ def _finish(config: Config, summary: Summary | None, ahead: _Run | None, folder:
         summary = ahead.execute(log)
     else:
         log.line(f"{folder.path} is finished; --fresh starts it over")
-        distributed.on_main(lambda: measure_stage.export_missing(config, folder, log))
+        distributed.on_main(lambda: measure_stage.export_files(config, folder, log, only_missing=True))
     assert summary is not None
     if distributed.is_main() and (ahead is not None or not page.exists()):
         report.write(folder.path)

@@ -89,11 +89,12 @@ def _differs(*arguments: Any) -> None:
     raise ValueError("ONNX Runtime differs")
 
 
-def test_a_fresh_start_takes_the_file_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_file_of_an_earlier_state_is_replaced(tmp_path: Path, fresh: bool) -> None:
     settings = config(write_dataset(tmp_path / "data"), tmp_path, onnx=True)
     settings.folder.mkdir()
-    (settings.folder / "compressed.onnx").write_text("of an earlier run")
-    run(settings, fresh=True, console=Console(file=io.StringIO()))
+    (settings.folder / "compressed.onnx").write_text("of an earlier state")
+    run(settings, fresh=fresh, console=Console(file=io.StringIO()))
     onnx.checker.check_model(onnx.load(settings.folder / "compressed.onnx"))
 
 
