@@ -55,7 +55,7 @@ def repair(
     dense layer, both behind the BatchNorm if there is one, which then also takes the intercept b. Where the output is
     added to a shortcut, y is the dense model's sum minus the compressed shortcut, so that errors do not add up along
     the blocks. Of a removed residual branch, b alone is fitted: it becomes the mean of y. BatchNorm statistics become
-    those of the new outputs. Convolutions and linear layers from the first that the plan changes on take part; grouped,
+    those of the new outputs. Convolutions and linear layers from the first of another shape on take part; grouped,
     shared and repeatedly executed ones are left alone.
 
     Args:

@@ -34,7 +34,7 @@ struct Repair {
 
 // Fits the weights of `model`, which apply() has made of a copy of `dense` by `plan`, to the outputs of `dense`, in
 // place and without a gradient step: docs/collaborative-compression.md, Repair. Layers are cctorch::nn::Conv2d (of one
-// group) and Linear, from the first that the plan changes on, that run exactly once; a cctorch::nn::BatchNorm2d behind
+// group) and Linear, from the first of another shape on, that run exactly once; a cctorch::nn::BatchNorm2d behind
 // one is fitted with it. Of a removed residual branch the bias becomes the mean. Shortcuts are the additions of two
 // tensors of one shape (at::add, +, +=).
 //
