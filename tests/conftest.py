@@ -5,6 +5,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # pytest-xdist has a worker for each core, and the OpenMP threads of several workers wait for each other for longer than
@@ -14,3 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest test first, most of which is waiting for torchrun: last, the other workers would wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_torchrun.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ def spawn(ranks: int, folder: Path, function: Callable[..., None], *arguments: A
 
 
 def _enter(rank: int, ranks: int, rendezvous: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    faulthandler.enable()  # a rank that crashes says where
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=ranks)
     function(*arguments)
