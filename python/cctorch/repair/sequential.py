@@ -236,14 +236,8 @@ class _Pass:
 
     def _fit(self, name: str, x: Tensor, target: Tensor) -> None:
         norm = self.places[name].norm
+        layer: Layer | Constant = self.layers[name]  # type: ignore[assignment]
         batch_norm: _BatchNorm | None = None if norm is None else self.norms[norm]  # type: ignore[assignment]
-        self.fits.append(self._fit_affine(name, self.layers[name], batch_norm, x, target))  # type: ignore[arg-type]
-        if self.progress:
-            self.progress("repair", len(self.fits), len(self.layers))
-
-    def _fit_affine(
-        self, name: str, layer: Layer | Constant, batch_norm: _BatchNorm | None, x: Tensor, target: Tensor
-    ) -> LayerFit:
         affine = affine_of(layer, batch_norm)
         moments = _C.Moments(affine.inputs, affine.outputs)
         try:
@@ -258,4 +252,6 @@ class _Pass:
         except ValueError as error:
             message = str(error).removeprefix("repair: ")
             raise ValueError(f"repair: layer '{name}': {message}") from None
-        return LayerFit(name, moments.samples, affine.inputs, fit.before, fit.after)
+        self.fits.append(LayerFit(name, moments.samples, affine.inputs, fit.before, fit.after))
+        if self.progress:
+            self.progress("repair", len(self.fits), len(self.layers))
