@@ -6,7 +6,7 @@ BUILD := build
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test build test-build test-cpp test-python explore lint format tidy wheel gpu sanitize clean help
+.PHONY: demo test build test-build test-cpp test-python explore lint format tidy wheel gpu slurm sanitize clean help
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ gpu: build  ## on a machine with a GPU: its tests and benchmarks; results under 
 	$(BIN)/python benchmarks/regularize.py --device cuda --model resnet56 --json $(CARD)/regularize_resnet56.json
 	$(BIN)/python benchmarks/throughput.py --device cuda --model resnet56 --ranks 1 --steps 40 --cuda-graphs --out $(CARD)
 	$(BIN)/python benchmarks/search.py --device cuda --output $(CARD)/search resnet50
+
+slurm: build  ## as root, with slurm-wlm installed: the jobs of examples/slurm on two nodes that this machine poses as
+	$(BIN)/python -m pytest -v tests/slurm
 
 sanitize: $(VENV)/.ready  ## the C++ tests under address and undefined-behaviour sanitizers
 	$(BIN)/cmake -S . -B $(BUILD)-sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCCTORCH_SANITIZE=address,undefined \

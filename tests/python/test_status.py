@@ -3,7 +3,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,16 @@ def test_of_a_process_that_was_killed_in_its_lock(tmp_path: Path) -> None:
     with folder.locked():
         assert folder.writer() == (os.getpid(), socket.gethostname())
     assert folder.writer() is None
+
+
+def test_whoever_reads_the_status_may_have_read_enough(tmp_path: Path) -> None:
+    run(config(write_dataset(tmp_path / "data"), tmp_path), console=_quiet())
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "cctorch", "status", str(tmp_path / "tiny")]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_folder_without_a_run_has_no_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
