@@ -21,11 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cctorch import heartbeat
 from cctorch.rendezvous import fresh_store
 
 T = TypeVar("T")
 
-# Rank 0 searches, measures and exports while the others wait. A rank that died is noticed at once, by torchrun.
+# Rank 0 searches, measures and exports while the others wait. A rank that died is noticed at once, by torchrun or by
+# its connections; one without power by its heartbeat.
 _PATIENCE = timedelta(hours=2)
 
 
@@ -75,9 +77,17 @@ def joined(device: torch.device) -> Iterator[None]:
     store, rank, ranks = fresh_store()
     backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backends, store=store, rank=rank, world_size=ranks, timeout=_PATIENCE)
-    yield
-    # Not after an error: the others may wait for what this rank will never send.
+    # After an error nobody waits, and nothing is destroyed: others may wait for what this rank will never send.
+    with heartbeat.beating(store, rank, ranks, _lost):
+        yield
+        sum_(torch.zeros(1))  # all have done what they had to: they may fall silent
+    sum_(torch.zeros(1))  # nobody listens any more: the store may go
     dist.destroy_process_group()
+
+
+def _lost(what: str) -> NoReturn:
+    print(f"cctorch: {what}; the same command goes on from the last checkpoint", file=sys.stderr)
+    leave(os.EX_TEMPFAIL)
 
 
 def leave(code: int) -> NoReturn:
