@@ -31,6 +31,11 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)
 
 
+# Groups that were destroyed, but for this last reference. That of a DistributedDataParallel which outlives its group
+# (torch 2.11's Reducer) ends gloo's threads while it holds Python's lock, for which they wait to free a tensor.
+_ended: list[dist.ProcessGroup | None] = []
+
+
 class MismatchError(RuntimeError):
     """Something that has to be the same on every rank is not: the message names it, and the ranks."""
 
@@ -82,6 +87,7 @@ def joined(device: torch.device) -> Iterator[None]:
         yield
         sum_(torch.zeros(1))  # all have done what they had to: they may fall silent
     sum_(torch.zeros(1))  # nobody listens any more: the store may go
+    _ended.append(dist.group.WORLD)
     dist.destroy_process_group()
 
 
