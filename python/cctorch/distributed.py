@@ -32,7 +32,8 @@ _PATIENCE = timedelta(hours=2)
 
 
 # Groups that were destroyed, but for this last reference. That of a DistributedDataParallel which outlives its group
-# (torch 2.11's Reducer) ends gloo's threads while it holds Python's lock, for which they wait to free a tensor.
+# (torch 2.11's Reducer) ends gloo's threads while it holds Python's lock, for which they wait to free a tensor
+# (github.com/pytorch/pytorch/issues/56297).
 _ended: list[dist.ProcessGroup | None] = []
 
 
@@ -100,7 +101,8 @@ def leave(code: int) -> NoReturn:
     """Ends the process of a rank with that exit code, at once.
 
     With threads of torch's process groups still there, Python's own way out has been seen to abort, a few times in a
-    hundred, a process that had done all it had to ("terminate called without an active exception").
+    hundred, a process that had done all it had to ("terminate called without an active exception"): they free tensors
+    that belong to Python, which is on its way out (github.com/pytorch/pytorch/pull/179291).
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -77,6 +77,10 @@ class Cluster:
             self._nodes[node] = subprocess.Popen(command, env=self.environment, stderr=subprocess.DEVNULL)
         wait(lambda: self._run("sinfo", "--noheader", "--states=idle", "--format=%D") == "2", "for both nodes", 60)
 
+    def close(self) -> None:
+        for node in list(self._nodes):
+            self.power_off(node)
+
     def _of(self, job: int, field: str) -> str:
         found = re.search(rf"\b{field}=(\S+)", self._run("scontrol", "show", "job", str(job)))
         assert found is not None, field
@@ -102,8 +106,7 @@ def started(folder: Path) -> Iterator[Cluster]:
         cluster.power_on()
         yield cluster
     finally:
-        for node in list(cluster._nodes):
-            cluster.power_off(node)
+        cluster.close()
         controller.kill()
         controller.wait()
 
