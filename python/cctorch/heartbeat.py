@@ -25,7 +25,8 @@ def beating(store: Store, rank: int, ranks: int, lost: Callable[[str], None]) ->
 
     Every rank comes here, and waits for the others before it leaves, and again before it takes `store` away from them.
     """
-    store = store.clone()  # type: ignore[attr-defined]  # another connection: the main thread may wait in its own, for what rank 0 takes long for
+    # Another connection: the main thread may wait in its own, for what rank 0 takes long for.
+    store = store.clone()  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=SECONDS_BETWEEN_BEATS * BEATS_TO_MISS))
     stopped = threading.Event()
     thread = threading.Thread(target=_beat, args=(store, rank, (rank + 1) % ranks, stopped, lost), daemon=True)

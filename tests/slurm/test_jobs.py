@@ -127,12 +127,15 @@ def test_a_node_that_never_comes_back(cluster: Cluster, folder: Path, lost: str)
     assert "resuming at stage train" in (run / "run.log").read_text()
 
 
-@pytest.mark.parametrize("ended", [Cluster.warn, lambda cluster, job: cluster.preempt()], ids=["warned", "preempted"])
-def test_queued_again(cluster: Cluster, folder: Path, undisturbed: dict[int, Path], ended, request) -> None:
-    run = folder / f"again_{request.node.callspec.id}"
+@pytest.mark.parametrize("ended", ["warned", "preempted"])
+def test_queued_again(cluster: Cluster, folder: Path, undisturbed: dict[int, Path], ended: str) -> None:
+    run = folder / ended
     job = cluster.submit("requeue.sbatch", str(folder / "tiny.yaml"), f"name={run.name}", RUN=str(run))
     _trains(cluster, job, run, 5)
-    ended(cluster, job)
+    if ended == "warned":
+        cluster.warn(job)
+    else:
+        cluster.preempt()
     _queued_again(cluster, job, run)
     _completed(cluster, job, run)
     _same(run, undisturbed[2])
