@@ -52,9 +52,9 @@ class Cluster:
         """What Slurm sends to the steps of a job that asked for --signal=USR1@..., before its time is over."""
         self._run("scancel", "--signal=USR1", str(job))
 
-    def start_now(self, job: int) -> None:
-        """A job that was queued again would wait for two minutes."""
-        self._run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    def start_soon(self, job: int) -> None:
+        """A job that was queued again would wait for two minutes; in the second of its end its node would refuse it."""
+        self._run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
 
     def preempt(self) -> None:
         """A job that goes before all others has both nodes, for a second."""

@@ -86,7 +86,7 @@ def _queued_again(cluster: Cluster, job: int, run: Path) -> None:
     wait(lambda: cluster.state(job) == "PENDING", "for the job to be queued again", 120)
     assert status(run).state == "interrupted"
     assert cluster.restarts(job) == 1
-    cluster.start_now(job)
+    cluster.start_soon(job)
 
 
 def test_one_node(cluster: Cluster, folder: Path, undisturbed: dict[int, Path]) -> None:
