@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "csrc/ops/checks.h"
+#include "csrc/ops/cudnn_lstm.h"
 #include "csrc/ops/lstm_cell.h"
 
 namespace cctorch {
@@ -160,13 +161,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_lstm(
   }
   check_bias("bias_ih", bias_ih, gates);
   check_bias("bias_hh", bias_hh, gates);
+  const auto sizes = batch_sizes ? checked_sizes(*batch_sizes, x, h) : std::vector<int64_t>();
+  if (auto found = cudnn_lstm(x, h, c, weight_ih, weight_hh, weight_hr, bias_ih, bias_hh, sizes, reverse)) {
+    return *std::move(found);
+  }
   const std::optional<at::Tensor> bias = bias_ih && bias_hh ? *bias_ih + *bias_hh : bias_ih ? bias_ih : bias_hh;
   const at::Tensor inputs = product(x, weight_ih, bias);
   // Under autocast the gates are narrower than what was given; PyTorch's LSTM has its states as they are.
   Cell state(h.to(inputs.scalar_type()), c.to(inputs.scalar_type()), weight_hh, weight_hr);
   at::Tensor y;
   if (batch_sizes) {
-    y = at::cat(run_packed(state, inputs.split_with_sizes(checked_sizes(*batch_sizes, x, h)), reverse));
+    y = at::cat(run_packed(state, inputs.split_with_sizes(sizes), reverse));
   } else {
     y = at::stack(run_padded(state, inputs.unbind(0), reverse));
   }

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from cctorch import _C, ops
 from cctorch.nn import LowRankConv2d, LowRankLinear, LowRankLSTM, LowRankWeight
 from placed import DEVICE, assert_same, needs_device
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
+from torch.profiler import ProfilerActivity, profile
+from torch.testing import assert_close
 
 pytestmark = needs_device
+needs_cudnn = pytest.mark.skipif(DEVICE.type == "cpu", reason="cuDNN is of CUDA")
 
 TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SIZES = [(8, 20, 3), (20, 8, 3), (64, 64, 10), (96, 130, 96), (1, 7, 1), (7, 1, 1), (130, 96, 5)]
@@ -159,6 +165,127 @@ def test_an_lstm_from_a_dense_one(packed: bool) -> None:
         gradients.append([lstm.weight_ih_l1.grad, lstm.bias_hh_l0.grad])
     for ours, expected in zip((*outputs[1], *gradients[1]), (*outputs[0], *gradients[0]), strict=True):
         assert_same(ours, expected, atol=1e-9)
+
+
+def layer_of_an_lstm(case: str, dtype: torch.dtype) -> tuple[dict[str, list[Tensor]], Tensor | None]:
+    """The arguments of low_rank_lstm with 5 inputs, 6 states and 4 examples, as leaves of the device."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+        values = [torch.randn(shape, generator=generator, dtype=torch.float64) / 2 for shape in shapes]
+        return [value.to(DEVICE, dtype).requires_grad_() for value in values]
+
+    packed, outputs = "packed" in case, 3 if "projected" in case else 6
+    arguments = {
+        "x": leaves((9, 5) if packed else (3, 4, 5)),
+        "h": leaves((4, outputs)),
+        "c": leaves((4, 6)),
+        "weight_ih": leaves((2, 5), (24, 2)) if "whole" not in case else leaves((24, 5)),
+        "weight_hh": leaves((2, outputs), (24, 2)) if "whole hh" not in case else leaves((24, outputs)),
+        "weight_hr": leaves((2, 6), (3, 2)) if "projected" in case else [],
+        "bias_ih": [] if "no bias" in case else leaves((24,)),
+        "bias_hh": [] if "bias" in case else leaves((24,)),
+    }
+    return arguments, torch.tensor([4, 3, 2]) if packed else None
+
+
+LISTS = ("weight_ih", "weight_hh", "weight_hr")
+
+
+def run_layer(arguments: dict[str, list[Tensor]], sizes: Tensor | None, reverse: bool) -> tuple[Tensor, ...]:
+    given = {name: values if name in LISTS else values[0] for name, values in arguments.items() if values}
+    return ops.low_rank_lstm(**given, batch_sizes=sizes, reverse=reverse)  # type: ignore[arg-type]
+
+
+def of_cudnn(run: Callable[[], object]) -> bool:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return any(event.key == "aten::_cudnn_rnn" for event in profiler.key_averages())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize(
+    "case", ["factors", "packed", "projected", "packed, projected", "no bias", "one bias", "whole", "whole hh, packed"]
+)
+def test_a_layer_of_an_lstm_by_cudnn_is_that_of_its_steps(case: str, dtype: torch.dtype, reverse: bool) -> None:
+    arguments, sizes = layer_of_an_lstm(case, dtype)
+    assert DEVICE.type == "cpu" or of_cudnn(lambda: run_layer(arguments, sizes, reverse))
+    exact = {name: [v.detach().double().requires_grad_() for v in values] for name, values in arguments.items()}
+    results = []
+    # The steps in float64 are what both are compared with.
+    for enabled, given in ((True, arguments), (False, arguments), (False, exact)):
+        leaves = [value for values in given.values() for value in values]
+        with torch.backends.cudnn.flags(enabled=enabled, allow_tf32=False):
+            outputs = run_layer(given, sizes, reverse)
+        weights = [torch.arange(1.0, y.numel() + 1, device=DEVICE).view(y.shape).cos().to(y.dtype) for y in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
+    for ours, steps, expected in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        errors = [float((value.detach().double() - expected.detach()).norm()) for value in (ours, steps)]
+        assert errors[0] <= 4 * errors[1] + 4 * torch.finfo(dtype).eps * float(expected.detach().norm())
+
+
+def test_where_cudnn_is_not_asked() -> None:
+    """What sees through the operator, or needs what cuDNN has not, gets the steps."""
+    arguments, _ = layer_of_an_lstm("factors", torch.float32)
+    (x,), rest = arguments["x"], {name: values for name, values in arguments.items() if name != "x"}
+
+    def run(x: Tensor) -> Tensor:
+        return run_layer({"x": [x], **rest}, None, False)[0]
+
+    expected, tangent = run(x), torch.randn_like(x)
+    mapped = torch.vmap(run)(torch.stack([x, x]))
+    assert_close(mapped[1], expected, rtol=0, atol=1e-5)
+    with torch.backends.cudnn.flags(enabled=False):
+        _, moved = torch.func.jvp(run, (x,), (tangent,))
+    assert_close(torch.func.jvp(run, (x,), (tangent,))[1], moved, rtol=0, atol=1e-5)
+    with forward_ad.dual_level():
+        assert_close(forward_ad.unpack_dual(run(forward_ad.make_dual(x, tangent))).tangent, moved, rtol=0, atol=1e-5)
+    assert_close(
+        torch.func.grad(lambda x: run(x).sum())(x), torch.autograd.grad(expected.sum(), x)[0], rtol=0, atol=1e-5
+    )
+    assert not of_cudnn(lambda: torch.vmap(run)(x.unsqueeze(0)))
+    large = {**rest, "h": [x.new_zeros(4, 2049)], "c": [x.new_zeros(4, 2049)], "bias_ih": [], "bias_hh": []}
+    large |= {"weight_ih": [x.new_zeros(8196, 5)], "weight_hh": [x.new_zeros(1, 2049), x.new_zeros(8196, 1)]}
+    assert not of_cudnn(lambda: run_layer({"x": [x], **large}, None, False))
+
+
+@needs_cudnn
+def test_second_derivatives_of_an_lstm_need_its_steps() -> None:
+    arguments, _ = layer_of_an_lstm("factors", torch.float64)
+    (x,) = arguments["x"]
+
+    def penalty() -> Tensor:
+        (grad,) = torch.autograd.grad(run_layer(arguments, None, False)[0].sum(), x, create_graph=True)
+        return grad.square().sum()
+
+    with pytest.raises(RuntimeError, match=r"cudnn\.flags"):
+        penalty().backward()
+    with torch.backends.cudnn.flags(enabled=False):
+        penalty().backward()
+    assert float(arguments["weight_hh"][0].grad.norm()) > 0  # type: ignore[union-attr]
+
+
+@needs_cudnn
+def test_an_lstm_under_autocast_and_in_a_graph() -> None:
+    arguments, _ = layer_of_an_lstm("factors", torch.float32)
+    results = []
+    for enabled in (True, False):
+        with torch.backends.cudnn.flags(enabled=enabled), torch.autocast("cuda", torch.float16):
+            y = run_layer(arguments, None, False)[0]
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), arguments["weight_hh"])])
+    assert results[0][0].dtype == torch.float16
+    for ours, expected in zip(*results, strict=True):
+        assert_close(ours, expected, rtol=0.02, atol=0.02)
+    with torch.no_grad():
+        eager = run_layer(arguments, None, True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = run_layer(arguments, None, True)
+        graph.replay()
+    for ours, expected in zip(recorded, eager, strict=True):
+        assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

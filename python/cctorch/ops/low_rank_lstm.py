@@ -28,13 +28,17 @@ def low_rank_lstm(
         h_t &= \sigma(o) \circ \tanh(c_t),
 
     times :math:`W_{hr}^T` where that is given. Each weight is one matrix, or two factors of it, (rank, inputs) and
-    (outputs, rank), applied in turn: :math:`h\,\text{first}^T\,\text{second}^T`. They are never multiplied out, and the
-    products of all ``x`` are one for all steps.
+    (outputs, rank), applied in turn: :math:`h\,\text{first}^T\,\text{second}^T`. The products of all ``x`` are one for
+    all steps.
 
     The steps are a loop in C++, each the products and one pass over what they give, which has a backward of one pass
     too: it makes the activations again from the gates. Derivatives of any order, autocast, :func:`torch.vmap` and
     :mod:`torch.func` see through it. A program of ``torch.compile`` or ``torch.export`` has the steps one after
     another, and so is for one number of them; with ``batch_sizes``, whose values decide, there is none.
+
+    On CUDA cuDNN goes through all steps at once, with the product of ``weight_hh``'s factors, where that has at most
+    2^24 elements and nothing has to see the steps. It has no second derivatives, here as in ``nn.LSTM``: for these put
+    ``torch.backends.cudnn.flags(enabled=False)`` around the call.
 
     Args:
         x: shape ``(steps, batch, inputs)``; the data of a packed sequence, ``(rows, inputs)``, with ``batch_sizes``.

@@ -1,0 +1,117 @@
+#include "csrc/ops/cudnn_lstm.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_cudnn_rnn.h>
+#include <ATen/ops/cudnn_is_acceptable.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+
+namespace cctorch {
+namespace {
+
+constexpr int64_t lstm = 2;  // cuDNN's CUDNN_LSTM
+
+// Above so many elements of the matrix of the recurrence its factors win: on an H100 at 4096 states, not at 2048.
+constexpr int64_t largest_product = int64_t{1} << 24;
+
+// Tensors that stand for others: of torch.func, of a tracer, or with a tangent.
+bool stands_for_others(const at::Tensor& tensor) {
+  static const c10::DispatchKeySet keys{c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
+                                        c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize};
+  return tensor.key_set().has_any(keys) || tensor._fw_grad(/*level=*/0).defined();
+}
+
+bool seen_through() {
+  using c10::impl::tls_is_dispatch_key_included;
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
+at::Tensor whole(at::TensorList weight) { return weight.size() == 1 ? weight[0] : at::mm(weight[1], weight[0]); }
+
+// PyTorch warns, at each call, of weights that are not one piece of memory. Products are made at each call.
+class Unheard : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& /*warning*/) override {}
+};
+
+// Of the rows of a packed sequence, each example's backwards. The same order leads back.
+at::Tensor backwards(const std::vector<int64_t>& batch_sizes, const at::Tensor& x) {
+  std::vector<int64_t> starts(batch_sizes.size()), rows;
+  for (size_t t = 1; t < starts.size(); ++t) starts[t] = starts[t - 1] + batch_sizes[t - 1];
+  for (size_t t = 0; t < batch_sizes.size(); ++t) {
+    for (int64_t example = 0; example < batch_sizes[t]; ++example) {
+      const auto length = std::ranges::count_if(batch_sizes, [&](int64_t size) { return size > example; });
+      rows.push_back(starts[static_cast<size_t>(length) - 1 - t] + example);
+    }
+  }
+  return at::tensor(rows).to(x.device(), /*dtype=*/at::kLong, /*non_blocking=*/true);
+}
+
+}  // namespace
+
+std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> cudnn_lstm(
+    const at::Tensor& x, const at::Tensor& h, const at::Tensor& c, at::TensorList weight_ih, at::TensorList weight_hh,
+    at::TensorList weight_hr, const std::optional<at::Tensor>& bias_ih, const std::optional<at::Tensor>& bias_hh,
+    const std::vector<int64_t>& batch_sizes, bool reverse) {
+  if (!x.is_cuda() || seen_through()) return std::nullopt;
+  if (weight_hh.size() > 1 && weight_hh[1].size(0) * weight_hh[0].size(1) > largest_product) return std::nullopt;
+  std::vector<at::Tensor> given{x, h, c};
+  for (const at::TensorList weight : {weight_ih, weight_hh, weight_hr}) {
+    given.insert(given.end(), weight.begin(), weight.end());
+  }
+  for (const auto& bias : {bias_ih, bias_hh}) {
+    if (bias) given.push_back(*bias);
+  }
+  const bool autocast = at::autocast::is_autocast_enabled(at::kCUDA) && x.scalar_type() != at::kDouble;
+  const at::ScalarType type = autocast ? at::autocast::get_autocast_dtype(at::kCUDA) : x.scalar_type();
+  const bool alike = std::ranges::all_of(given, [&](const at::Tensor& tensor) {
+    const at::ScalarType its = tensor.scalar_type();
+    return tensor.device() == x.device() && tensor.numel() > 0 && (autocast ? its != at::kDouble : its == type);
+  });
+  if (!alike || std::ranges::any_of(given, stands_for_others)) return std::nullopt;
+  const at::Tensor read = x.to(type);
+  if (!at::cudnn_is_acceptable(read)) return std::nullopt;
+
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast_dispatch_keyset);
+  std::vector<std::vector<at::Tensor>> factors;
+  for (const at::TensorList weight : {weight_ih, weight_hh, weight_hr}) {
+    factors.emplace_back();
+    for (const at::Tensor& factor : weight) factors.back().push_back(factor.to(type));
+  }
+  const at::Tensor narrow = weight_ih.size() == 1 ? read : at::linear(read, factors[0][0]);
+  std::vector<at::Tensor> weights{factors[0].back(), whole(factors[1])};
+  if (bias_ih || bias_hh) {
+    const at::Tensor none = bias_ih && bias_hh ? at::Tensor() : at::zeros({weights[0].size(0)}, read.options());
+    for (const auto& bias : {bias_ih, bias_hh}) weights.push_back(bias ? bias->to(type) : none);
+  }
+  if (!weight_hr.empty()) weights.push_back(whole(factors[2]));
+
+  const at::Tensor order = reverse && !batch_sizes.empty() ? backwards(batch_sizes, x) : at::Tensor();
+  const auto turned = [&](const at::Tensor& rows) {
+    if (!reverse) return rows;
+    return order.defined() ? rows.index_select(0, order) : rows.flip(0);
+  };
+  const bool train = c10::GradMode::is_enabled() &&
+                     std::ranges::any_of(given, [](const at::Tensor& tensor) { return tensor.requires_grad(); });
+  Unheard unheard;
+  const c10::WarningUtils::WarningHandlerGuard guard(&unheard);
+  const auto [y, last_h, last_c, reserve, buffer] =
+      at::_cudnn_rnn(turned(narrow), weights, static_cast<int64_t>(weights.size()), /*weight_buf=*/std::nullopt,
+                     h.to(type).unsqueeze(0).contiguous(), c.to(type).unsqueeze(0).contiguous(), lstm, c.size(1),
+                     weight_hr.empty() ? 0 : h.size(1), /*num_layers=*/1, /*batch_first=*/false, /*dropout=*/0.0, train,
+                     /*bidirectional=*/false, batch_sizes, /*dropout_state=*/std::nullopt);
+  return std::tuple(turned(y), last_h.squeeze(0), last_c.squeeze(0));
+}
+
+}  // namespace cctorch
