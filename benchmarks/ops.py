@@ -425,6 +425,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, help="of activations; 64 images (51 MB in float32) by default")
     parser.add_argument("--memory", choices=["recycled", "fresh"], default="recycled")
     parser.add_argument("--seconds", type=float, default=3.0, help="of turns for each work")
+    parser.add_argument("--without", nargs="*", default=[], metavar="WHO", help="such as torch.compile")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     unknown = [name for name in arguments.works if name not in WORKS]
@@ -439,6 +440,8 @@ def main() -> None:
     rows = []
     for name in arguments.works or WORKS:
         for work in WORKS[name](setting):
+            for who in arguments.without:
+                work.contenders.pop(who, None)
             work.measure(setting.device, arguments.seconds)
             print(*work.lines(), sep="\n", flush=True)
             row = {"work": work.name, "target_of_limit": work.target, "ms": work.milliseconds}

@@ -1,13 +1,10 @@
-#include "kernels/fake_quant_weights.cuh"
-
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "csrc/ops/fake_quant_weights.h"
 #include "csrc/ops/mask.h"
-#include "kernels/launch.cuh"
+#include "kernels/weight_rows.cuh"
 
 namespace cctorch::cuda {
 namespace {
@@ -16,29 +13,19 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> fake_quant_weights(
                                                                                 int64_t axis) {
   check_fake_quant_weights(weights, bits, axis);
   const c10::cuda::CUDAGuard guard(weights[0].device());
-  std::vector<SliceRows> rows;
   std::vector<at::Tensor> scales;
-  std::vector<quantize_rows::Entry> entries;
-  int64_t first = 0;
   for (const at::Tensor& weight : weights) {
-    rows.emplace_back(weight, axis);
     scales.push_back(empty_scales(weight, axis));
-    if (weight.numel() == 0) {
-      scales.back().fill_(1);
-      continue;
-    }
-    entries.push_back({rows.back().from.const_data_ptr(), rows.back().to.mutable_data_ptr(),
-                       scales.back().mutable_data_ptr(), rows.back().size(), first});
-    first += rows.back().count();
+    if (weight.numel() == 0) scales.back().fill_(1);
   }
-  entries.push_back({nullptr, nullptr, nullptr, 0, first});
+  const WeightRows rows(weights, axis, scales);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weights[0].scalar_type(), "fake_quant_weights", [&] {
-    quantize_rows::quantize<scalar_t, at::opmath_type<scalar_t>>(Launch(), entries, symmetric_qmax(bits),
-                                                                 infinity_bits(weights[0].scalar_type()));
+    using T = at::opmath_type<scalar_t>;
+    using Bits = formula::BitsOf<scalar_t>;
+    rows.map(row_map::OnLargest<scalar_t, T>{formula::FakeQuantWeights<T>::with_qmax(symmetric_qmax(bits)),
+                                             static_cast<Bits>(infinity_bits(weights[0].scalar_type()))});
   });
-  std::vector<at::Tensor> quantized;
-  for (size_t i = 0; i < rows.size(); ++i) quantized.push_back(rows[i].result(weights[i]));
-  return {quantized, scales};
+  return {rows.results(weights), scales};
 }
 
 }  // namespace

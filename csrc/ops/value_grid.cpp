@@ -70,7 +70,12 @@ std::vector<at::Tensor> codebook_update(at::TensorList x, at::TensorList codeboo
 }
 
 at::Tensor member_sums(const at::Tensor& values, const at::Tensor& x, const at::Tensor& codebook) {
-  static const auto op = find_operator<decltype(member_sums)>("cctorch::_member_sums");
+  static const auto op = find_operator<MemberSumsOp>("cctorch::_member_sums");
+  return op.call(values, x, codebook);
+}
+
+std::vector<at::Tensor> member_sums(at::TensorList values, at::TensorList x, at::TensorList codebook) {
+  static const auto op = find_operator<MemberSumsListOp>("cctorch::_member_sums", "list");
   return op.call(values, x, codebook);
 }
 
@@ -100,14 +105,21 @@ std::tuple<at::Tensor, at::Tensor> codebook_quant_backward(const at::Tensor& gra
 }
 
 Lists<2> codebook_quant_list_backward(at::TensorList grad, at::TensorList x, at::TensorList codebook) {
-  std::vector<at::Tensor> of_codebooks;
-  for (size_t i = 0; i < x.size(); ++i) of_codebooks.push_back(member_sums(grad[i], x[i], codebook[i]));
-  return {grad.vec(), of_codebooks};
+  return {grad.vec(), member_sums(grad, x, codebook)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> member_sums_backward(const at::Tensor& grad, const at::Tensor& values,
                                                                     const at::Tensor& x, const at::Tensor& codebook) {
   return {grad.index({codebook_indices(x, codebook)}).to(values.scalar_type()), {}, {}};
+}
+
+Lists<3> member_sums_list_backward(at::TensorList grad, at::TensorList values, at::TensorList x,
+                                   at::TensorList codebook) {
+  std::vector<at::Tensor> of_values, none(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    of_values.push_back(std::get<0>(member_sums_backward(grad[i], values[i], x[i], codebook[i])));
+  }
+  return {of_values, none, none};
 }
 
 std::optional<int64_t> check_value_grid(const char* op, const at::Tensor& x, std::optional<int64_t> axis) {
@@ -173,6 +185,7 @@ TORCH_LIBRARY_FRAGMENT(cctorch, m) {
   m.def("codebook_quant.list(Tensor[] x, Tensor[] codebook) -> Tensor[]", tags);
   m.def("codebook_update.list(Tensor[] x, Tensor[] codebook) -> Tensor[]", tags);
   m.def("_member_sums(Tensor values, Tensor x, Tensor codebook) -> Tensor", tags);
+  m.def("_member_sums.list(Tensor[] values, Tensor[] x, Tensor[] codebook) -> Tensor[]", tags);
 }
 
 }  // namespace cctorch

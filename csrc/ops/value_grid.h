@@ -19,6 +19,8 @@ using BinaryCodeQuantListOp = std::vector<at::Tensor>(at::TensorList, int64_t, s
                                                       std::optional<int64_t>);
 using CodebookOp = at::Tensor(const at::Tensor&, const at::Tensor&);
 using CodebookListOp = std::vector<at::Tensor>(at::TensorList, at::TensorList);
+using MemberSumsOp = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&);
+using MemberSumsListOp = std::vector<at::Tensor>(at::TensorList, at::TensorList, at::TensorList);
 
 std::tuple<at::Tensor> binary_quant_backward(const at::Tensor& grad, const at::Tensor& x, std::optional<int64_t> axis);
 
@@ -31,12 +33,28 @@ at::Tensor sums_of_members(const at::Tensor& values, const at::Tensor& members, 
 
 // For each value of the codebook the sum of those of `values` whose x is nearest to it.
 at::Tensor member_sums(const at::Tensor& values, const at::Tensor& x, const at::Tensor& codebook);
+std::vector<at::Tensor> member_sums(at::TensorList values, at::TensorList x, at::TensorList codebook);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> member_sums_backward(const at::Tensor& grad, const at::Tensor& values,
                                                                     const at::Tensor& x, const at::Tensor& codebook);
+
+Lists<3> member_sums_list_backward(at::TensorList grad, at::TensorList values, at::TensorList x,
+                                   at::TensorList codebook);
 
 std::tuple<at::Tensor, at::Tensor> codebook_quant_backward(const at::Tensor& grad, const at::Tensor& x,
                                                            const at::Tensor& codebook);
 Lists<2> codebook_quant_list_backward(at::TensorList grad, at::TensorList x, at::TensorList codebook);
+
+// Of ATen's operators: on every backend.
+namespace composite {
+
+BinaryQuantOp binary_quant;
+BinaryQuantListOp binary_quant_list;
+CodebookOp codebook_quant, codebook_indices, codebook_update;
+CodebookListOp codebook_quant_list, codebook_update_list;
+MemberSumsOp member_sums;
+MemberSumsListOp member_sums_list;
+
+}  // namespace composite
 
 // These raise where an argument is wrong and return the axis counted from the front.
 std::optional<int64_t> check_value_grid(const char* op, const at::Tensor& x, std::optional<int64_t> axis);

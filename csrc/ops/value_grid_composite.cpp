@@ -6,7 +6,6 @@
 #include "csrc/ops/value_grid.h"
 
 namespace cctorch::composite {
-namespace {
 
 at::Tensor binary_quant(const at::Tensor& x, std::optional<int64_t> axis) {
   axis = check_value_grid("binary_quant", x, axis);
@@ -14,6 +13,13 @@ at::Tensor binary_quant(const at::Tensor& x, std::optional<int64_t> axis) {
   const at::Tensor magnitude = rows.abs().mean(-1, /*keepdim=*/true, at::kDouble).to(x.scalar_type());
   return like(x, with_sign_of(magnitude, rows), axis);
 }
+
+std::vector<at::Tensor> binary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
+  check_value_grid("binary_quant", x, axis);
+  return map_rows(x, axis, [](const at::Tensor& rows) { return binary_quant(rows, 0); });
+}
+
+namespace {
 
 at::Tensor ternary_quant(const at::Tensor& x, std::optional<int64_t> axis) {
   axis = check_value_grid("ternary_quant", x, axis);
@@ -28,11 +34,6 @@ at::Tensor binary_code_quant(const at::Tensor& x, int64_t bits, std::string_view
   if (x.numel() == 0) return at::empty_like(x);
   const at::Tensor rows = as_rows(x, axis).to(at::kDouble);
   return like(x, method == "greedy" ? composed::greedy_code(rows, bits) : composed::fitted_code(rows, bits), axis);
-}
-
-std::vector<at::Tensor> binary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
-  check_value_grid("binary_quant", x, axis);
-  return map_rows(x, axis, [](const at::Tensor& rows) { return binary_quant(rows, 0); });
 }
 
 std::vector<at::Tensor> ternary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
@@ -60,6 +61,8 @@ at::Tensor bounds_between(const at::Tensor& ascending) {
   const at::Tensor below = at::nextafter(bounds, at::full_like(bounds, -std::numeric_limits<double>::infinity()));
   return at::where((excess > 0).logical_or((excess == 0).logical_and(missed < 0)), below, bounds).contiguous();
 }
+
+}  // namespace
 
 at::Tensor codebook_indices(const at::Tensor& x, const at::Tensor& codebook) {
   check_codebook("codebook_indices", x, codebook);
@@ -110,7 +113,11 @@ std::vector<at::Tensor> codebook_update_list(at::TensorList x, at::TensorList co
   return updated;
 }
 
-}  // namespace
+std::vector<at::Tensor> member_sums_list(at::TensorList values, at::TensorList x, at::TensorList codebook) {
+  std::vector<at::Tensor> sums;
+  for (size_t i = 0; i < x.size(); ++i) sums.push_back(cctorch::member_sums(values[i], x[i], codebook[i]));
+  return sums;
+}
 
 TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
   m.impl("binary_quant", &binary_quant);
@@ -125,6 +132,7 @@ TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
   m.impl("codebook_quant.list", &codebook_quant_list);
   m.impl("codebook_update.list", &codebook_update_list);
   m.impl("_member_sums", &member_sums);
+  m.impl("_member_sums.list", &member_sums_list);
 }
 
 }  // namespace cctorch::composite

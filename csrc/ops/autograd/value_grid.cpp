@@ -20,7 +20,8 @@ TORCH_LIBRARY_IMPL(cctorch, Autograd, m) {
   m.impl("codebook_quant.list",
          &Recorded<overload<CodebookListOp>(&codebook_quant), &codebook_quant_list_backward>::call);
   m.impl("codebook_update.list", &Constant<overload<CodebookListOp>(&codebook_update)>::call);
-  m.impl("_member_sums", &Recorded<&member_sums, &member_sums_backward>::call);
+  m.impl("_member_sums", &Recorded<overload<MemberSumsOp>(&member_sums), &member_sums_backward>::call);
+  m.impl("_member_sums.list", &Recorded<overload<MemberSumsListOp>(&member_sums), &member_sums_list_backward>::call);
 }
 
 }  // namespace cctorch::autograd

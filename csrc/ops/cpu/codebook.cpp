@@ -13,6 +13,7 @@
 #include "csrc/ops/cpu/channelwise.h"
 #include "csrc/ops/cpu/learned_grid.h"
 #include "csrc/ops/cpu/simd/codebook.h"
+#include "csrc/ops/formula/codebook.h"
 #include "csrc/ops/value_grid.h"
 
 namespace cctorch::cpu {
@@ -26,19 +27,6 @@ simd::CodebookLoops loops(at::ScalarType type) {
                  &simd::avx512::codebook_loops)(channelwise::storage(type));
 }
 
-// What lies halfway between two values, rounded down: whether x is above stays exactly the same. The sum of the halves
-// rounds in float64 too, to `near`; `missed` is what that left out (Knuth's TwoSum).
-template <typename T>
-T bound_between(T below, T above) {
-  const double low = static_cast<double>(below) / 2, high = static_cast<double>(above) / 2;
-  const double near = low + high, of_high = near - low;
-  const double missed = (low - (near - of_high)) + (high - of_high);
-  const T bound = static_cast<T>(near);
-  const double excess = static_cast<double>(bound) - near;
-  const bool too_high = excess > 0 || (excess == 0 && missed < 0);
-  return too_high ? std::nextafter(bound, -std::numeric_limits<T>::infinity()) : bound;
-}
-
 // A codebook in ascending order. NaN comes first, and all is below its bounds: as for argmin it is the nearest.
 template <typename T>
 struct Ascending {
@@ -49,13 +37,12 @@ struct Ascending {
     const at::Tensor dense = codebook.contiguous();
     const T* from = dense.const_data_ptr<T>();
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-      return from[a] < from[b] || (std::isnan(from[a]) && !std::isnan(from[b]));
-    });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return formula::comes_before(from[a], from[b]); });
     for (const int64_t place : order) values.push_back(from[place]);
     bounds.assign(std::bit_ceil(values.size()), std::numeric_limits<T>::infinity());
     if (std::isnan(values[0])) return;
-    for (size_t i = 0; i + 1 < values.size(); ++i) bounds[i] = bound_between(values[i], values[i + 1]);
+    for (size_t i = 0; i + 1 < values.size(); ++i) bounds[i] = formula::bound_between(values[i], values[i + 1]);
   }
   simd::Codebook book() const { return {values.data(), bounds.data(), static_cast<int64_t>(values.size())}; }
 };

@@ -51,16 +51,6 @@ Lists<2> fp8_quant_list_backward(at::TensorList grad, at::TensorList x, at::Tens
   });
 }
 
-// INQ's largest power of two of a row: as top_powers has it.
-template <typename T>
-T top_power(T largest) {
-  if (!(largest > 0) || std::isinf(largest)) return T(1);
-  int exponent = 0;
-  const T fraction = std::frexp(largest, &exponent);
-  return std::ldexp(T(1),
-                    fraction >= T(0.75) && exponent < std::numeric_limits<T>::max_exponent ? exponent : exponent - 1);
-}
-
 std::vector<at::Tensor> on_powers(at::TensorList x, int64_t bits, std::optional<int64_t> axis) {
   const auto rows = rows_of(x, axis);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x[0].scalar_type(), "power_of_two_quant", [&] {
@@ -75,7 +65,7 @@ std::vector<at::Tensor> on_powers(at::TensorList x, int64_t bits, std::optional<
           // NaN is larger than any number here.
           const Bits bits_of_largest =
               largest_magnitude(reinterpret_cast<const Bits*>(from), size, static_cast<Bits>(~Bits(0)));
-          return top_power(static_cast<T>(std::bit_cast<scalar_t>(bits_of_largest)));
+          return formula::top_power(static_cast<T>(std::bit_cast<scalar_t>(bits_of_largest)));
         },
         [&](const Nothing&, T top, scalar_t* to, const scalar_t* from, int64_t, int64_t size, simd::Stores stores) {
           loops.forward(formula, to, from, size, top, stores);

@@ -1,6 +1,8 @@
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "csrc/ops/formula/fake_quant.h"
@@ -43,5 +45,16 @@ struct FloatQuant {
     return __builtin_bit_cast(T, __builtin_bit_cast(Bits, v) & exponent);
   }
 };
+
+// INQ's largest power of two of a row, of its largest magnitude: the one that 4/3 of it reaches. 1 for a row of zeros
+// and one with an infinity or NaN.
+template <typename T>
+CCTORCH_HOST_DEVICE T top_power(T largest) {
+  if (!(largest > 0) || largest > std::numeric_limits<T>::max()) return T(1);
+  int exponent = 0;
+  const T fraction = std::frexp(largest, &exponent);
+  const bool reached = fraction >= T(0.75) && exponent < std::numeric_limits<T>::max_exponent;
+  return std::ldexp(T(1), reached ? exponent : exponent - 1);
+}
 
 }  // namespace cctorch::formula

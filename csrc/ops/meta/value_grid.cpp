@@ -53,6 +53,10 @@ at::Tensor member_sums(const at::Tensor&, const at::Tensor&, const at::Tensor& c
   return at::empty_like(codebook, at::MemoryFormat::Contiguous);
 }
 
+std::vector<at::Tensor> member_sums_list(at::TensorList, at::TensorList, at::TensorList codebook) {
+  return empty_parameters_like(codebook);
+}
+
 std::vector<at::Tensor> binary_quant_list(at::TensorList x, std::optional<int64_t> axis) {
   check_value_grid("binary_quant", x, axis);
   return empty_list_like(x);
@@ -84,6 +88,7 @@ TORCH_LIBRARY_IMPL(cctorch, Meta, m) {
   m.impl("codebook_quant.list", &codebook_quant_list);
   m.impl("codebook_update.list", &codebook_update_list);
   m.impl("_member_sums", &member_sums);
+  m.impl("_member_sums.list", &member_sums_list);
 }
 
 }  // namespace cctorch::meta

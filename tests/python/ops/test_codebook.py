@@ -102,6 +102,7 @@ def test_lists_pass_opcheck(dtype: torch.dtype) -> None:
     xs, books = [x.to(dtype) for x in xs], [torch.randn(n, dtype=scale_type(dtype)) for n in (3, 8)]
     torch.library.opcheck(torch.ops.cctorch.codebook_update.list, (xs, books))
     torch.library.opcheck(torch.ops.cctorch._member_sums.default, (xs[0], xs[0], books[0]))
+    torch.library.opcheck(torch.ops.cctorch._member_sums.list, (xs, xs, books))
     for tensor in (*xs, *books):
         tensor.requires_grad_()
     torch.library.opcheck(torch.ops.cctorch.codebook_quant.list, (xs, books))
