@@ -141,11 +141,19 @@ def entry() -> NoReturn:
         code = main()
         sys.stdout.flush()
     except BrokenPipeError:  # `cctorch status RUN | head -1`: whoever read has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         code = 128 + signal.SIGPIPE
+    except OSError as error:  # such as a full disk behind `cctorch status RUN > FILE`
+        _silence()
+        code = _fail(error)
     if distributed.launched():
         distributed.leave(code)
     sys.exit(code)
+
+
+def _silence() -> None:
+    """What the standard output still holds can't be written; Python would try again as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _again(given: Sequence[str]) -> str:

@@ -204,7 +204,7 @@ def of_cudnn(run: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     "case", ["factors", "packed", "projected", "packed, projected", "no bias", "one bias", "whole", "whole hh, packed"]
 )

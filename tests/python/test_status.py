@@ -79,7 +79,7 @@ def test_of_a_process_that_was_killed_in_its_lock(tmp_path: Path) -> None:
     assert folder.writer() is None
 
 
-def test_whoever_reads_the_status_may_have_read_enough(tmp_path: Path) -> None:
+def test_a_status_that_nobody_takes(tmp_path: Path) -> None:
     run(config(write_dataset(tmp_path / "data"), tmp_path), console=_quiet())
     reads, writes = os.pipe()
     os.close(reads)
@@ -87,6 +87,10 @@ def test_whoever_reads_the_status_may_have_read_enough(tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writes)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "the disk is full" in done.stderr
 
 
 def test_a_folder_without_a_run_has_no_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
