@@ -262,6 +262,14 @@ def test_sums_are_the_same_every_time(shape: tuple[int, ...], channels_last: boo
     torch.testing.assert_close(grads[0].double(), x.double().square().sum(dims), rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.parametrize("count", [2, 16, 100, 256])
+def test_sums_over_members_are_the_same_every_time(count: int) -> None:
+    x, book = torch.randn(3_000_001, device="cuda"), torch.randn(count, device="cuda")
+    updates = [ops.codebook_update(x, book) for _ in range(5)]
+    assert all(torch.equal(update, updates[0]) for update in updates)
+    torch.testing.assert_close(updates[0].cpu(), ops.codebook_update(x.cpu(), book.cpu()), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("rows", [2, 1000])
 def test_low_rank(rows: int) -> None:
     x, first, second = (torch.randn(s, dtype=torch.float64) for s in ((rows, 16), (14, 16), (24, 14)))
@@ -281,6 +289,7 @@ def test_no_operator_waits_for_the_device() -> None:
             ops.sigmoid_gate(ops.soft_threshold(y, threshold, 1), ops.hard_concrete(gate))
             + ops.magnitude_prune([x], 0.5)[0]
         )
+        y = y + ops.codebook_quant(x, ops.codebook_update(x, log_scale)) + ops.binary_quant(x, 0)
         (mask,) = ops.magnitude_masks([x], 0.5)
         masks = [mask, *ops.nm_masks([x], 2, 4), *ops.channel_masks([x, x], 0.5), *ops.block_masks([x], 0.5, 2, 3)]
         sum(ops.apply_mask(y, mask).sum() for mask in masks).backward()
