@@ -14,6 +14,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <initializer_list>
 
 namespace cctorch {
 namespace {
@@ -37,7 +38,51 @@ bool seen_through() {
          tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
-at::Tensor whole(at::TensorList weight) { return weight.size() == 1 ? weight[0] : at::mm(weight[1], weight[0]); }
+std::vector<at::Tensor> all_of(std::initializer_list<at::Tensor> states, std::initializer_list<at::TensorList> weights,
+                               std::initializer_list<std::optional<at::Tensor>> biases) {
+  std::vector<at::Tensor> all = states;
+  for (const at::TensorList weight : weights) all.insert(all.end(), weight.begin(), weight.end());
+  for (const auto& bias : biases) {
+    if (bias) all.push_back(*bias);
+  }
+  return all;
+}
+
+// The type in which the products are made: all tensors', or autocast's. None where it is not one.
+std::optional<at::ScalarType> type_of_products(const std::vector<at::Tensor>& given) {
+  const at::Tensor& x = given.front();
+  const bool autocast = at::autocast::is_autocast_enabled(at::kCUDA) && x.scalar_type() != at::kDouble;
+  const at::ScalarType type = autocast ? at::autocast::get_autocast_dtype(at::kCUDA) : x.scalar_type();
+  const bool alike = std::ranges::all_of(given, [&](const at::Tensor& tensor) {
+    const at::ScalarType its = tensor.scalar_type();
+    return tensor.device() == x.device() && (autocast ? its != at::kDouble : its == type);
+  });
+  return alike ? std::optional(type) : std::nullopt;
+}
+
+std::vector<at::Tensor> cast(at::TensorList weight, at::ScalarType type) {
+  std::vector<at::Tensor> factors;
+  for (const at::Tensor& factor : weight) factors.push_back(factor.to(type));
+  return factors;
+}
+
+at::Tensor whole(at::TensorList weight, at::ScalarType type) {
+  const std::vector<at::Tensor> factors = cast(weight, type);
+  return factors.size() == 1 ? factors[0] : at::mm(factors[1], factors[0]);
+}
+
+// In cuDNN's order; it has both biases or none.
+std::vector<at::Tensor> matrices(const at::Tensor& weight_ih, at::TensorList weight_hh, at::TensorList weight_hr,
+                                 const std::optional<at::Tensor>& bias_ih, const std::optional<at::Tensor>& bias_hh) {
+  const at::ScalarType type = weight_ih.scalar_type();
+  std::vector<at::Tensor> all{weight_ih, whole(weight_hh, type)};
+  if (bias_ih || bias_hh) {
+    const at::Tensor none = bias_ih && bias_hh ? at::Tensor() : at::zeros({weight_ih.size(0)}, weight_ih.options());
+    for (const auto& bias : {bias_ih, bias_hh}) all.push_back(bias ? bias->to(type) : none);
+  }
+  if (!weight_hr.empty()) all.push_back(whole(weight_hr, type));
+  return all;
+}
 
 // PyTorch warns, at each call, of weights that are not one piece of memory. Products are made at each call.
 class Unheard : public c10::WarningHandler {
@@ -65,38 +110,20 @@ std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> cudnn_lstm(
     at::TensorList weight_hr, const std::optional<at::Tensor>& bias_ih, const std::optional<at::Tensor>& bias_hh,
     const std::vector<int64_t>& batch_sizes, bool reverse) {
   if (!x.is_cuda() || seen_through()) return std::nullopt;
+  const auto given = all_of({x, h, c}, {weight_ih, weight_hh, weight_hr}, {bias_ih, bias_hh});
+  if (std::ranges::any_of(given, [](const at::Tensor& t) { return stands_for_others(t) || t.numel() == 0; })) {
+    return std::nullopt;
+  }
   if (weight_hh.size() > 1 && weight_hh[1].size(0) * weight_hh[0].size(1) > largest_product) return std::nullopt;
-  std::vector<at::Tensor> given{x, h, c};
-  for (const at::TensorList weight : {weight_ih, weight_hh, weight_hr}) {
-    given.insert(given.end(), weight.begin(), weight.end());
-  }
-  for (const auto& bias : {bias_ih, bias_hh}) {
-    if (bias) given.push_back(*bias);
-  }
-  const bool autocast = at::autocast::is_autocast_enabled(at::kCUDA) && x.scalar_type() != at::kDouble;
-  const at::ScalarType type = autocast ? at::autocast::get_autocast_dtype(at::kCUDA) : x.scalar_type();
-  const bool alike = std::ranges::all_of(given, [&](const at::Tensor& tensor) {
-    const at::ScalarType its = tensor.scalar_type();
-    return tensor.device() == x.device() && tensor.numel() > 0 && (autocast ? its != at::kDouble : its == type);
-  });
-  if (!alike || std::ranges::any_of(given, stands_for_others)) return std::nullopt;
-  const at::Tensor read = x.to(type);
+  const auto type = type_of_products(given);
+  if (!type) return std::nullopt;
+  const at::Tensor read = x.to(*type);
   if (!at::cudnn_is_acceptable(read)) return std::nullopt;
 
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast_dispatch_keyset);
-  std::vector<std::vector<at::Tensor>> factors;
-  for (const at::TensorList weight : {weight_ih, weight_hh, weight_hr}) {
-    factors.emplace_back();
-    for (const at::Tensor& factor : weight) factors.back().push_back(factor.to(type));
-  }
-  const at::Tensor narrow = weight_ih.size() == 1 ? read : at::linear(read, factors[0][0]);
-  std::vector<at::Tensor> weights{factors[0].back(), whole(factors[1])};
-  if (bias_ih || bias_hh) {
-    const at::Tensor none = bias_ih && bias_hh ? at::Tensor() : at::zeros({weights[0].size(0)}, read.options());
-    for (const auto& bias : {bias_ih, bias_hh}) weights.push_back(bias ? bias->to(type) : none);
-  }
-  if (!weight_hr.empty()) weights.push_back(whole(factors[2]));
-
+  const std::vector<at::Tensor> of_inputs = cast(weight_ih, *type);
+  const at::Tensor narrow = of_inputs.size() == 1 ? read : at::linear(read, of_inputs[0]);
+  const auto weights = matrices(of_inputs.back(), weight_hh, weight_hr, bias_ih, bias_hh);
   const at::Tensor order = reverse && !batch_sizes.empty() ? backwards(batch_sizes, x) : at::Tensor();
   const auto turned = [&](const at::Tensor& rows) {
     if (!reverse) return rows;
@@ -108,7 +135,7 @@ std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> cudnn_lstm(
   const c10::WarningUtils::WarningHandlerGuard guard(&unheard);
   const auto [y, last_h, last_c, reserve, buffer] =
       at::_cudnn_rnn(turned(narrow), weights, static_cast<int64_t>(weights.size()), /*weight_buf=*/std::nullopt,
-                     h.to(type).unsqueeze(0).contiguous(), c.to(type).unsqueeze(0).contiguous(), lstm, c.size(1),
+                     h.to(*type).unsqueeze(0).contiguous(), c.to(*type).unsqueeze(0).contiguous(), lstm, c.size(1),
                      weight_hr.empty() ? 0 : h.size(1), /*num_layers=*/1, /*batch_first=*/false, /*dropout=*/0.0, train,
                      /*bidirectional=*/false, batch_sizes, /*dropout_state=*/std::nullopt);
   return std::tuple(turned(y), last_h.squeeze(0), last_c.squeeze(0));

@@ -156,13 +156,15 @@ void check_binary_code_quant(at::TensorList x, int64_t bits, std::string_view me
 }
 
 void check_codebook(const char* op, const at::Tensor& x, const at::Tensor& codebook, const Name& x_name,
-                    const Name& name) {
+                    const Name& codebook_name) {
   check_floating(x, op, x_name);
-  TORCH_CHECK(codebook.scalar_type() == math_type(x), op, ": ", name, " must be ", math_type(x), " for ",
-              x.scalar_type(), " ", x_name, ", got ", codebook.scalar_type(), "; convert it with ", name, ".to(...)");
-  check_same_device(x, op, x_name, codebook, name);
-  TORCH_CHECK(codebook.dim() == 1, op, ": ", name, " must be one-dimensional, got shape ", codebook.sym_sizes());
-  TORCH_SYM_CHECK(codebook.sym_size(0).sym_ge(1), op, ": ", name, " must have at least one value, got none");
+  TORCH_CHECK(codebook.scalar_type() == math_type(x), op, ": ", codebook_name, " must be ", math_type(x), " for ",
+              x.scalar_type(), " ", x_name, ", got ", codebook.scalar_type(), "; convert it with ", codebook_name,
+              ".to(...)");
+  check_same_device(x, op, x_name, codebook, codebook_name);
+  TORCH_CHECK(codebook.dim() == 1, op, ": ", codebook_name, " must be one-dimensional, got shape ",
+              codebook.sym_sizes());
+  TORCH_SYM_CHECK(codebook.sym_size(0).sym_ge(1), op, ": ", codebook_name, " must have at least one value, got none");
 }
 
 void check_codebooks(const char* op, at::TensorList x, at::TensorList codebook) {

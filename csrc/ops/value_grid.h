@@ -63,7 +63,7 @@ std::optional<int64_t> check_binary_code_quant(const at::Tensor& x, int64_t bits
 void check_value_grid(const char* op, at::TensorList x, std::optional<int64_t> axis);
 void check_binary_code_quant(at::TensorList x, int64_t bits, std::string_view method, std::optional<int64_t> axis);
 void check_codebook(const char* op, const at::Tensor& x, const at::Tensor& codebook, const Name& x_name = "x",
-                    const Name& name = "codebook");
+                    const Name& codebook_name = "codebook");
 void check_codebooks(const char* op, at::TensorList x, at::TensorList codebook);
 
 }  // namespace cctorch

@@ -10,7 +10,7 @@ namespace cctorch::formula {
 // NaN is the least: in ascending order it comes first, and all is nearest to it, as for argmin.
 template <typename T>
 CCTORCH_HOST_DEVICE bool comes_before(T a, T b) {
-  return a < b || (a != a && b == b);
+  return a < b || (std::isnan(a) && !std::isnan(b));
 }
 
 // What lies halfway between two values, rounded down: whether x is above stays exactly the same. The sum of the halves
