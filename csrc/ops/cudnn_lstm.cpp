@@ -13,6 +13,10 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/Exception.h>
 
+#ifdef CCTORCH_CUDA_BUILT
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#endif
+
 #include <algorithm>
 #include <initializer_list>
 
@@ -21,8 +25,9 @@ namespace {
 
 constexpr int64_t lstm = 2;  // cuDNN's CUDNN_LSTM
 
-// Above so many elements of the matrix of the recurrence its factors win: on an H100 at 4096 states, not at 2048.
-constexpr int64_t largest_product = int64_t{1} << 24;
+// Of so many elements at most is the matrix of the recurrence, if not given as such: on an H100 the factors win at 4096
+// states, not at 2048, and without gradients at 2048, not at 1024.
+constexpr int64_t largest_trained = int64_t{1} << 24, largest_run = int64_t{1} << 23;
 
 // Tensors that stand for others: of torch.func, of a tracer, or with a tangent.
 bool stands_for_others(const at::Tensor& tensor) {
@@ -90,14 +95,25 @@ class Unheard : public c10::WarningHandler {
   void process(const c10::Warning& /*warning*/) override {}
 };
 
+// A copy from the host can't be recorded.
+bool is_recorded_in_a_graph() {
+#ifdef CCTORCH_CUDA_BUILT
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+#else
+  return true;  // unknown
+#endif
+}
+
 // Of the rows of a packed sequence, each example's backwards. The same order leads back.
 at::Tensor backwards(const std::vector<int64_t>& batch_sizes, const at::Tensor& x) {
-  std::vector<int64_t> starts(batch_sizes.size()), rows;
+  std::vector<int64_t> starts(batch_sizes.size()), lengths(static_cast<size_t>(batch_sizes.front())), rows;
   for (size_t t = 1; t < starts.size(); ++t) starts[t] = starts[t - 1] + batch_sizes[t - 1];
-  for (size_t t = 0; t < batch_sizes.size(); ++t) {
-    for (int64_t example = 0; example < batch_sizes[t]; ++example) {
-      const auto length = std::ranges::count_if(batch_sizes, [&](int64_t size) { return size > example; });
-      rows.push_back(starts[static_cast<size_t>(length) - 1 - t] + example);
+  for (const int64_t size : batch_sizes) {
+    for (int64_t example = 0; example < size; ++example) ++lengths[static_cast<size_t>(example)];
+  }
+  for (int64_t t = 0; t < static_cast<int64_t>(batch_sizes.size()); ++t) {
+    for (int64_t example = 0; example < batch_sizes[static_cast<size_t>(t)]; ++example) {
+      rows.push_back(starts[static_cast<size_t>(lengths[static_cast<size_t>(example)] - 1 - t)] + example);
     }
   }
   return at::tensor(rows).to(x.device(), /*dtype=*/at::kLong, /*non_blocking=*/true);
@@ -114,7 +130,13 @@ std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> cudnn_lstm(
   if (std::ranges::any_of(given, [](const at::Tensor& t) { return stands_for_others(t) || t.numel() == 0; })) {
     return std::nullopt;
   }
-  if (weight_hh.size() > 1 && weight_hh[1].size(0) * weight_hh[0].size(1) > largest_product) return std::nullopt;
+  const bool ordered = reverse && !batch_sizes.empty();
+  if (ordered && is_recorded_in_a_graph()) return std::nullopt;
+  const bool train = c10::GradMode::is_enabled() &&
+                     std::ranges::any_of(given, [](const at::Tensor& tensor) { return tensor.requires_grad(); });
+  const int64_t largest = train ? largest_trained : largest_run;
+  if (weight_hh.size() > 1 && weight_hh[1].size(0) * weight_hh[0].size(1) > largest) return std::nullopt;
+  if (!weight_hr.empty() && h.size(1) >= c.size(1)) return std::nullopt;  // cuDNN's projections are narrower
   const auto type = type_of_products(given);
   if (!type) return std::nullopt;
   const at::Tensor read = x.to(*type);
@@ -124,13 +146,11 @@ std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> cudnn_lstm(
   const std::vector<at::Tensor> of_inputs = cast(weight_ih, *type);
   const at::Tensor narrow = of_inputs.size() == 1 ? read : at::linear(read, of_inputs[0]);
   const auto weights = matrices(of_inputs.back(), weight_hh, weight_hr, bias_ih, bias_hh);
-  const at::Tensor order = reverse && !batch_sizes.empty() ? backwards(batch_sizes, x) : at::Tensor();
+  const at::Tensor order = ordered ? backwards(batch_sizes, x) : at::Tensor();
   const auto turned = [&](const at::Tensor& rows) {
     if (!reverse) return rows;
     return order.defined() ? rows.index_select(0, order) : rows.flip(0);
   };
-  const bool train = c10::GradMode::is_enabled() &&
-                     std::ranges::any_of(given, [](const at::Tensor& tensor) { return tensor.requires_grad(); });
   Unheard unheard;
   const c10::WarningUtils::WarningHandlerGuard guard(&unheard);
   const auto [y, last_h, last_c, reserve, buffer] =

@@ -135,4 +135,7 @@ TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
   m.impl("_member_sums.list", &member_sums_list);
 }
 
+// torch.vmap has no fallback for lists of tensors.
+TORCH_LIBRARY_IMPL(cctorch, FuncTorchBatchedDecomposition, m) { m.impl("_member_sums.list", &member_sums_list); }
+
 }  // namespace cctorch::composite

@@ -246,6 +246,8 @@ def test_where_cudnn_is_not_asked() -> None:
         torch.func.grad(lambda x: run(x).sum())(x), torch.autograd.grad(expected.sum(), x)[0], rtol=0, atol=1e-5
     )
     assert not of_cudnn(lambda: torch.vmap(run)(x.unsqueeze(0)))
+    square = {**rest, "weight_hr": [torch.randn(6, 6, device=DEVICE)]}
+    assert not of_cudnn(lambda: run_layer({"x": [x], **square}, None, False))
     large = {**rest, "h": [x.new_zeros(4, 2049)], "c": [x.new_zeros(4, 2049)], "bias_ih": [], "bias_hh": []}
     large |= {"weight_ih": [x.new_zeros(8196, 5)], "weight_hh": [x.new_zeros(1, 2049), x.new_zeros(8196, 1)]}
     assert not of_cudnn(lambda: run_layer({"x": [x], **large}, None, False))
@@ -286,6 +288,20 @@ def test_an_lstm_under_autocast_and_in_a_graph() -> None:
         graph.replay()
     for ours, expected in zip(recorded, eager, strict=True):
         assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+@needs_cudnn
+def test_a_packed_layer_in_reverse_in_a_graph() -> None:
+    """Whose order of rows is copied from the host, which a graph can't record."""
+    arguments, sizes = layer_of_an_lstm("packed", torch.float32)
+    with torch.no_grad():
+        eager = run_layer(arguments, sizes, True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = run_layer(arguments, sizes, True)
+        graph.replay()
+    for ours, expected in zip(recorded, eager, strict=True):
+        assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -40,8 +40,8 @@ at::Tensor tucker2_conv2d(const at::Tensor& x, const at::Tensor& first, const at
 
 // One layer of an LSTM in one direction, over all steps; `reverse` starts at the last one. Each weight is a list of one
 // matrix, or of two factors, `first` and `second` as in low_rank_linear; the products of x are of all steps at once. On
-// CUDA cuDNN gets the product of weight_hh's factors, where that has at most 2^24 elements; it has no second
-// derivatives, which need at::globalContext().setUserEnabledCuDNN(false). For gates
+// CUDA cuDNN gets the product of weight_hh's factors, where that has at most 2^24 elements (2^23 without gradients); it
+// has no second derivatives, which need at::globalContext().setUserEnabledCuDNN(false). For gates
 // [i f g o] = x_t W_ih^T + b_ih + h W_hh^T + b_hh,
 //   c = sigmoid(f) c + sigmoid(i) tanh(g),  h = sigmoid(o) tanh(c)  (times W_hr^T where that is not empty).
 //

@@ -37,8 +37,9 @@ def low_rank_lstm(
     another, and so is for one number of them; with ``batch_sizes``, whose values decide, there is none.
 
     On CUDA cuDNN goes through all steps at once, with the product of ``weight_hh``'s factors, where that has at most
-    2^24 elements and nothing has to see the steps. It has no second derivatives, here as in ``nn.LSTM``: for these put
-    ``torch.backends.cudnn.flags(enabled=False)`` around the call.
+    2^24 elements (2^23 without gradients) and nothing has to see the steps. It is what ``nn.LSTM`` is there: in TF32
+    for float32, unless ``torch.backends.cudnn.allow_tf32`` is off, and without second derivatives and batches of
+    gradients: for these put ``torch.backends.cudnn.flags(enabled=False)`` around the call.
 
     Args:
         x: shape ``(steps, batch, inputs)``; the data of a packed sequence, ``(rows, inputs)``, with ``batch_sizes``.

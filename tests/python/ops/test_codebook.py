@@ -96,6 +96,17 @@ def test_gradients_of_a_list() -> None:
     assert not any(book.requires_grad for book in codebook_update(xs, books))
 
 
+def test_a_batch_of_gradients_of_a_list() -> None:
+    xs = [torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    books = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (3, 8)]
+    ys, batch = codebook_quant(xs, books), [torch.randn(5, 4, 3, dtype=torch.float64) for _ in xs]
+    together = torch.autograd.grad(ys, [*xs, *books], batch, is_grads_batched=True, retain_graph=True)
+    for i in range(5):
+        one = torch.autograd.grad(ys, [*xs, *books], [grads[i] for grads in batch], retain_graph=True)
+        for ours, expected in zip(together, one, strict=True):
+            torch.testing.assert_close(ours[i], expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_lists_pass_opcheck(dtype: torch.dtype) -> None:
     xs = [torch.randn(4, 3), torch.randn(2, 5, 3, 3).contiguous(memory_format=torch.channels_last)]
