@@ -135,7 +135,8 @@ TORCH_LIBRARY_IMPL(cctorch, CompositeExplicitAutograd, m) {
   m.impl("_member_sums.list", &member_sums_list);
 }
 
-// torch.vmap has no fallback for lists of tensors.
+// Neither torch.vmap nor batches of gradients (is_grads_batched, an older vmap) have a fallback for lists of tensors.
 TORCH_LIBRARY_IMPL(cctorch, FuncTorchBatchedDecomposition, m) { m.impl("_member_sums.list", &member_sums_list); }
+TORCH_LIBRARY_IMPL(cctorch, Batched, m) { m.impl("_member_sums.list", &member_sums_list); }
 
 }  // namespace cctorch::composite
