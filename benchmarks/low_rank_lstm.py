@@ -55,7 +55,8 @@ def main() -> None:
         "LowRankLSTM": lambda: lstm(x)[0],
         "Python": lambda: looped(lstm, x),
     }
-    torch.testing.assert_close(contenders["Python"](), contenders["LowRankLSTM"](), rtol=1e-3, atol=1e-3)
+    rounding = {"rtol": 1e-3, "atol": 1e-3} if given.device == "cuda" else {}  # cuDNN's is TF32's
+    torch.testing.assert_close(contenders["Python"](), contenders["LowRankLSTM"](), **rounding)
     if given.device == "cuda":
         contenders["LowRankLSTM, steps"] = lambda: without_cudnn(lstm, x)
 

@@ -134,7 +134,7 @@ TYPED_TEST(RowMap, PowersOfTwoEndAtTheLargest) {
   using T = Math<TypeParam>;
   auto weights = random_weights<TypeParam>(60);
   weights[1].from.assign(weights[1].from.size(), TypeParam(0));
-  // 2 bits: -top, 0 and top, with a bound of half of it; 3 bits: three powers.
+  // 3 bits: the largest, a half and a quarter of it.
   const T smallest = std::ldexp(T(1), -2);
   map_rows(weights, cuda::row_map::PowersOfTwo<TypeParam, T>{{T(1), smallest, T(1)}}, 1, false);
   for_each_row(weights, [](const TypeParam* from, int64_t size, const TypeParam* to) {
