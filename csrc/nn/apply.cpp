@@ -11,6 +11,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -109,6 +110,16 @@ at::MemoryFormat format_of(const torch::nn::Module& model) {
   return at::MemoryFormat::Contiguous;
 }
 
+void expect_optimizer_of(torch::optim::Optimizer& optimizer, const torch::nn::Module& model) {
+  std::unordered_set<const void*> held;
+  for (const torch::optim::OptimizerParamGroup& group : optimizer.param_groups())
+    for (const at::Tensor& parameter : group.params()) held.insert(parameter.unsafeGetTensorImpl());
+  const auto is_held = [&](const at::Tensor& parameter) { return held.contains(parameter.unsafeGetTensorImpl()); };
+  TORCH_CHECK_VALUE(std::ranges::any_of(model.parameters(), is_held),
+                    "optimizer: it has none of the model's parameters, and would go on without the new ones: pass the "
+                    "one that trains this model");
+}
+
 void check_optimizer(torch::optim::Optimizer& optimizer, const std::vector<PlannedLayer>& layers) {
   // It has one state for all parameters together, under the first of them.
   TORCH_CHECK_VALUE(
@@ -175,7 +186,10 @@ void replace_parameters(torch::optim::Optimizer& optimizer, const Replacements& 
 void apply(torch::nn::Module& model, const CompressionPlan& plan, torch::optim::Optimizer* optimizer) {
   plan.validate();
   const std::vector<PlannedLayer> layers = find_layers(model, plan);
-  if (optimizer != nullptr) check_optimizer(*optimizer, layers);
+  if (optimizer != nullptr) {
+    expect_optimizer_of(*optimizer, model);
+    check_optimizer(*optimizer, layers);
+  }
 
   const at::MemoryFormat format = format_of(model);
   Replacements replacements;

@@ -1,5 +1,6 @@
 #include <ATen/ops/conv2d.h>
 #include <cctorch/low_rank.h>
+#include <cctorch/nn/factors.h>
 #include <cctorch/nn/layers.h>
 
 #include <ostream>
@@ -58,7 +59,9 @@ LayerSpec Conv2dImpl::spec(const std::string& name) const {
           .kernel_width = kernel[1],
           .positions = positions_,
           .groups = options.groups(),
-          .bits = stored_bits()};
+          .bits = stored_bits(),
+          .stride_height = (*options.stride())[0],
+          .stride_width = (*options.stride())[1]};
 }
 
 at::Tensor Conv2dImpl::constant(const at::Tensor& x) const {
@@ -84,9 +87,11 @@ at::Tensor Conv2dImpl::forward(const at::Tensor& x) {
     const int64_t groups = depthwise() ? weight.size(0) : options.groups();
     y = at::conv2d(input, constrained(weight), bias, options.stride(), padding, options.dilation(), groups);
   } else {
-    y = low_rank_conv2d(input, constrained(first), constrained(second),
-                        bias.defined() ? std::optional(bias) : std::nullopt, options.stride(), padding,
-                        options.dilation());
+    const auto offset = bias.defined() ? std::optional(bias) : std::nullopt;
+    y = core.defined() ? tucker2_conv2d(input, constrained(first), constrained(core), constrained(second), offset,
+                                        options.stride(), padding, options.dilation())
+                       : low_rank_conv2d(input, constrained(first), constrained(second), offset, options.stride(),
+                                         padding, options.dilation());
   }
   if (observing_) positions_ += y.size(-2) * y.size(-1);
   if (watcher_ != nullptr) watcher_->gives(*this, input, y);
@@ -94,8 +99,7 @@ at::Tensor Conv2dImpl::forward(const at::Tensor& x) {
 }
 
 void Conv2dImpl::check_structure(const LayerPlan& plan) const {
-  const auto& kernel = *options.kernel_size();
-  check_rank(plan, kernel[0] * kernel[1]);
+  check_rank(plan, *options.kernel_size());
   TORCH_CHECK_VALUE(options.groups() == 1 || depthwise() || plan.keeps_shape() || plan.reads_nothing(), "layer '",
                     plan.name, "' is a convolution with groups = ", options.groups(),
                     ", which stays as it is, but the plan removes channels or factors it: leave it out of the plan");

@@ -49,7 +49,4 @@ inline at::Tensor constant_of(const at::Tensor& bias, const at::Tensor& x, std::
 // Throws c10::ValueError where `found`, of the dense layer, is of another kind or has other channels than `plan` says.
 void check_architecture(const LayerPlan& plan, const LayerSpec& found);
 
-// The matrix that `plan` would factor has rows out_channels and kept_in x kernel_size columns.
-void check_rank(const LayerPlan& plan, int64_t kernel_size);
-
 }  // namespace cctorch::nn

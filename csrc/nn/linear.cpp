@@ -1,5 +1,6 @@
 #include <ATen/ops/linear.h>
 #include <cctorch/low_rank.h>
+#include <cctorch/nn/factors.h>
 #include <cctorch/nn/layers.h>
 
 #include <ostream>
@@ -52,6 +53,6 @@ at::Tensor LinearImpl::forward(const at::Tensor& x) {
   return y;
 }
 
-void LinearImpl::check_structure(const LayerPlan& plan) const { check_rank(plan, 1); }
+void LinearImpl::check_structure(const LayerPlan& plan) const { check_rank(plan, {}); }
 
 }  // namespace cctorch::nn

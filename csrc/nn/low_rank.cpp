@@ -1,5 +1,6 @@
 #include <cctorch/collaborative.h>
 #include <cctorch/low_rank.h>
+#include <cctorch/nn/factors.h>
 #include <cctorch/nn/modules.h>
 #include <torch/types.h>
 
@@ -74,39 +75,31 @@ void LowRankLinearImpl::factorize(const at::Tensor& weight) {
   assign(second, outer);
 }
 
-LowRankConv2dImpl::LowRankConv2dImpl(const torch::nn::Conv2dOptions& options_, int64_t rank, LowRankLayout layout)
-    : options(options_), rank_(rank), layout_(layout) {
-  check();
-  const auto& kernel = *options.kernel_size();
-  const bool spatial = layout == LowRankLayout::spatial;
-  check_rank(rank, options.out_channels() * (spatial ? kernel[0] : 1),
-             options.in_channels() * (spatial ? 1 : kernel[0]) * kernel[1]);
-  LowRankConv2dImpl::reset();
-}
-
-LowRankConv2dImpl::LowRankConv2dImpl(const torch::nn::Conv2dOptions& options_, std::pair<int64_t, int64_t> ranks)
-    : options(options_), rank_(ranks.first), ranks_(ranks) {
-  check();
-  TORCH_CHECK_VALUE(1 <= ranks.first && ranks.first <= options.out_channels() && 1 <= ranks.second &&
-                        ranks.second <= options.in_channels(),
-                    "ranks = ", ranks.first, ", ", ranks.second, ", expected 1 to ", options.out_channels(),
-                    " output and 1 to ", options.in_channels(), " input channels");
-  LowRankConv2dImpl::reset();
-}
-
-void LowRankConv2dImpl::check() const {
+LowRankConv2dImpl::LowRankConv2dImpl(const torch::nn::Conv2dOptions& options_, LowRankLayout layout, int64_t rank,
+                                     std::optional<int64_t> rank_in)
+    : options(options_) {
   TORCH_CHECK_VALUE(options.groups() == 1, "groups = ", options.groups(), ", expected 1");
   numeric_padding(options);
+  form_ = LayerPlan::unchanged("LowRankConv2d", LayerKind::conv2d, options.in_channels(), options.out_channels());
+  form_.rank = rank;
+  form_.layout = layout;
+  form_.rank_in = rank_in;
+  CompressionPlan{.method = "", .target = 0.0, .layers = {form_}}.validate();
+  cctorch::nn::check_rank(form_, *options.kernel_size());
+  LowRankConv2dImpl::reset();
 }
 
+LowRankConv2dImpl::LowRankConv2dImpl(const torch::nn::Conv2dOptions& options, int64_t rank, LowRankLayout layout)
+    : LowRankConv2dImpl(options, layout, rank, std::nullopt) {}
+
+LowRankConv2dImpl::LowRankConv2dImpl(const torch::nn::Conv2dOptions& options, std::pair<int64_t, int64_t> ranks)
+    : LowRankConv2dImpl(options, LowRankLayout::tucker, ranks.first, ranks.second) {}
+
 void LowRankConv2dImpl::reset() {
-  const auto& kernel = *options.kernel_size();
-  const bool spatial = layout_ == LowRankLayout::spatial;
-  const int64_t inner = ranks_ ? ranks_->second : rank_;
-  first = register_parameter(
-      "first", torch::empty({inner, options.in_channels(), spatial || ranks_ ? 1 : kernel[0], ranks_ ? 1 : kernel[1]}));
-  if (ranks_) core = register_parameter("core", torch::empty({rank_, inner, kernel[0], kernel[1]}));
-  second = register_parameter("second", torch::empty({options.out_channels(), rank_, spatial ? kernel[0] : 1, 1}));
+  const Factors empty = empty_factors(form_, options.out_channels(), options.in_channels(), *options.kernel_size());
+  first = register_parameter("first", empty.first);
+  if (empty.core.defined()) core = register_parameter("core", empty.core);
+  second = register_parameter("second", empty.second);
   if (options.bias()) bias = register_parameter("bias", torch::empty({options.out_channels()}));
   reset_parameters();
 }
@@ -120,39 +113,28 @@ void LowRankConv2dImpl::reset_parameters() {
 void LowRankConv2dImpl::pretty_print(std::ostream& stream) const {
   stream << "cctorch::nn::LowRankConv2d(" << options.in_channels() << ", " << options.out_channels()
          << ", kernel_size=" << options.kernel_size();
-  if (ranks_) {
-    stream << ", ranks=" << ranks_->first << "," << ranks_->second;
+  if (form_.rank_in) {
+    stream << ", ranks=" << *form_.rank << "," << *form_.rank_in;
   } else {
-    stream << ", rank=" << rank_ << (layout_ == LowRankLayout::spatial ? ", layout=spatial" : "");
+    stream << ", rank=" << *form_.rank << (form_.layout == LowRankLayout::spatial ? ", layout=spatial" : "");
   }
   stream << ", stride=" << options.stride() << ")";
 }
 
 at::Tensor LowRankConv2dImpl::forward(const at::Tensor& x) {
   const auto padding = numeric_padding(options);
-  return ranks_ ? tucker2_conv2d(x, first, core, second, optional(bias), options.stride(), padding, options.dilation())
-                : low_rank_conv2d(x, first, second, optional(bias), options.stride(), padding, options.dilation());
+  return core.defined()
+             ? tucker2_conv2d(x, first, core, second, optional(bias), options.stride(), padding, options.dilation())
+             : low_rank_conv2d(x, first, second, optional(bias), options.stride(), padding, options.dilation());
 }
 
 void LowRankConv2dImpl::factorize(const at::Tensor& weight) {
   const auto& kernel = *options.kernel_size();
-  const int64_t out = options.out_channels(), in = options.in_channels();
-  check_weight(weight, {out, in, kernel[0], kernel[1]});
-  if (ranks_) {
-    const auto [cores, outer, inner] = tucker2(weight.detach(), ranks_->first, ranks_->second);
-    assign(first, inner[0].t().unsqueeze(-1).unsqueeze(-1));
-    assign(core, cores[0]);
-    assign(second, outer[0].unsqueeze(-1).unsqueeze(-1));
-  } else if (layout_ == LowRankLayout::spatial) {
-    const at::Tensor matrix = weight.permute({0, 2, 1, 3}).reshape({out * kernel[0], in * kernel[1]});
-    const auto [inner, outer] = collaborative::factorize(matrix, all_of(matrix.size(1)), rank_);
-    assign(first, inner.view({rank_, in, 1, kernel[1]}));
-    assign(second, outer.view({out, kernel[0], rank_, 1}).transpose(1, 2));
-  } else {
-    const auto [inner, outer] = collaborative::factorize(weight, all_of(in), rank_);
-    assign(first, inner);
-    assign(second, outer);
-  }
+  check_weight(weight, {options.out_channels(), options.in_channels(), kernel[0], kernel[1]});
+  const Factors factors = cctorch::nn::factorize(weight, form_);
+  assign(first, factors.first);
+  if (core.defined()) assign(core, factors.core);
+  assign(second, factors.second);
 }
 
 }  // namespace cctorch::nn

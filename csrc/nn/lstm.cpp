@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 #include <cctorch/collaborative.h>
 #include <cctorch/low_rank.h>
+#include <cctorch/nn/factors.h>
 #include <cctorch/nn/lstm.h>
 #include <torch/nn/init.h>
 #include <torch/types.h>
@@ -85,7 +86,7 @@ std::vector<std::pair<std::string, at::Tensor>> LSTMWeight::weights() const {
   return found;
 }
 
-void LSTMWeight::check_structure(const LayerPlan& plan) const { check_rank(plan, 1); }
+void LSTMWeight::check_structure(const LayerPlan& plan) const { check_rank(plan, {}); }
 
 void LSTMWeight::carry_out(const LayerPlan& plan) {
   const torch::NoGradGuard no_grad;

@@ -1,5 +1,5 @@
-#include <cctorch/collaborative.h>
 #include <cctorch/gather_channels.h>
+#include <cctorch/nn/factors.h>
 #include <cctorch/nn/layers.h>
 
 #include <algorithm>
@@ -19,30 +19,17 @@ constexpr auto mask_suffix = "_mask", quant_suffix = "_quant";
 
 }  // namespace
 
-void check_rank(const LayerPlan& plan, int64_t kernel_size) {
-  if (!plan.rank) return;
-  const int64_t columns = static_cast<int64_t>(plan.kept_in.size()) * kernel_size;
-  const int64_t most = std::min(plan.out_channels, columns);
-  TORCH_CHECK_VALUE(*plan.rank <= most, "layer '", plan.name, "': rank = ", *plan.rank, ", expected at most ", most,
-                    ": its weight restricted to the kept inputs is a matrix of ", plan.out_channels, " x ", columns);
-}
-
 template <typename Derived>
 void WeightedLayer<Derived>::register_parameters(int64_t out, int64_t in, at::IntArrayRef kernel, bool with_bias) {
-  const auto shape = [&](int64_t rows, int64_t columns, bool pointwise) {
-    std::vector<int64_t> sizes = {rows, columns};
-    for (const int64_t size : kernel) sizes.push_back(pointwise ? 1 : size);
-    return sizes;
-  };
-  for (at::Tensor* parameter : {&weight, &first, &second, &bias}) *parameter = at::Tensor();
-  const std::optional<int64_t> rank = plan_ ? plan_->rank : std::nullopt;
+  for (at::Tensor* parameter : {&weight, &first, &core, &second, &bias}) *parameter = at::Tensor();
   if (in == 0) {
     with_bias = out > 0;
-  } else if (rank) {
-    first = this->register_parameter("first", torch::empty(shape(*rank, in, false)));
-    second = this->register_parameter("second", torch::empty(shape(out, *rank, true)));
+  } else if (plan_ && plan_->rank) {
+    register_factors(empty_factors(*plan_, out, in, kernel), /*requires_grad=*/true);
   } else {
-    weight = this->register_parameter("weight", torch::empty(shape(out, in, false)));
+    std::vector<int64_t> sizes = {out, in};
+    sizes.insert(sizes.end(), kernel.begin(), kernel.end());
+    weight = this->register_parameter("weight", torch::empty(sizes));
   }
   if (with_bias) bias = this->register_parameter("bias", torch::empty({out}));
   // Of a clone, which has the children of the layer that it is made from until then.
@@ -56,9 +43,17 @@ void WeightedLayer<Derived>::register_parameters(int64_t out, int64_t in, at::In
 }
 
 template <typename Derived>
+void WeightedLayer<Derived>::register_factors(const Factors& factors, bool requires_grad) {
+  first = this->register_parameter("first", factors.first, requires_grad);
+  if (factors.core.defined()) core = this->register_parameter("core", factors.core, requires_grad);
+  second = this->register_parameter("second", factors.second, requires_grad);
+}
+
+template <typename Derived>
 std::vector<std::pair<std::string, at::Tensor>> WeightedLayer<Derived>::weights() const {
   std::vector<std::pair<std::string, at::Tensor>> found;
-  for (const auto& [name, value] : {std::pair("weight", &weight), {"first", &first}, {"second", &second}}) {
+  for (const auto& [name, value] :
+       {std::pair("weight", &weight), {"first", &first}, {"core", &core}, {"second", &second}}) {
     if (value->defined()) found.emplace_back(name, *value);
   }
   return found;
@@ -99,6 +94,7 @@ void WeightedLayer<Derived>::reset_parameters() {
     if (bias.defined()) bias.zero_();
   } else {
     initialize_uniform(first, nullptr);
+    if (core.defined()) initialize_uniform(core, nullptr);
     initialize_uniform(second, &bias);
   }
 }
@@ -109,16 +105,8 @@ void WeightedLayer<Derived>::carry_out(const LayerPlan& plan) {
   if (plan.reads_nothing()) return leave_bias_only(plan);
   const bool requires_grad = weight.requires_grad();
   const at::Tensor dense = weight.detach();
-  const at::MemoryFormat format = dense.suggest_memory_format();
-  at::Tensor narrowed, outer, inner;
-  if (plan.rank) {
-    std::tie(inner, outer) = collaborative::factorize(dense, plan.kept_in, *plan.rank);
-    const at::Tensor kept_out = torch::tensor(plan.kept_out, torch::dtype(torch::kLong)).to(outer.device());
-    inner = inner.to(dense.options()).contiguous(format);
-    outer = outer.index_select(0, kept_out).to(dense.options()).contiguous(format);
-  } else {
-    narrowed = narrow(dense, plan);
-  }
+  const Factors factors = plan.rank ? factorize(dense, plan) : Factors();
+  const at::Tensor narrowed = plan.rank ? at::Tensor() : narrow(dense, plan);
   const at::Tensor narrowed_bias = bias.defined() ? narrow(bias, plan) : at::Tensor();
 
   plan_ = plan;
@@ -126,8 +114,7 @@ void WeightedLayer<Derived>::carry_out(const LayerPlan& plan) {
   this->parameters_.clear();
   weight = at::Tensor();
   if (plan.rank) {
-    first = this->register_parameter("first", inner, requires_grad);
-    second = this->register_parameter("second", outer, requires_grad);
+    register_factors(factors, requires_grad);
   } else {
     weight = this->register_parameter("weight", narrowed, requires_grad);
   }
@@ -166,6 +153,8 @@ void WeightedLayer<Derived>::print_plan(std::ostream& stream) const {
   if (!plan_) return;
   stream << " compressed to " << plan_->kept_in.size() << " -> " << plan_->kept_out.size();
   if (plan_->rank) stream << ", rank " << *plan_->rank;
+  if (plan_->rank_in) stream << " x " << *plan_->rank_in;
+  if (plan_->layout != LowRankLayout::channel) stream << ' ' << to_string(plan_->layout);
   if (gather_.defined()) stream << ", gathering its input";
 }
 

@@ -21,16 +21,17 @@ using nlohmann::json;
 constexpr int format_version = 1;
 constexpr std::array kinds = {LayerKind::conv2d, LayerKind::depthwise_conv2d, LayerKind::linear,
                               LayerKind::batch_norm2d, LayerKind::lstm};
+constexpr std::array layouts = {LowRankLayout::channel, LowRankLayout::spatial, LowRankLayout::tucker};
 constexpr std::array mask_kinds = {MaskPlan::Kind::magnitude, MaskPlan::Kind::nm, MaskPlan::Kind::channel};
 
 template <class Kinds>
-typename Kinds::value_type parse_kind(const Kinds& all, const std::string& text) {
+typename Kinds::value_type parse(const Kinds& all, const char* what, const std::string& text) {
   std::string expected;
   for (const auto kind : all) {
     if (to_string(kind) == text) return kind;
     expected += std::string(expected.empty() ? "" : ", ") + std::string(to_string(kind));
   }
-  TORCH_CHECK_VALUE(false, "plan: kind '", text, "', expected one of ", expected);
+  TORCH_CHECK_VALUE(false, "plan: ", what, " '", text, "', expected one of ", expected);
 }
 
 // JSON has no others: "null" would be written, which nobody could read again.
@@ -59,6 +60,8 @@ json write(const LayerPlan& layer) {
   if (std::cmp_not_equal(layer.kept_out.size(), layer.out_channels)) out["kept_out"] = layer.kept_out;
   if (!layer.gather.empty()) out["gather"] = layer.gather;
   if (layer.rank) out["rank"] = *layer.rank;
+  if (layer.layout != LowRankLayout::channel) out["layout"] = to_string(layer.layout);
+  if (layer.rank_in) out["rank_in"] = *layer.rank_in;
   if (layer.mask) out["mask"] = write(*layer.mask);
   if (layer.bits) out["bits"] = *layer.bits;
   return out;
@@ -92,7 +95,7 @@ MaskPlan read_mask(const json& in, const std::string& layer) {
   const std::string what = "the mask of " + layer;
   check_keys(in, what, {"kind", "sparsity", "n", "m"});
   MaskPlan mask;
-  mask.kind = parse_kind(mask_kinds, in.at("kind").get<std::string>());
+  mask.kind = parse(mask_kinds, "kind", in.at("kind").get<std::string>());
   if (mask.kind == MaskPlan::Kind::nm) {
     mask.n = integer(in.at("n"), what + ": n");
     mask.m = integer(in.at("m"), what + ": m");
@@ -104,7 +107,8 @@ MaskPlan read_mask(const json& in, const std::string& layer) {
 
 LayerPlan read_layer(const json& in) {
   check_keys(in, "a layer",
-             {"name", "kind", "in_channels", "out_channels", "kept_in", "kept_out", "gather", "rank", "mask", "bits"});
+             {"name", "kind", "in_channels", "out_channels", "kept_in", "kept_out", "gather", "rank", "layout",
+              "rank_in", "mask", "bits"});
   const auto name = in.at("name").get<std::string>();
   const std::string what = "layer '" + name + "'";
   const auto in_channels = integer(in.at("in_channels"), what + ": in_channels");
@@ -115,11 +119,13 @@ LayerPlan read_layer(const json& in) {
                       " channels, expected 1 to ", most_channels);
   }
   auto layer =
-      LayerPlan::unchanged(name, parse_kind(kinds, in.at("kind").get<std::string>()), in_channels, out_channels);
+      LayerPlan::unchanged(name, parse(kinds, "kind", in.at("kind").get<std::string>()), in_channels, out_channels);
   if (in.contains("kept_in")) layer.kept_in = integers(in["kept_in"], what + ": kept_in");
   if (in.contains("kept_out")) layer.kept_out = integers(in["kept_out"], what + ": kept_out");
   if (in.contains("gather")) layer.gather = integers(in["gather"], what + ": gather");
   if (in.contains("rank")) layer.rank = integer(in["rank"], what + ": rank");
+  if (in.contains("layout")) layer.layout = parse(layouts, "layout", in["layout"].get<std::string>());
+  if (in.contains("rank_in")) layer.rank_in = integer(in["rank_in"], what + ": rank_in");
   if (in.contains("mask")) layer.mask = read_mask(in["mask"], what);
   if (in.contains("bits")) layer.bits = integer(in["bits"], what + ": bits");
   return layer;

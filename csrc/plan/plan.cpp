@@ -40,8 +40,27 @@ void check_lstm(const LayerPlan& layer) {
                     "plan: layer '", layer.name,
                     "': a weight of an lstm keeps all its inputs and outputs, and takes no gather, mask or bits");
   const int64_t highest = std::min(layer.in_channels, layer.out_channels);
+  TORCH_CHECK_VALUE(layer.layout == LowRankLayout::channel && !layer.rank_in, "plan: layer '", layer.name,
+                    "': a weight of an lstm has the layout channel, and no rank_in");
   TORCH_CHECK_VALUE(!layer.rank || (*layer.rank >= 1 && *layer.rank <= highest), "plan: layer '", layer.name,
                     "': rank = ", layer.rank.value_or(0), ", expected 1 to ", highest);
+}
+
+void check_rank(const LayerPlan& layer) {
+  const bool tucker = layer.layout == LowRankLayout::tucker;
+  TORCH_CHECK_VALUE(layer.layout == LowRankLayout::channel || (layer.rank && layer.kind == LayerKind::conv2d),
+                    "plan: layer '", layer.name, "': layout = ", to_string(layer.layout),
+                    ", expected a conv2d with a rank");
+  TORCH_CHECK_VALUE(layer.rank_in.has_value() == tucker, "plan: layer '", layer.name,
+                    "': ", tucker ? "the layout tucker has a rank_in too" : "rank_in is for the layout tucker");
+  if (!layer.rank) return;
+  // The rows of the layout spatial are kernel_height times as many, which a plan does not know.
+  TORCH_CHECK_VALUE(*layer.rank >= 1 && (layer.layout == LowRankLayout::spatial || *layer.rank <= layer.out_channels),
+                    "plan: layer '", layer.name, "': rank = ", *layer.rank, ", expected 1 to ", layer.out_channels,
+                    " (its output channels)");
+  TORCH_CHECK_VALUE(!tucker || (*layer.rank_in >= 1 && *layer.rank_in <= size(layer.kept_in)), "plan: layer '",
+                    layer.name, "': rank_in = ", layer.rank_in.value_or(0), ", expected 1 to ", size(layer.kept_in),
+                    " (the input channels that it keeps)");
 }
 
 void check_layer(const LayerPlan& layer) {
@@ -57,6 +76,7 @@ void check_layer(const LayerPlan& layer) {
     check_reads_nothing(layer);
     return;
   }
+  check_rank(layer);
   TORCH_CHECK_VALUE(!layer.kept_out.empty(), "plan: layer '", layer.name,
                     "': kept_out is empty, but it reads inputs: keep at least one, or empty kept_in too");
   if (!layer.gather.empty()) {
@@ -70,10 +90,6 @@ void check_layer(const LayerPlan& layer) {
                       " keeps the same channels at its input and output, but kept_in and kept_out differ");
     TORCH_CHECK_VALUE(!layer.rank && layer.gather.empty(), "plan: layer '", layer.name, "': a ", to_string(layer.kind),
                       " takes neither rank nor gather");
-  }
-  if (layer.rank) {
-    TORCH_CHECK_VALUE(*layer.rank >= 1 && *layer.rank <= layer.out_channels, "plan: layer '", layer.name,
-                      "': rank = ", *layer.rank, ", expected 1 to ", layer.out_channels, " (its output channels)");
   }
   if (layer.bits) {
     TORCH_CHECK_VALUE(*layer.bits >= 2 && *layer.bits <= 16, "plan: layer '", layer.name, "': bits = ", *layer.bits,
@@ -93,6 +109,8 @@ std::string summary(const LayerPlan& layer) {
                                  layer.out_channels, layer.kept_in.size(), layer.kept_out.size());
   if (layer.reads_nothing()) return text + (layer.kept_out.empty() ? "  removed" : "  constant");
   if (layer.rank) text += fmt::format("  rank {}", *layer.rank);
+  if (layer.rank_in) text += fmt::format(" x {}", *layer.rank_in);
+  if (layer.layout != LowRankLayout::channel) text += fmt::format(" {}", to_string(layer.layout));
   if (!layer.gather.empty()) text += "  gather";
   if (layer.mask) text += fmt::format("  mask {}", to_string(layer.mask->kind));
   if (layer.bits) text += fmt::format("  {} bits", *layer.bits);
@@ -115,6 +133,18 @@ std::string_view to_string(LayerKind kind) {
       return "lstm";
   }
   TORCH_INTERNAL_ASSERT(false, "unknown LayerKind");
+}
+
+std::string_view to_string(LowRankLayout layout) {
+  switch (layout) {
+    case LowRankLayout::channel:
+      return "channel";
+    case LowRankLayout::spatial:
+      return "spatial";
+    case LowRankLayout::tucker:
+      return "tucker";
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown LowRankLayout");
 }
 
 std::string_view to_string(MaskPlan::Kind kind) {
@@ -181,6 +211,25 @@ std::ostream& operator<<(std::ostream& out, const CompressionPlan& plan) {
   return out;
 }
 
+namespace {
+
+int64_t factored_macs(const LayerSpec& spec, const LayerPlan& plan, int64_t in, int64_t out) {
+  const int64_t rank = *plan.rank, high = spec.kernel_height, wide = spec.kernel_width;
+  switch (plan.layout) {
+    case LowRankLayout::channel:
+      return (in * high * wide * rank + rank * out) * spec.positions;
+    case LowRankLayout::spatial:
+      return (in * wide * rank * spec.stride_height + rank * high * out) * spec.positions;
+    case LowRankLayout::tucker:
+      return (in * *plan.rank_in * spec.stride_height * spec.stride_width + *plan.rank_in * high * wide * rank +
+              rank * out) *
+             spec.positions;
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown LowRankLayout");
+}
+
+}  // namespace
+
 int64_t layer_macs(const LayerSpec& spec, const LayerPlan* plan, bool narrowed) {
   if (!plan || spec.kind == LayerKind::batch_norm2d) return spec.macs();
   if (plan->reads_nothing()) return 0;
@@ -188,7 +237,7 @@ int64_t layer_macs(const LayerSpec& spec, const LayerPlan* plan, bool narrowed) 
   const int64_t out = narrowed ? size(plan->kept_out) : spec.out_channels;
   if (spec.kind == LayerKind::depthwise_conv2d) return out * spec.kernel_size() * spec.positions;
   if (spec.groups > 1) return spec.macs();
-  if (plan->rank) return (in * spec.kernel_size() * *plan->rank + *plan->rank * out) * spec.positions;
+  if (plan->rank) return factored_macs(spec, *plan, in, out);
   return out * in * spec.kernel_size() * spec.positions;
 }
 
@@ -218,6 +267,8 @@ void drop_idle_ranks(const std::vector<LayerSpec>& model, CompressionPlan& plan)
     if (factored == nullptr || !factored->rank) continue;
     LayerPlan exact = *factored;
     exact.rank.reset();
+    exact.rank_in.reset();
+    exact.layout = LowRankLayout::channel;
     if (layer_macs(spec, &exact, true) <= layer_macs(spec, factored, true)) *factored = std::move(exact);
   }
 }

@@ -1,4 +1,5 @@
 #include <cctorch/channel_graph.h>
+#include <cctorch/nn/factors.h>
 #include <cctorch/nn/prepare.h>
 #include <cctorch/plan.h>
 #include <pybind11/operators.h>
@@ -25,6 +26,8 @@ constexpr Names<LayerKind, 5> layer_kinds{{{"conv2d", LayerKind::conv2d},
                                            {"linear", LayerKind::linear},
                                            {"batch_norm2d", LayerKind::batch_norm2d},
                                            {"lstm", LayerKind::lstm}}};
+constexpr Names<LowRankLayout, 3> layouts{
+    {{"channel", LowRankLayout::channel}, {"spatial", LowRankLayout::spatial}, {"tucker", LowRankLayout::tucker}}};
 constexpr Names<MaskPlan::Kind, 3> mask_kinds{
     {{"magnitude", MaskPlan::Kind::magnitude}, {"nm", MaskPlan::Kind::nm}, {"channel", MaskPlan::Kind::channel}}};
 
@@ -38,7 +41,8 @@ void bind_kind(py::class_<Owner>& type) {
 void bind_layer_spec(py::module_& module) {
   py::class_<LayerSpec> type(module, "LayerSpec");
   type.def(py::init([](std::string name, const std::string& kind, int64_t in_channels, int64_t out_channels,
-                       int64_t kernel_height, int64_t kernel_width, int64_t positions, int64_t groups, int64_t bits) {
+                       int64_t kernel_height, int64_t kernel_width, int64_t positions, int64_t groups, int64_t bits,
+                       int64_t stride_height, int64_t stride_width) {
              return LayerSpec{std::move(name),
                               parse(layer_kinds, "kind", kind),
                               in_channels,
@@ -47,11 +51,13 @@ void bind_layer_spec(py::module_& module) {
                               kernel_width,
                               positions,
                               groups,
-                              bits};
+                              bits,
+                              stride_height,
+                              stride_width};
            }),
            py::arg("name"), py::arg("kind"), py::arg("in_channels"), py::arg("out_channels"),
            py::arg("kernel_height") = 1, py::arg("kernel_width") = 1, py::arg("positions") = 1, py::arg("groups") = 1,
-           py::arg("bits") = 32)
+           py::arg("bits") = 32, py::arg("stride_height") = 1, py::arg("stride_width") = 1)
       .def_readwrite("name", &LayerSpec::name)
       .def_readwrite("in_channels", &LayerSpec::in_channels)
       .def_readwrite("out_channels", &LayerSpec::out_channels)
@@ -60,6 +66,8 @@ void bind_layer_spec(py::module_& module) {
       .def_readwrite("positions", &LayerSpec::positions)
       .def_readwrite("groups", &LayerSpec::groups)
       .def_readwrite("bits", &LayerSpec::bits)
+      .def_readwrite("stride_height", &LayerSpec::stride_height)
+      .def_readwrite("stride_width", &LayerSpec::stride_width)
       .def_property_readonly("macs", &LayerSpec::macs)
       .def_property_readonly("parameters", &LayerSpec::parameters);
   bind_kind(type);
@@ -85,21 +93,24 @@ void bind_layer_plan(py::module_& module) {
   py::class_<LayerPlan> type(module, "LayerPlan");
   type.def(py::init([](std::string name, const std::string& kind, int64_t in_channels, int64_t out_channels,
                        const Indices& kept_in, const Indices& kept_out, std::vector<int64_t> gather,
-                       std::optional<int64_t> rank, std::optional<MaskPlan> mask, std::optional<int64_t> bits) {
+                       std::optional<int64_t> rank, const std::string& layout, std::optional<int64_t> rank_in,
+                       std::optional<MaskPlan> mask, std::optional<int64_t> bits) {
              auto layer =
                  LayerPlan::unchanged(std::move(name), parse(layer_kinds, "kind", kind), in_channels, out_channels);
              if (kept_in) layer.kept_in = *kept_in;
              if (kept_out) layer.kept_out = *kept_out;
              layer.gather = std::move(gather);
              layer.rank = rank;
+             layer.layout = parse(layouts, "layout", layout);
+             layer.rank_in = rank_in;
              layer.mask = mask;
              layer.bits = bits;
              return layer;
            }),
            py::arg("name"), py::arg("kind"), py::arg("in_channels"), py::arg("out_channels"), py::kw_only(),
            py::arg("kept_in") = py::none(), py::arg("kept_out") = py::none(),
-           py::arg("gather") = std::vector<int64_t>(), py::arg("rank") = py::none(), py::arg("mask") = py::none(),
-           py::arg("bits") = py::none())
+           py::arg("gather") = std::vector<int64_t>(), py::arg("rank") = py::none(), py::arg("layout") = "channel",
+           py::arg("rank_in") = py::none(), py::arg("mask") = py::none(), py::arg("bits") = py::none())
       .def_readwrite("name", &LayerPlan::name)
       .def_readwrite("in_channels", &LayerPlan::in_channels)
       .def_readwrite("out_channels", &LayerPlan::out_channels)
@@ -107,10 +118,17 @@ void bind_layer_plan(py::module_& module) {
       .def_readwrite("kept_out", &LayerPlan::kept_out)
       .def_readwrite("gather", &LayerPlan::gather)
       .def_readwrite("rank", &LayerPlan::rank)
+      .def_property(
+          "layout", [](const LayerPlan& self) { return name_of(layouts, self.layout); },
+          [](LayerPlan& self, const std::string& text) { self.layout = parse(layouts, "layout", text); })
+      .def_readwrite("rank_in", &LayerPlan::rank_in)
       .def_readwrite("mask", &LayerPlan::mask)
       .def_readwrite("bits", &LayerPlan::bits)
       .def_property_readonly("is_unchanged", &LayerPlan::is_unchanged)
       .def_property_readonly("keeps_shape", &LayerPlan::keeps_shape)
+      .def("__copy__", [](const LayerPlan& self) { return LayerPlan(self); })
+      .def(
+          "__deepcopy__", [](const LayerPlan& self, const py::dict&) { return LayerPlan(self); }, py::arg("memo"))
       .def(py::self == py::self);  // NOLINT(misc-redundant-expression): binds the operator
   bind_kind(type);
 }
@@ -148,6 +166,15 @@ void bind_compression_plan(py::module_& module) {
 
 void bind_macs(py::module_& module) {
   module.def("drop_idle_ranks", &drop_idle_ranks, py::arg("model"), py::arg("plan"));
+  module.def(
+      "factors",
+      [](const at::Tensor& weight, const LayerPlan& plan) {
+        nn::Factors found = nn::factorize(weight, plan);
+        std::optional<at::Tensor> core;
+        if (found.core.defined()) core = found.core;
+        return std::tuple(found.first, core, found.second);
+      },
+      py::arg("weight"), py::arg("plan"), py::call_guard<py::gil_scoped_release>());
   module.def("set_bits", &set_bits, py::arg("model"), py::arg("plan"), py::arg("bits"));
   module.def("dense_macs", &dense_macs, py::arg("model"));
   module.def("nominal_macs", &nominal_macs, py::arg("model"), py::arg("plan"));

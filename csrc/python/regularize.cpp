@@ -1,4 +1,5 @@
 #include <cctorch/regularize.h>
+#include <cctorch/regularized_plan.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -49,6 +50,12 @@ void bind_regularizer(py::module_& module) {
       .def("select", &Regularizer::select, py::arg("parameters"))
       .def("state_dict", &Regularizer::state_dict)
       .def("load_state_dict", &Regularizer::load_state_dict, py::arg("state"));
+}
+
+void bind_regularized_plan(py::module_& module) {
+  module.def("regularized_plan",
+             py::overload_cast<const std::vector<LayerSpec>&, const NamedParameters&, Regularizer&>(&regularize::plan),
+             py::arg("model"), py::arg("weights"), py::arg("regularizer"), Release());
 }
 
 void bind_pruning(py::module_& module) {
@@ -163,6 +170,7 @@ void bind_events(py::module_& module) {
 
 void bind_regularize(py::module_& module) {
   bind_regularizer(module);
+  bind_regularized_plan(module);
   bind_pruning(module);
   bind_quantization(module);
   bind_low_rank(module);

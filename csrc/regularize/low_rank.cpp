@@ -19,14 +19,15 @@ void check_ratio(const char* who, const std::optional<double>& ratio) {
 }
 
 std::vector<Weight*> factored(std::vector<Weight>& weights,
-                              const std::function<int64_t(const at::Tensor& weight)>& entries) {
+                              const std::function<Factored(const at::Tensor& weight)>& describe) {
   std::vector<Weight*> chosen;
   for (Weight& weight : weights) {
-    const int64_t values = entries(weight.value);
-    if (values >= weight.value.numel()) continue;
+    const Factored found = describe(weight.value);
+    if (found.entries >= weight.value.numel()) continue;
     weight.storage = Storage::dense(weight.value);
-    weight.storage.values = values;
+    weight.storage.values = found.entries;
     weight.storage.factored = true;
+    weight.storage.form = found.form;
     chosen.push_back(&weight);
   }
   return chosen;
@@ -73,18 +74,23 @@ SVD::SVD(RankOrRatio size, MatrixView view) : size_(size), view_(view) {
 }
 
 void SVD::replace(std::vector<Weight>& weights) {
+  const auto is_spatial = [&](const at::Tensor& weight) {
+    return view_ == MatrixView::spatial && weight.dim() == 4 && weight.size(2) * weight.size(3) > 1;
+  };
   const auto rows_of = [&](const at::Tensor& weight) {
-    return weight.size(0) * (view_ == MatrixView::spatial && weight.dim() == 4 ? weight.size(2) : 1);
+    return weight.size(0) * (is_spatial(weight) ? weight.size(2) : 1);
   };
   const auto rank_of = [&](const at::Tensor& weight) {
     const int64_t rows = rows_of(weight);
     return size_.rank ? *size_.rank : low_rank::rank_for(size_.ratio.value(), rows, weight.numel() / rows);
   };
-  const auto chosen = low_rank::factored(weights, [&](const at::Tensor& weight) {
-    return rank_of(weight) * (rows_of(weight) + weight.numel() / rows_of(weight));
+  const auto chosen = low_rank::factored(weights, [&](const at::Tensor& weight) -> low_rank::Factored {
+    const int64_t rank = rank_of(weight), rows = rows_of(weight);
+    const auto layout = is_spatial(weight) ? LowRankLayout::spatial : LowRankLayout::channel;
+    return {rank * (rows + weight.numel() / rows), {.rank = rank, .layout = layout}};
   });
   std::vector<int64_t> ranks;
-  for (const Weight* weight : chosen) ranks.push_back(rank_of(weight->value));
+  for (const Weight* weight : chosen) ranks.push_back(weight->storage.form->rank);
   low_rank::truncate(chosen, as_matrix(view_), ranks, bases_);
 }
 

@@ -14,9 +14,14 @@ namespace cctorch::regularize::low_rank {
 
 void check_ratio(const char* who, const std::optional<double>& ratio);
 
-// Those of `weights` whose factors, of so many `entries`, are smaller than they are: factored from now on.
+struct Factored {
+  int64_t entries;  // of the factors
+  LowRankForm form;
+};
+
+// Those of `weights` whose factors, which `describe` describes, are smaller than they are: factored from now on.
 std::vector<Weight*> factored(std::vector<Weight>& weights,
-                              const std::function<int64_t(const at::Tensor& weight)>& entries);
+                              const std::function<Factored(const at::Tensor& weight)>& describe);
 
 // The largest rank with rank (rows + columns) <= rows columns / ratio, at least 1.
 int64_t rank_for(double ratio, int64_t rows, int64_t columns);

@@ -95,8 +95,13 @@ NamedParameters Regularizer::select(const NamedParameters& parameters) const {
 
 Projection Regularizer::project(const NamedParameters& parameters) {
   Prepared prepared = prepare(*this, parameters);
-  for (Weight& weight : prepared.weights) finish(weight);
-  return {prepared.parameters, prepared.values(), prepared.weight_norm, prepared.bits, prepared.dense_bits};
+  std::vector<Storage> storages;
+  for (Weight& weight : prepared.weights) {
+    finish(weight);
+    storages.push_back(weight.storage);
+  }
+  return {prepared.parameters,  prepared.values(), std::move(storages),
+          prepared.weight_norm, prepared.bits,     prepared.dense_bits};
 }
 
 Outcome Regularizer::apply(const NamedParameters& parameters) {

@@ -56,11 +56,12 @@ Tucker2::Tucker2(RanksOrRatio size, int64_t iterations) : size_(size), iteration
 
 void Tucker2::replace(std::vector<Weight>& weights) {
   const auto is_matrix = [](const Weight& weight) { return Shape(weight.value.sizes()).kernel == 1; };
-  const auto chosen = low_rank::factored(weights, [&](const at::Tensor& weight) {
+  const auto chosen = low_rank::factored(weights, [&](const at::Tensor& weight) -> low_rank::Factored {
     const Shape shape(weight.sizes());
     const auto [out, in] = ranks_of(size_, shape);
-    const int64_t core = shape.kernel == 1 ? 0 : out * in * shape.kernel;
-    return out * shape.outputs + in * shape.inputs + core;
+    const int64_t factors = out * shape.outputs + in * shape.inputs;
+    if (shape.kernel == 1) return {factors, {.rank = out}};
+    return {factors + out * in * shape.kernel, {.rank = out, .layout = LowRankLayout::tucker, .rank_in = in}};
   });
   std::vector<Weight*> matrices, kernels;
   for (Weight* weight : chosen) (is_matrix(*weight) ? matrices : kernels).push_back(weight);

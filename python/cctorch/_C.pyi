@@ -14,6 +14,7 @@ def encode_weights(state: dict[str, Tensor], grids: Mapping[str, tuple[Tensor, i
 def decode_weights(state: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
 LayerKind = Literal["conv2d", "depthwise_conv2d", "linear", "batch_norm2d", "lstm"]
+LowRankLayout = Literal["channel", "spatial", "tucker"]
 
 class LayerSpec:
     name: str
@@ -25,6 +26,8 @@ class LayerSpec:
     positions: int
     groups: int
     bits: int
+    stride_height: int
+    stride_width: int
     def __init__(
         self,
         name: str,
@@ -36,6 +39,8 @@ class LayerSpec:
         positions: int = 1,
         groups: int = 1,
         bits: int = 32,
+        stride_height: int = 1,
+        stride_width: int = 1,
     ) -> None: ...
     @property
     def macs(self) -> int: ...
@@ -60,6 +65,8 @@ class LayerPlan:
     kept_out: list[int]
     gather: list[int]
     rank: int | None
+    layout: LowRankLayout
+    rank_in: int | None
     mask: MaskPlan | None
     bits: int | None
     def __init__(
@@ -73,6 +80,8 @@ class LayerPlan:
         kept_out: Sequence[int] | None = None,
         gather: Sequence[int] = (),
         rank: int | None = None,
+        layout: LowRankLayout = "channel",
+        rank_in: int | None = None,
         mask: MaskPlan | None = None,
         bits: int | None = None,
     ) -> None: ...
@@ -80,6 +89,8 @@ class LayerPlan:
     def keeps_shape(self) -> bool: ...
     @property
     def is_unchanged(self) -> bool: ...
+    def __copy__(self) -> LayerPlan: ...
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerPlan: ...
 
 class CompressionPlan:
     """Lists read from a plan are copies: build a LayerPlan, then assign `layers`."""
@@ -95,6 +106,7 @@ class CompressionPlan:
     def from_json(text: str) -> CompressionPlan: ...
 
 def drop_idle_ranks(model: Sequence[LayerSpec], plan: CompressionPlan) -> None: ...
+def factors(weight: Tensor, plan: LayerPlan) -> tuple[Tensor, Tensor | None, Tensor]: ...
 def set_bits(model: Sequence[LayerSpec], plan: CompressionPlan, bits: Mapping[str, int]) -> None: ...
 def dense_macs(model: Sequence[LayerSpec]) -> int: ...
 def nominal_macs(model: Sequence[LayerSpec], plan: CompressionPlan) -> int: ...
@@ -261,6 +273,10 @@ class Regularizer:
     def select(self, parameters: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]: ...
     def state_dict(self) -> RegularizerState: ...
     def load_state_dict(self, state: RegularizerState) -> None: ...
+
+def regularized_plan(
+    model: Sequence[LayerSpec], weights: Sequence[tuple[str, Tensor]], regularizer: Regularizer
+) -> CompressionPlan: ...
 
 class WeightDecay(Regularizer):
     def __init__(self, strength: float) -> None: ...

@@ -27,20 +27,22 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
     """Rebuilds the layers of ``model`` that ``plan`` names, in place, and returns it.
 
     A layer keeps the rows ``kept_out`` and the columns ``kept_in`` of its weight; one with a ``rank`` becomes a
-    :class:`~cctorch.nn.LowRankConv2d` or :class:`~cctorch.nn.LowRankLinear` of the truncated SVD, an ``nn.LSTM`` of
-    which a weight has one a :class:`~cctorch.nn.LowRankLSTM`; one with a ``gather``
-    is wrapped in :class:`~cctorch.nn.GatherChannels`; one without ``kept_in``, of a removed residual branch, becomes a
-    :class:`~cctorch.nn.Constant` of its bias; every ``nn.BatchNorm2d`` becomes a :class:`~cctorch.nn.BatchNorm2d`, a
-    class of its own: a model that asks ``type(m) is nn.BatchNorm2d``, in place of ``isinstance``, computes something
-    else then, and :func:`cctorch.graph.trace` warns. Masks and bits are left to :func:`cctorch.prepare`. What the
-    modules are depends on the plan alone, so a compressed checkpoint loads into ``apply(dense_model, plan)``.
+    :class:`~cctorch.nn.LowRankConv2d` of the plan's ``layout`` or a :class:`~cctorch.nn.LowRankLinear`, of the
+    truncated SVD or Tucker-2, an ``nn.LSTM`` of which a weight has one a :class:`~cctorch.nn.LowRankLSTM`; one with a
+    ``gather`` is wrapped in :class:`~cctorch.nn.GatherChannels`; one without ``kept_in``, of a removed residual branch,
+    becomes a :class:`~cctorch.nn.Constant` of its bias; every ``nn.BatchNorm2d`` becomes a
+    :class:`~cctorch.nn.BatchNorm2d`, a class of its own: a model that asks ``type(m) is nn.BatchNorm2d``, in place of
+    ``isinstance``, computes something else then, and :func:`cctorch.graph.trace` warns. Masks and bits are left to
+    :func:`cctorch.prepare`. What the modules are depends on the plan alone, so a compressed checkpoint loads into
+    ``apply(dense_model, plan)``.
 
     Args:
         model: the dense model that the plan was made for.
         plan: e.g. from :func:`cctorch.collaborative.compress`.
         optimizer: its parameter groups are pointed to the new parameters in the same order. State of a parameter's
             shape (momentum, Adam's moments) is kept for the kept indices; factors of a decomposed layer start without.
-            ``torch.optim.LBFGS`` is refused: its history is one vector over all parameters.
+            ``torch.optim.LBFGS`` is refused, whose history is one vector over all parameters, and one that has no
+            parameter of ``model``.
 
     Raises:
         ValueError: the plan does not fit the model, naming the layer, what was found and what was expected; or the
@@ -48,8 +50,8 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
         TypeError: ``plan`` is no plan.
     """
     check_plan(plan, "apply")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("apply: LBFGS keeps one history over all parameters; make it anew after apply(model, plan)")
+    if optimizer is not None:
+        _check_optimizer(model, optimizer)
     paths = owners(model)
     channels_last = is_channels_last(model)
     changed = [layer for layer in plan.layers if _changes_shape(layer)]
@@ -176,8 +178,7 @@ def _empty(module: nn.Module, layer: LayerPlan, channels_last: bool) -> _Edit:
 
 def _decompose(module: nn.Module, layer: LayerPlan, rank: int) -> _Edit:
     assert isinstance(module, nn.Conv2d | nn.Linear)
-    first, second = _C.factorize(module.weight.detach(), layer.kept_in, rank)
-    second = _pick(second, [layer.kept_out])
+    first, core, second = _C.factors(module.weight.detach(), layer)
     inputs, outputs, bias = len(layer.kept_in), len(layer.kept_out), module.bias is not None
     factored: LowRankConv2d | LowRankLinear
     if isinstance(module, nn.Linear):
@@ -187,19 +188,22 @@ def _decompose(module: nn.Module, layer: LayerPlan, rank: int) -> _Edit:
         factored = LowRankConv2d(
             inputs,
             outputs,
-            rank,
+            rank if layer.rank_in is None else (rank, layer.rank_in),
             kernel_size=(module.kernel_size[0], module.kernel_size[1]),
             stride=(module.stride[0], module.stride[1]),
             padding=padding,
             dilation=(module.dilation[0], module.dilation[1]),
             bias=bias,
             padding_mode=module.padding_mode,
+            layout=layer.layout,
             device="meta",
         )
     factored.train(module.training)
-    factored.first = _parameter(first.to(module.weight.dtype), module.weight)
-    factored.second = _parameter(second.to(module.weight.dtype), module.weight)
-    successors = {module.weight: _Successor([factored.first, factored.second])}
+    parts = {"first": first, "core": core, "second": second}
+    factors = {name: _parameter(value, module.weight) for name, value in parts.items() if value is not None}
+    for name, factor in factors.items():
+        setattr(factored, name, factor)
+    successors = {module.weight: _Successor(list(factors.values()))}
     if module.bias is not None:
         factored.bias = _parameter(_pick(module.bias, [layer.kept_out]), module.bias)
         successors[module.bias] = _Successor([factored.bias], [layer.kept_out])
@@ -266,6 +270,17 @@ def _checked_module(model: nn.Module, layer: LayerPlan, paths: dict[int, list[st
             shared = ", ".join(paths[id(parameter)])
             raise ValueError(f"plan: layer '{layer.name}' shares a parameter ({shared}); leave it out of the plan")
     return module
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("apply: LBFGS keeps one history over all parameters; make it anew after apply(model, plan)")
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        raise ValueError(
+            f"apply: the optimizer has none of the parameters of this {type(model).__name__}, and would go on without "
+            "the new ones: pass the one that trains this model"
+        )
 
 
 def _carry_over(optimizer: torch.optim.Optimizer, successors: dict[Tensor, _Successor]) -> None:

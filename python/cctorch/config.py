@@ -168,6 +168,8 @@ class Regularize(Training):
     # convolution and the last linear layer.
     parameters: list[str] | None = None
     clear_momentum: bool = False
+    # After the last event: layers as small as Q has left their weights. Only where there is no `compress`.
+    apply: bool = True
 
     @model_validator(mode="after")
     def _momentum_stays(self) -> Regularize:

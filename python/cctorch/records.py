@@ -58,6 +58,7 @@ class Milestone(TypedDict):
         "finetuned",
         "stored",
         "regularized",
+        "applied",
         "prepared",
         "quantized",
     ]

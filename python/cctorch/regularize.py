@@ -12,10 +12,11 @@ same in both languages; docs/regularization-frequency.md has the formula, size i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cctorch._C import (
     SVD,
@@ -25,6 +26,7 @@ from cctorch._C import (
     ChannelPruning,
     CodebookQuantization,
     Compose,
+    CompressionPlan,
     ConstantPeriod,
     Event,
     FrequencySchedule,
@@ -41,7 +43,9 @@ from cctorch._C import (
     UniformNoise,
     UniformQuantization,
     WeightDecay,
+    regularized_plan,
 )
+from cctorch.graph.trace import trace
 
 __all__ = [
     "SVD",
@@ -67,6 +71,7 @@ __all__ = [
     "UniformNoise",
     "UniformQuantization",
     "WeightDecay",
+    "plan",
 ]
 
 
@@ -230,6 +235,56 @@ class Events:
                 if parameter.requires_grad or self._include_frozen:
                     self._optimizer.state.pop(parameter, None)
         return event
+
+
+def plan(
+    model: nn.Module, example: Tensor, named_parameters: Iterable[tuple[str, Tensor]], regularizer: Regularizer
+) -> CompressionPlan:
+    """The plan by which :func:`cctorch.apply` makes the layers of ``model`` as small as ``regularizer`` has left them.
+
+    Factors of the ranks of :class:`SVD` (its view is the plan's ``layout``) and :class:`Tucker2`, where these are fewer
+    numbers than the weight; and, whatever the regularizer, no input channels of which all weights are zero, nor the
+    filters that nobody reads then. What the network computes stays as it is, to rounding. Masks and bits are not in it:
+    they make no layer smaller.
+
+    Args:
+        model: dense, its parameters as :meth:`Events.finish` or :meth:`Regularizer.apply` has left them.
+        example: an input of the model, batch first, e.g. 1 x 3 x 32 x 32.
+        named_parameters: those that ``regularizer`` was given. Of layers that the graph cannot change, such as
+            grouped convolutions, the weights stay, with a warning.
+        regularizer: Q. Its state stays as it is.
+
+    Raises:
+        ValueError: the weight of a layer (named) is not of the rank that Q gives it, as between two events.
+
+    Example:
+        >>> import cctorch, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3))
+        >>> q = cctorch.regularize.Tucker2(ratio=4.0)
+        >>> outcome = q.apply(model.named_parameters())
+        >>> plan = cctorch.regularize.plan(model, torch.randn(1, 16, 8, 8), model.named_parameters(), q)
+        >>> plan.find("2").layout, plan.find("2").rank, plan.find("2").rank_in
+        ('tucker', 12, 12)
+        >>> cctorch.apply(model, plan)[2].core.shape
+        torch.Size([12, 12, 3, 3])
+    """
+    graph = trace(model, example)
+    acted_on = {id(parameter) for _, parameter in regularizer.select(list(named_parameters))}
+    weights: list[tuple[str, Tensor]] = []
+    for spec in graph.specs:
+        try:
+            weight = model.get_parameter(spec.name if spec.kind == "lstm" else f"{spec.name}.weight")
+        except AttributeError:
+            continue  # of an operator that reads its weight elsewhere
+        if id(weight) not in acted_on:
+            continue
+        if spec.name in graph.left_alone:
+            warnings.warn(f"regularize.plan: layer '{spec.name}' cannot be changed and stays as it is", stacklevel=2)
+        else:
+            weights.append((spec.name, weight))
+    found = regularized_plan(graph.specs, weights, regularizer)
+    graph.channels.resolve(found)
+    return found
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer | None) -> set[int]:

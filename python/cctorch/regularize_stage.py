@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
@@ -15,7 +16,8 @@ from cctorch import sharding
 from cctorch.config import ConfigError, Regularize
 from cctorch.nn import Constant, LowRankConv2d, LowRankLinear, LowRankLSTM
 from cctorch.nn.gather import unwrapped
-from cctorch.regularize import Compose, Event, Events
+from cctorch.plan import CompressionPlan
+from cctorch.regularize import Compose, Event, Events, plan
 from cctorch.sharded_events import ShardedEvents
 
 # Relative to the largest singular value: what rounding leaves of a weight that was multiplied out of its factors.
@@ -69,12 +71,12 @@ class RegularizeStage:
     ) -> None:
         self.parameters = located(model, names)
         quantities = [q.make() for q in settings.q]
-        regularizer = quantities[0] if len(quantities) == 1 else Compose(quantities)
+        self.regularizer = quantities[0] if len(quantities) == 1 else Compose(quantities)
         schedule = settings.frequency.make()
         events = ShardedEvents if sharding.is_sharded(model) else Events
         try:
             self.events = events(
-                self.parameters, regularizer, schedule, optimizer, clear_momentum=settings.clear_momentum
+                self.parameters, self.regularizer, schedule, optimizer, clear_momentum=settings.clear_momentum
             )
         except ValueError as error:
             raise ConfigError(f"regularize: {error}") from error
@@ -100,6 +102,10 @@ class RegularizeStage:
         ]
         bits, dense_bits = (int(size) for size in self.trace[-1][3:])
         return Regularized(top1, top1_between, len(self.trace), bits, dense_bits, self.trace, described)
+
+    def plan(self, model: nn.Module, names: list[str], example: Tensor) -> CompressionPlan:
+        """Of `model`, whole and dense, after the last event."""
+        return plan(model, example, located(model, names), self.regularizer)
 
     def _record(self, event: Event | None) -> None:
         if event is not None:
@@ -134,17 +140,18 @@ def ends(dense: nn.Module) -> set[str]:
 
 
 def located(model: nn.Module, names: list[str]) -> list[tuple[str, Tensor]]:
-    """What became of a dense model's parameters: a factored weight is two, `first` and `second`; of a removed residual
-    branch at most a bias is left."""
+    """What became of a dense model's parameters: a factored weight is two or three, as of `LowRankConv2d`; of a removed
+    residual branch at most a bias is left."""
     found: list[tuple[str, Tensor]] = []
     for name in names:
         path, _, kind = name.rpartition(".")
         layer = unwrapped(model, path)
         if isinstance(layer, Constant) and layer._parameters.get(kind) is None:
             continue
-        factored = kind == "weight" and isinstance(layer, LowRankConv2d | LowRankLinear)
-        whole = layer.parts(kind) if isinstance(layer, LowRankLSTM) else (kind,)
-        for part in ("first", "second") if factored else whole:
+        parts: Sequence[str] = layer.parts(kind) if isinstance(layer, LowRankLSTM) else (kind,)
+        if kind == "weight" and isinstance(layer, LowRankConv2d | LowRankLinear):
+            parts = [name for name in ("first", "core", "second") if name in layer._parameters]
+        for part in parts:
             found.append((f"{path}.{part}".lstrip("."), layer.get_parameter(part)))
     return found
 

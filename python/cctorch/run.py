@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cctorch import _C, codes, compress_stage, distributed, measure_stage, quantize_stage, report
+from cctorch.apply import apply
 from cctorch.compress_stage import CompressStage
 from cctorch.config import Compress, Config, Quantize
 from cctorch.device import describe, select_device
@@ -121,7 +122,7 @@ class _Run(Trainer):
         if settings is None:
             return []
         names = select(self._fresh(), settings.parameters)
-        if self.config.compress is None:
+        if self.config.compress is None and self.state.plan is None:
             # The shapes are known already: one that does not fit Q is refused before any training.
             RegularizeStage(settings, self.network.model, names, self.network.optimizer, {}, [])
         return names
@@ -209,9 +210,32 @@ class _Run(Trainer):
             f"{result.dense_bits / 8e6:.3f} MB -> {result.bits / 8e6:.3f} MB where Q acts"
         )
         self.state.results["regularized"] = asdict(result)
+        if self.config.regularize.apply and self.config.compress is None:
+            top1 = self._apply_regularized(stage, top1)
         self._compressed(top1)
-        self.save("measure", 0)
-        self.checkpoints.wait()
+        self._begin("measure", {})
+
+    def _apply_regularized(self, stage: RegularizeStage, top1: float) -> float:
+        """Rebuilds the layers that are smaller for what Q left of their weights. Returns the top-1."""
+        self.network.unwrap(self.blank, self.settings)
+        self.regularizing = None
+        example, dense = self.feed.example(2).to(self.device), self._fresh()
+        found = distributed.on_main(lambda: stage.plan(self.network.model, self.regularized, example).to_json())
+        plan = _C.CompressionPlan.from_json(found)
+        if not plan.layers:
+            return top1
+        self.network.model = self.network.place(apply(self.network.model, plan))
+        self.network.assert_identical("the layers as small as their weights")
+        self.state.plan = found
+        self.state.results |= counted(trace(dense, example.cpu()).specs, plan)
+        top1 = self.network.accuracy(self.data.test)
+        self.events.add("applied", "regularize", accuracy=top1)
+        before, after = self.state.results["dense_macs"], self.state.results["final_macs"]
+        self.log.line(
+            f"{len(plan.layers)} layers as small as their weights: test top-1 {top1:.2f} %, "
+            f"MACs {before / 1e6:.2f} M -> {after / 1e6:.2f} M"
+        )
+        return top1
 
     def _prepare(self, settings: Quantize, unchanged: _C.CompressionPlan) -> None:
         """Every rank's scales start from the same weights."""

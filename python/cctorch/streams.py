@@ -107,6 +107,8 @@ class Narrowed:
                 layer.spec.positions,
                 layer.spec.groups,
                 layer.spec.bits,
+                layer.spec.stride_height,
+                layer.spec.stride_width,
             )
             weight, gradient = (
                 whole[left.kept_out][:, left.kept_in].contiguous() for whole in (layer.weight, layer.gradient)

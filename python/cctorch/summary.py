@@ -198,10 +198,15 @@ def _show_search(summary: Summary, log: Log) -> None:
     )
 
 
-def counted(specs: list[_C.LayerSpec]) -> dict[str, Any]:
+def counted(specs: list[_C.LayerSpec], plan: _C.CompressionPlan | None = None) -> dict[str, Any]:
     """The results of a model that was not searched."""
-    macs = _C.dense_macs(specs)
-    return {"dense_macs": macs, "nominal_macs": macs, "final_macs": macs, "layers": _layers(specs, None)}
+    done = plan or _C.CompressionPlan()
+    return {
+        "dense_macs": _C.dense_macs(specs),
+        "nominal_macs": _C.nominal_macs(specs, done),
+        "final_macs": _C.final_macs(specs, done),
+        "layers": _layers(specs, plan),
+    }
 
 
 def _layers(specs: list[_C.LayerSpec], whole: _C.CompressionPlan | None) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import cctorch
 import pytest
 import torch
 from cctorch import regularize as r
@@ -298,6 +299,21 @@ def test_momentum_is_cleared() -> None:
     assert run.model[0].weight not in run.optimizer.state
     assert run.model[0].bias in run.optimizer.state
     run.train(4, 9)
+
+
+@pytest.mark.parametrize("name", ["svd ratio", "svd spatial", "tucker"])
+def test_layers_become_as_small_as_their_weights(name: str) -> None:
+    torch.manual_seed(0)
+    stack = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 32, 3, 2, 1), nn.Conv2d(32, 8, 1))
+    model, x = stack.double().to(DEVICE), torch.randn(2, 3, 9, 9, dtype=torch.float64, device=DEVICE)
+    q = FACTORED[name]()
+    q.apply(model.named_parameters())
+    expected = model(x)
+    plan = r.plan(model, x, model.named_parameters(), q)
+    assert len(plan.layers) == 3
+    smaller = cctorch.apply(model, plan)
+    assert all(parameter.device.type == DEVICE.type for parameter in smaller.parameters())
+    torch.testing.assert_close(smaller(x), expected)
 
 
 def test_hundreds_of_parameters() -> None:

@@ -355,6 +355,15 @@ def test_an_optimizer_with_one_history_of_all_is_refused_before_anything_changes
     assert isinstance(model[0], nn.Linear)
 
 
+def test_an_optimizer_of_another_model_is_refused_before_anything_changes() -> None:
+    model, other = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)) for _ in "ab")
+    plan = CompressionPlan(layers=[LayerPlan("0", "linear", 4, 4, rank=1)])
+    with pytest.raises(ValueError, match="the optimizer has none of the parameters of this Sequential"):
+        apply(model, plan, torch.optim.SGD(other.parameters(), lr=0.1))
+    assert isinstance(model[0], nn.Linear)
+    apply(model, plan, torch.optim.SGD(model[1].parameters(), lr=0.1))
+
+
 @pytest.mark.parametrize("build", optimizers(), ids=["SGD", "Adam", "AdamW"])
 def test_optimizer_goes_on_with_the_kept_entries(
     build: Callable[[list[dict[str, object]]], torch.optim.Optimizer],

@@ -11,9 +11,10 @@ from typing import Any
 import cctorch
 import pytest
 import torch
-from cctorch import CompressionPlan, branches, measure, models, report, store, trainer
+from cctorch import CompressionPlan, branches, measure, measure_stage, models, report, store, trainer
 from cctorch.config import Config, ConfigError
 from cctorch.graph import trace
+from cctorch.nn import LowRankConv2d
 from cctorch.regularize_stage import describe, located, select
 from cctorch.report import page
 from tiny_run import deliverable, run_quietly, staged, write_dataset
@@ -149,6 +150,70 @@ def test_an_interrupted_stage_ends_like_one_that_was_not(
     assert run_quietly(parts).regularized == undisturbed
     first, second = deliverable(whole), deliverable(parts)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+LOW_RANK: dict[str, list[dict[str, Any]]] = {
+    "channel": [{"kind": "svd", "ratio": 2.0}],
+    "spatial": [{"kind": "svd", "ratio": 2.0, "view": "spatial"}],
+    "tucker": [{"kind": "tucker2", "ratio": 2.0}],
+}
+
+
+@pytest.mark.parametrize("layout", LOW_RANK)
+def test_layers_end_as_small_as_their_weights(dataset: Path, tmp_path: Path, layout: str) -> None:
+    settings = _config(dataset, tmp_path / "whole", q=LOW_RANK[layout])
+    summary = run_quietly(settings)
+    found = summary.regularized
+    assert found is not None
+    assert found["top1"] == pytest.approx(summary.after.top1, abs=2.5)  # one test image
+    assert summary.after.macs < 0.7 * summary.before.macs
+    assert summary.after.parameters < 0.7 * summary.before.parameters
+    assert summary.after.bytes < 0.8 * summary.before.bytes
+    weights = deliverable(settings)
+    factors = {name: value for name, value in weights.items() if name.endswith((".first", ".core", ".second"))}
+    assert 32 * sum(value.numel() for value in factors.values()) == found["bits"]
+    model, _ = store.load_model(settings.folder / "checkpoints" / "compressed.safetensors")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankConv2d)}
+    assert {m.layout for m in layers.values()} == {layout}
+    ranked = {layer["name"]: layer["rank"] for layer in summary.layers if layer["rank"] is not None}
+    assert ranked.keys() == layers.keys()
+    # What the events left, in float32's rounding.
+    dense = run_quietly(_config(dataset, tmp_path / "dense", q=LOW_RANK[layout], apply=False))
+    assert dense.after.macs == dense.before.macs
+    x = torch.rand(3, 1, 12, 12)
+    plain, _ = store.load_model(tmp_path / "dense" / "tiny" / "checkpoints" / "compressed.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), atol=1e-4, rtol=1e-3)
+
+
+def test_an_interruption_before_the_measurements_finds_the_smaller_layers(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = (_config(dataset, tmp_path / name, q=LOW_RANK["tucker"]) for name in ("whole", "parts"))
+    run_quietly(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(measure_stage, "measured", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_quietly(parts)
+    summary = run_quietly(parts)
+    assert summary.after.macs < summary.before.macs
+    first, second = deliverable(whole), deliverable(parts)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_pruned_inputs_leave_a_narrower_network(dataset: Path, tmp_path: Path) -> None:
+    q = [{"kind": "channel_pruning", "sparsity": 0.5, "axis": 1}]
+    settings = _config(dataset, tmp_path, q=q, parameters=["*.conv2.weight"])
+    summary = run_quietly(settings)
+    assert summary.after.macs < 0.6 * summary.before.macs
+    weights = deliverable(settings)
+    assert weights["layer1.0.conv2.weight"].shape[1] == 8
+    assert weights["layer1.0.conv1.weight"].shape[0] == 8
 
 
 def test_the_period_follows_the_learning_rate(dataset: Path, tmp_path: Path) -> None:

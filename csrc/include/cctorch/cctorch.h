@@ -18,6 +18,7 @@
 #include <cctorch/plan.h>
 #include <cctorch/quant_range.h>
 #include <cctorch/regularize.h>
+#include <cctorch/regularized_plan.h>
 #include <cctorch/repair.h>
 #include <cctorch/safetensors.h>
 #include <cctorch/soft_threshold.h>

@@ -5,6 +5,7 @@
 #include <cctorch/nn/apply.h>
 #include <cctorch/nn/batch_norm.h>
 #include <cctorch/nn/compressible.h>
+#include <cctorch/nn/factors.h>
 #include <cctorch/nn/gradients.h>
 #include <cctorch/nn/layers.h>
 #include <cctorch/nn/lstm.h>

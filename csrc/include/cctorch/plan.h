@@ -25,11 +25,21 @@ struct LayerSpec {
   int64_t positions = 1;  // output height x width; rows per example of a linear layer, steps in time of an lstm
   int64_t groups = 1;
   int64_t bits = 32;  // that a weight is stored in
+  int64_t stride_height = 1;
+  int64_t stride_width = 1;
 
   int64_t kernel_size() const { return kernel_height * kernel_width; }
   int64_t macs() const;        // multiply-accumulates per example; 0 for a normalization
   int64_t parameters() const;  // of the weight alone
 };
+
+// The convolutions that take the place of a k x k one of C inputs and N outputs:
+//   channel  k x k to `rank` channels, then 1 x 1
+//   spatial  1 x kw to `rank` channels, then kh x 1
+//   tucker   1 x 1 to `rank_in` channels, k x k to `rank`, then 1 x 1
+enum class LowRankLayout { channel, spatial, tucker };
+
+std::string_view to_string(LowRankLayout layout);
 
 struct MaskPlan {
   enum class Kind { magnitude, nm, channel };
@@ -55,7 +65,9 @@ struct LayerPlan {
   std::vector<int64_t> kept_out;
   // Positions of kept_in within the tensor that reaches the compressed layer. Empty: the tensor holds exactly kept_in.
   std::vector<int64_t> gather;
-  std::optional<int64_t> rank;  // conv2d: k x k to `rank` channels, then 1 x 1. Absent: one dense layer
+  std::optional<int64_t> rank;  // absent: one dense layer
+  LowRankLayout layout = LowRankLayout::channel;
+  std::optional<int64_t> rank_in;  // tucker alone
   std::optional<MaskPlan> mask;
   std::optional<int64_t> bits;
 
@@ -88,7 +100,8 @@ struct CompressionPlan {
 
 std::ostream& operator<<(std::ostream& out, const CompressionPlan& plan);
 
-// Multiply-accumulates of one layer under a plan. `narrowed` counts removed filters (kept_out) too.
+// Multiply-accumulates of one layer under a plan. `narrowed` counts removed filters (kept_out) too. A convolution
+// before the one that strides, of the layouts spatial and tucker, counts positions times stride.
 int64_t layer_macs(const LayerSpec& spec, const LayerPlan* plan, bool narrowed);
 
 // Of the model: nominal counts removed input channels and ranks (the method's own budget), final counts dead filters

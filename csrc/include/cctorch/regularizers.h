@@ -2,6 +2,7 @@
 
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
+#include <cctorch/plan.h>
 
 #include <cstdint>
 #include <functional>
@@ -21,6 +22,13 @@ using State = std::map<std::string, std::variant<int64_t, double, std::string, a
 
 using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
 
+// Ranks of a factored weight, as LayerPlan has them.
+struct LowRankForm {
+  int64_t rank = 0;
+  LowRankLayout layout = LowRankLayout::channel;
+  std::optional<int64_t> rank_in = std::nullopt;
+};
+
 // How a compressed parameter would be stored: values * bits_per_value + index_bits + table_bits.
 struct Storage {
   int64_t values = 0;
@@ -28,6 +36,7 @@ struct Storage {
   int64_t index_bits = 0;  // which weights `values` are, of a pruned parameter
   int64_t table_bits = 0;  // scales, codebooks
   bool factored = false;   // `values` are the entries of factors: lost when single weights change
+  std::optional<LowRankForm> form = std::nullopt;  // of factors that a layer can be built from
 
   static Storage dense(const at::Tensor& parameter);
   int64_t bits() const { return values * bits_per_value + index_bits + table_bits; }
@@ -59,6 +68,7 @@ struct Weight {
 struct Projection {
   NamedParameters parameters;
   std::vector<at::Tensor> values;
+  std::vector<Storage> storages;
   at::Tensor weight_norm;  // ||w||: float64, 0-dim, on the parameters' device
   int64_t bits = 0;
   int64_t dense_bits = 0;

@@ -100,4 +100,5 @@ def _hooked_spec(name: str, layer: nn.Conv2d | nn.Linear, outputs: int) -> Layer
     depthwise = layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels
     kind: LayerKind = "depthwise_conv2d" if depthwise else "conv2d"
     positions = outputs // layer.out_channels
-    return LayerSpec(name, kind, layer.in_channels, layer.out_channels, high, wide, positions, layer.groups, bits)
+    channels, stride = (layer.in_channels, layer.out_channels), (layer.stride[0], layer.stride[1])
+    return LayerSpec(name, kind, *channels, high, wide, positions, layer.groups, bits, *stride)

@@ -25,6 +25,15 @@ def _integer(node: Node, position: int, name: str, default: int) -> int:
     return value
 
 
+def _stride(node: Node) -> tuple[int, int]:
+    value = _argument(node, 3, "stride", 1)
+    sides = value if isinstance(value, Sequence) else [value]
+    high, wide = sides[0], sides[-1]
+    assert isinstance(high, int)
+    assert isinstance(wide, int)
+    return high, wide
+
+
 def _layer(walker: Walker, node: Node) -> Activation | None:
     """conv2d and linear."""
     source, weight = node.args[:2]
@@ -41,7 +50,8 @@ def _layer(walker: Walker, node: Node) -> Activation | None:
     high, wide = shape[2:] if convolution else (1, 1)
     positions = _positions(value_of(node), out, walker.batch, node in walker.behind_lstms)
     bits = 8 * value_of(weight).element_size()
-    walker.record(LayerSpec(name, kind, shape[1] * groups, out, high, wide, positions, groups, bits))
+    down, across = _stride(node) if convolution else (1, 1)
+    walker.record(LayerSpec(name, kind, shape[1] * groups, out, high, wide, positions, groups, bits, down, across))
 
     reason = walker.why_not_followed(node, weight, path)
     if reason is None and convolution and value_of(node).dim() != 4:

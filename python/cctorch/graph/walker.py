@@ -218,6 +218,8 @@ def _with_positions(spec: LayerSpec, positions: int) -> LayerSpec:
         positions,
         spec.groups,
         spec.bits,
+        spec.stride_height,
+        spec.stride_width,
     )
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cctorch import _C, ops
+from cctorch._C import LayerPlan
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -197,18 +198,14 @@ class LowRankConv2d(nn.Module):
             for name, one, size in (("outputs", rank[0], out), ("inputs", rank[1], channels)):
                 if one > size:
                     raise ValueError(f"LowRankConv2d: rank of {name} = {one}, expected at most {size}")
-            (core,), (outer,), (inner,) = ops.tucker2([weight], [rank])
-            _assign(new, layer, first=inner.t()[:, :, None, None], core=core, second=outer[:, :, None, None])
         elif layout == "spatial":
             _check_rank("LowRankConv2d", rank, out * high, channels * wide)
-            matrix = weight.transpose(1, 2).reshape(out * high, channels * wide)
-            first, second = _C.factorize(matrix, list(range(channels * wide)), rank)
-            second = second.view(out, high, rank, 1).transpose(1, 2)
-            _assign(new, layer, first=first.view(rank, channels, 1, wide), second=second)
         else:
             _check_rank("LowRankConv2d", rank, out, channels * high * wide)
-            first, second = _C.factorize(weight, list(range(channels)), rank)
-            _assign(new, layer, first=first, second=second)
+        one, rank_in = (rank, None) if isinstance(rank, int) else rank
+        form = LayerPlan("LowRankConv2d", "conv2d", channels, out, rank=one, layout=layout, rank_in=rank_in)
+        factors = zip(("first", "core", "second"), _C.factors(weight, form), strict=True)
+        _assign(new, layer, **{name: value for name, value in factors if value is not None})
         return new
 
     def reset_parameters(self) -> None:

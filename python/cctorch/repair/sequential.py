@@ -137,9 +137,10 @@ class _Sampling:
 def _from_first_change(places: list[Place], plan: CompressionPlan) -> list[Place]:
     # By apply(); masks and bits, which a plan may also have, act later.
     changed = {module_of(layer) for layer in plan.layers if not layer.keeps_shape}
-    recurrent = {module_of(layer) for layer in plan.layers if layer.kind == "lstm"}
+    # Of these the factors are not those of one matrix, or their inputs change with every step.
+    left = {module_of(layer) for layer in plan.layers if layer.kind == "lstm" or layer.layout != "channel"}
     first = next((i for i, place in enumerate(places) if place.layer in changed), len(places))
-    return [place for place in places[first:] if place.layer not in recurrent]
+    return [place for place in places[first:] if place.layer not in left]
 
 
 def _targets(

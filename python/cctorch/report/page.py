@@ -164,7 +164,12 @@ def _subtitle(summary: dict[str, Any]) -> str:
 
 def _note(summary: dict[str, Any]) -> str:
     if summary["top1_compressed"] is None:
-        return "Shapes are those of the dense model."
+        smaller = any(layer["macs_after"] < layer["macs_before"] for layer in summary["layers"])
+        return (
+            "Layers as small as the last event left their weights."
+            if smaller
+            else "Layers of the dense model's shapes."
+        )
     text = f"Right after compression: {summary['top1_compressed']:.2f} %"
     if summary["top1_reestimated"] is not None:
         text += f", {summary['top1_reestimated']:.2f} % with BatchNorm statistics re-estimated"

@@ -23,6 +23,7 @@ _EVENTS = {
     "finetuned": "fine-tuned",
     "stored": "as stored",
     "regularized": "after the last event",
+    "applied": "in smaller layers",
     "prepared": "quantized",
     "quantized": "trained quantized",
 }
@@ -45,7 +46,7 @@ def accuracy(events: list[Event]) -> str:
             epochs.append(event)
             continue
         # Events between the same epochs would hide each other.
-        shift = shift + 0.12 if event["event"] in ("reestimated", "repaired", "stored", "prepared") else 0.0
+        shift = shift + 0.12 if event["event"] in ("reestimated", "repaired", "applied", "stored", "prepared") else 0.0
         color = ORANGE if event["event"] in ("compressed", "reestimated", "repaired") else INK
         place = len(epochs) + shift
         top.plot(place, event["accuracy"], "o", color=color, zorder=4)

@@ -208,6 +208,14 @@ TEST_F(RefusalTest, StateOfAnotherOptimizer) {
   EXPECT_FALSE(model->conv2->plan());
 }
 
+TEST_F(RefusalTest, AnOptimizerOfAnotherModel) {
+  TinyNet other;
+  torch::optim::SGD optimizer(other->parameters(), 0.1);
+  const std::string message = refusal([&] { cctorch::apply(*model, narrowing_plan(), &optimizer); });
+  EXPECT_NE(message.find("none of the model's parameters"), std::string::npos) << message;
+  EXPECT_FALSE(model->conv2->plan());
+}
+
 // Its state is kept under the first parameter, which this plan leaves as it is.
 TEST_F(RefusalTest, StateOfAllParametersTogether) {
   torch::optim::LBFGS optimizer(model->parameters());

@@ -23,7 +23,14 @@ CompressionPlan example() {
   conv.bits = 4;
   LayerPlan linear = LayerPlan::unchanged("head", LayerKind::linear, 8, 3);
   linear.mask = MaskPlan{MaskPlan::Kind::channel, 0.1, 2, 4};
-  plan.layers = {conv, linear};
+  LayerPlan spatial = LayerPlan::unchanged("spatial", LayerKind::conv2d, 4, 2);
+  spatial.rank = 5;  // of 2 x 3 rows
+  spatial.layout = LowRankLayout::spatial;
+  LayerPlan tucker = LayerPlan::unchanged("tucker", LayerKind::conv2d, 4, 6);
+  tucker.rank = 6;
+  tucker.layout = LowRankLayout::tucker;
+  tucker.rank_in = 3;
+  plan.layers = {conv, linear, spatial, tucker};
   return plan;
 }
 
@@ -121,6 +128,33 @@ TEST(Plan, AWeightOfAnLstmHasARankAndNothingElse) {
   EXPECT_NE(refused([](LayerPlan& l) { l.kept_out.pop_back(); }).find(other), std::string::npos);
   EXPECT_NE(refused([](LayerPlan& l) { l.mask = MaskPlan{}; }).find(other), std::string::npos);
   EXPECT_NE(refused([](LayerPlan& l) { l.bits = 4; }).find(other), std::string::npos);
+}
+
+TEST(Plan, RanksFitTheirLayout) {
+  const auto message = [](LayerKind kind, std::optional<int64_t> rank, LowRankLayout layout,
+                          std::optional<int64_t> rank_in) {
+    LayerPlan layer = LayerPlan::unchanged("a", kind, 4, 6);
+    layer.rank = rank;
+    layer.layout = layout;
+    layer.rank_in = rank_in;
+    return refusal([&] { CompressionPlan{.method = "", .target = 0.0, .layers = {layer}}.validate(); });
+  };
+  using enum LowRankLayout;
+  const LayerKind conv = LayerKind::conv2d;
+  EXPECT_EQ(message(conv, 6, tucker, 4), "");
+  EXPECT_EQ(message(conv, 18, spatial, std::nullopt), "");
+  EXPECT_NE(message(conv, std::nullopt, spatial, std::nullopt).find("layout = spatial"), std::string::npos);
+  EXPECT_NE(message(LayerKind::linear, 3, tucker, 3).find("layout = tucker"), std::string::npos);
+  EXPECT_NE(message(LayerKind::lstm, 3, spatial, std::nullopt).find("layout channel"), std::string::npos);
+  EXPECT_NE(message(conv, 3, tucker, std::nullopt).find("has a rank_in too"), std::string::npos);
+  EXPECT_NE(message(conv, 3, channel, 3).find("rank_in is for the layout tucker"), std::string::npos);
+  EXPECT_NE(message(conv, 7, tucker, 4).find("rank = 7"), std::string::npos);
+  EXPECT_NE(message(conv, 6, tucker, 5).find("rank_in = 5"), std::string::npos);
+  EXPECT_NE(message(conv, 6, tucker, 0).find("rank_in = 0"), std::string::npos);
+  EXPECT_NE(message(conv, 0, spatial, std::nullopt).find("rank = 0"), std::string::npos);
+  const std::string text = R"({"cctorch_plan": 1, "method": "", "target": 0.0, "layers": [{"name": "a",
+    "kind": "conv2d", "in_channels": 4, "out_channels": 6, "rank": 2, "layout": "diagonal"}]})";
+  EXPECT_NE(refusal([&] { CompressionPlan::from_json(text); }).find("layout 'diagonal'"), std::string::npos);
 }
 
 TEST(Plan, CountsMultiplyAccumulatesByHand) {

@@ -2,6 +2,7 @@
 
 #include <cctorch/distributed.h>
 #include <cctorch/nn/compressible.h>
+#include <cctorch/nn/factors.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/modules/batchnorm.h>
 #include <torch/nn/options/conv.h>
@@ -17,8 +18,8 @@
 namespace cctorch::nn {
 
 // A layer with a weight that can be narrowed and factored: the parameters are `weight` and `bias`, or, once factored,
-// `first`, `second` and `bias`; just `bias` once the layer reads nothing. Those that it does not have are undefined.
-// While it is prepared, weights also have children: weight_mask and weight_quant.
+// `first`, `second` and `bias`, and for the layout tucker `core`; just `bias` once the layer reads nothing. Those that
+// it does not have are undefined. While it is prepared, weights also have children: weight_mask and weight_quant.
 template <typename Derived>
 class WeightedLayer : public torch::nn::Cloneable<Derived>, public Compressible {
  public:
@@ -29,7 +30,7 @@ class WeightedLayer : public torch::nn::Cloneable<Derived>, public Compressible 
   void constrain(const Constraint& constraint) override;
   void bake() override;
 
-  at::Tensor weight, first, second, bias;
+  at::Tensor weight, first, core, second, bias;
 
  protected:
   void carry_out(const LayerPlan& plan) override;
@@ -52,12 +53,13 @@ class WeightedLayer : public torch::nn::Cloneable<Derived>, public Compressible 
   friend Derived;
   WeightedLayer() = default;
 
+  void register_factors(const Factors& factors, bool requires_grad);
   void leave_bias_only(const LayerPlan& plan);
 
   at::Tensor gather_;
 };
 
-// torch::nn::Conv2d, with zero padding given in numbers; factored as in low_rank_conv2d.
+// torch::nn::Conv2d, with zero padding given in numbers; factored as in low_rank_conv2d or tucker2_conv2d.
 class Conv2dImpl : public WeightedLayer<Conv2dImpl> {
  public:
   Conv2dImpl(int64_t in_channels, int64_t out_channels, torch::ExpandingArray<2> kernel_size);

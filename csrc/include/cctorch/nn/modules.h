@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cctorch/plan.h>
 #include <torch/arg.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/options/conv.h>
@@ -161,8 +162,7 @@ class LowRankLinearImpl : public torch::nn::Cloneable<LowRankLinearImpl> {
 };
 TORCH_MODULE(LowRankLinear);
 
-// The factors of a convolution: kh x kw, then 1 x 1; or 1 x kw, then kh x 1.
-enum class LowRankLayout { channel, spatial };
+using cctorch::LowRankLayout;
 
 // cctorch::low_rank_conv2d with the parameters `first`, `second` and `bias`; with two ranks, of the outputs and of the
 // inputs, cctorch::tucker2_conv2d with `core` as well.
@@ -171,6 +171,7 @@ class LowRankConv2dImpl : public torch::nn::Cloneable<LowRankConv2dImpl> {
   // `options` as for a Conv2d without groups and with zero padding given in numbers.
   LowRankConv2dImpl(const torch::nn::Conv2dOptions& options, int64_t rank,
                     LowRankLayout layout = LowRankLayout::channel);
+  // Of the layout tucker: ranks of the outputs and of the inputs.
   LowRankConv2dImpl(const torch::nn::Conv2dOptions& options, std::pair<int64_t, int64_t> ranks);
 
   void reset() override;
@@ -185,11 +186,10 @@ class LowRankConv2dImpl : public torch::nn::Cloneable<LowRankConv2dImpl> {
   at::Tensor first, core, second, bias;
 
  private:
-  void check() const;
+  LowRankConv2dImpl(const torch::nn::Conv2dOptions& options, LowRankLayout layout, int64_t rank,
+                    std::optional<int64_t> rank_in);
 
-  int64_t rank_;
-  LowRankLayout layout_ = LowRankLayout::channel;
-  std::optional<std::pair<int64_t, int64_t>> ranks_;
+  LayerPlan form_;
 };
 TORCH_MODULE(LowRankConv2d);
 
