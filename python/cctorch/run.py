@@ -227,6 +227,7 @@ class _Run(Trainer):
         self.network.model = self.network.place(apply(self.network.model, plan))
         self.network.assert_identical("the layers as small as their weights")
         self.state.plan = found
+        distributed.on_main(lambda: self.folder.write("plan.json", found))
         self.state.results |= counted(trace(dense, example.cpu()).specs, plan)
         top1 = self.network.accuracy(self.data.test)
         self.events.add("applied", "regularize", accuracy=top1)

@@ -23,6 +23,7 @@ from cctorch.interruption import Interrupted
 from cctorch.nn import BatchNorm2d
 from cctorch.report import page
 from cctorch.run import run
+from cctorch.store import load_model
 from cctorch.train import Partial, _Losses
 from rich.console import Console
 from safetensors.torch import load_file
@@ -395,6 +396,30 @@ def test_a_quantized_run_does_not_depend_on_the_number_of_ranks(settings: dict[s
     for other in others:
         _assert_ended_alike(other, whole)
     assert json.loads((others[1] / "summary.json").read_text())["quantized"]["top1"] >= 0
+
+
+def _factored(settings: dict[str, Any]) -> None:
+    """On two ranks: each with all weights, and each with a shard of them."""
+    _run(settings, "factored2")
+    _run({**settings, "sharded": True}, "factored-sharded")
+
+
+def test_layers_as_small_as_their_weights_do_not_depend_on_the_number_of_ranks(
+    settings: dict[str, Any], alone: Path
+) -> None:
+    q = [{"kind": "tucker2", "ratio": 2.0}]
+    settings = {**settings, "compress": None, "finetune": None, "regularize": {**settings["regularize"], "q": q}}
+    _run(settings, "factored")
+    spawn(2, alone.parent / "factored-files", _factored, settings)
+    whole, *others = (alone.parent / name for name in ("factored", "factored2", "factored-sharded"))
+    model, _ = load_model(whole / "checkpoints" / "compressed.safetensors")
+    assert any(name.endswith(".core") for name, _ in model.named_parameters())
+    x = torch.rand(4, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    for other in others:
+        assert (other / "plan.json").read_text() == (whole / "plan.json").read_text()
+        found, _ = load_model(other / "checkpoints" / "compressed.safetensors")
+        # Bases of one subspace: rounding decides which.
+        torch.testing.assert_close(found(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def _assert_ended_alike(folder: Path, alone: Path) -> None:

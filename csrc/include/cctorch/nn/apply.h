@@ -15,7 +15,8 @@ namespace cctorch {
 //
 // Throws c10::Error naming the layer, what was found and what was expected: a name that the model does not have,
 // another kind or other channels (another architecture), a layer that is compressed or prepared already, state of
-// another optimizer, an optimizer that has none of the model's parameters. The model and the optimizer are then as before.
+// another optimizer, an optimizer that has none of the model's parameters. The model and the optimizer are then as
+// before.
 //
 // Masks and bits of the plan are for prepare() (prepare.h), once the layers are rebuilt.
 void apply(torch::nn::Module& model, const CompressionPlan& plan, torch::optim::Optimizer* optimizer = nullptr);
