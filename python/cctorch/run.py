@@ -210,6 +210,8 @@ class _Run(Trainer):
             f"{result.dense_bits / 8e6:.3f} MB -> {result.bits / 8e6:.3f} MB where Q acts"
         )
         self.state.results["regularized"] = asdict(result)
+        # Its events are over: what comes has other parameters.
+        self.regularizing, self.state.regularization = None, {}
         if self.config.regularize.apply and self.config.compress is None:
             top1 = self._apply_regularized(stage, top1)
         self._compressed(top1)
@@ -218,7 +220,6 @@ class _Run(Trainer):
     def _apply_regularized(self, stage: RegularizeStage, top1: float) -> float:
         """Rebuilds the layers that are smaller for what Q left of their weights. Returns the top-1."""
         self.network.unwrap(self.blank, self.settings)
-        self.regularizing = None
         example, dense = self.feed.example(2).to(self.device), self._fresh()
         found = distributed.on_main(lambda: stage.plan(self.network.model, self.regularized, example).to_json())
         plan = _C.CompressionPlan.from_json(found)

@@ -136,6 +136,22 @@ def test_an_interrupted_stage_ends_like_one_that_was_not(
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
+def test_momentum_ends_with_the_weights_that_it_moved(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = trainer.train_epoch
+    begun_with: list[bool] = []
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        begun_with.append(any("momentum_buffer" in state for state in arguments[2].state.values()))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "train_epoch", spy)
+    run_quietly(_config(dataset, tmp_path))
+    # Two epochs each of training, of fine-tuning, which goes on with it, and of quantized weights.
+    assert begun_with == [False, True, True, True, False, True]
+
+
 def test_the_scales_and_the_weights_are_trained(
     dataset: Path, tmp_path: Path, undisturbed: tuple[Config, Summary]
 ) -> None:

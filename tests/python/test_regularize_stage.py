@@ -12,6 +12,7 @@ import cctorch
 import pytest
 import torch
 from cctorch import CompressionPlan, branches, measure, measure_stage, models, report, store, trainer
+from cctorch import run as driver
 from cctorch.config import Config, ConfigError
 from cctorch.graph import trace
 from cctorch.nn import LowRankConv2d
@@ -186,13 +187,18 @@ def test_layers_end_as_small_as_their_weights(dataset: Path, tmp_path: Path, lay
         torch.testing.assert_close(model(x), plain(x), atol=1e-4, rtol=1e-3)
 
 
-def test_an_interruption_before_the_measurements_finds_the_smaller_layers(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("place", "function"),
+    [(driver, "apply"), (store.Folder, "save_compressed"), (measure_stage, "measured")],
+    ids=["surgery", "the file", "measurement"],
+)
+def test_an_interruption_at_the_smaller_layers_changes_nothing(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any, function: str
 ) -> None:
     whole, parts = (_config(dataset, tmp_path / name, q=LOW_RANK["tucker"]) for name in ("whole", "parts"))
     run_quietly(whole)
     with monkeypatch.context() as patch:
-        patch.setattr(measure_stage, "measured", _interrupted)
+        patch.setattr(place, function, _interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_quietly(parts)
     summary = run_quietly(parts)
@@ -202,7 +208,7 @@ def test_an_interruption_before_the_measurements_finds_the_smaller_layers(
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def _interrupted(*_: Any) -> None:
+def _interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
