@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cctorch.config_errors import explain
-from cctorch.config_regularize import Frequency, Q, Section
+from cctorch.config_regularize import SVD, ChannelPruning, Frequency, Q, Section, Tucker2
 
 
 class ConfigError(ValueError):
@@ -171,6 +171,12 @@ class Regularize(Training):
     # After the last event: layers as small as Q has left their weights. Only where there is no `compress`.
     apply: bool = True
 
+    @property
+    def survives_training(self) -> bool:
+        """Whether what Q leaves are smaller layers, which no training makes larger."""
+        narrow = all(isinstance(q, ChannelPruning) and q.axis == 1 for q in self.q)
+        return self.apply and (narrow or isinstance(self.q[-1], SVD | Tucker2))
+
     @model_validator(mode="after")
     def _momentum_stays(self) -> Regularize:
         if self.cuda_graphs and self.clear_momentum:
@@ -252,11 +258,13 @@ class Config(Section):
     data: Data
     model: Model
     train: Training
-    # null: no Collaborative Compression, and no fine-tuning after it.
+    # null: no Collaborative Compression.
     compress: Compress | None = Compress()
+    # After what makes the network smaller: compress, or without it regularize.
     finetune: Finetune | None = None
-    # After these, or with compress: null after the training alone; one of them.
+    # After compress and finetune, or with compress: null after the training.
     regularize: Regularize | None = None
+    # The last of the trainings. Like finetune it follows a regularize that ends in smaller layers, and no other.
     quantize: Quantize | None = None
     measure: Measure = Measure()
     checkpoint: Checkpoint = Checkpoint()
@@ -269,15 +277,26 @@ class Config(Section):
     def _stages(self) -> Config:
         if self.compress is not None and self.finetune is None:
             raise ValueError("finetune is missing: expected a section of training settings, or compress: null")
-        if self.compress is None and self.finetune is not None:
-            raise ValueError("finetune without compress: expected finetune: null, or a section for compress")
+        if self.compress is None and self.regularize is None and self.finetune is not None:
+            raise ValueError(
+                "finetune without compress and regularize: expected finetune: null, or a section for one of them"
+            )
         if self.compress is None and self.regularize is None and self.quantize is None:
             raise ValueError("compress, regularize and quantize are null: expected a section for at least one of them")
-        if self.regularize is not None and self.quantize is not None:
+        events = self.regularize
+        after = self.stages[self.stages.index("regularize") + 1] if events else "measure"
+        if events and after != "measure" and (self.compress is not None or not events.survives_training):
             raise ValueError(
-                "regularize with quantize: expected one of them, since training that follows events undoes them"
+                f"regularize with {after}: expected one of them, since training that follows events undoes them, "
+                "unless they end in smaller layers: compress: null, apply: true, and the last q svd or tucker2, or "
+                "all of them channel_pruning with axis: 1"
             )
         return self
+
+    @property
+    def stages(self) -> list[str]:
+        """In their order, from "train" to "measure"."""
+        return stages({name for name, section in self if section is not None})
 
     @model_validator(mode="after")
     def _something_to_compress(self) -> Config:
@@ -291,6 +310,12 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def stages(sections: Collection[str]) -> list[str]:
+    """Those of a run whose configuration has `sections`, in their order."""
+    smaller = ["compress", "finetune", "regularize"] if "compress" in sections else ["regularize", "finetune"]
+    return ["train", *(name for name in (*smaller, "quantize") if name in sections), "measure"]
 
 
 class _Loader(yaml.SafeLoader):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cctorch import _C, codes, compress_stage, distributed, measure_stage, quantize_stage, report
 from cctorch.apply import apply
 from cctorch.compress_stage import CompressStage
-from cctorch.config import Compress, Config, Quantize
+from cctorch.config import Config
 from cctorch.device import describe, select_device
 from cctorch.graph import trace
 from cctorch.interruption import Interruption
@@ -91,18 +91,15 @@ class _Run(Trainer):
             if self.resuming:
                 behind = f" and {len(self.state.losses)} steps" if self.state.losses else ""
                 log.line(f"resuming at stage {self.state.stage}, after epoch {self.state.epoch}{behind}")
-            if self.state.stage == "train":
-                self.train()
-                self._finish_dense()
-            if self.state.stage == "compress" and self.config.compress:
-                self._compress(self.config.compress)
-            if self.state.stage == "finetune":
-                self.train()
-                self._finish_compressed()
-            if self.state.stage == "regularize":
-                self._regularize()
-            if self.state.stage == "quantize":
-                self._quantize()
+            stages = {
+                "train": self._train_dense,
+                "compress": self._compress,
+                "finetune": self._finetune,
+                "regularize": self._regularize,
+                "quantize": self._quantize,
+            }
+            while self.state.stage in stages:
+                stages[self.state.stage]()
             whole = self.network.whole(self.blank)
             summary = distributed.on_main(lambda: self._measure(self.network.place(whole)))
             self.checkpoints.close()
@@ -127,7 +124,8 @@ class _Run(Trainer):
             RegularizeStage(settings, self.network.model, names, self.network.optimizer, {}, [])
         return names
 
-    def _finish_dense(self) -> None:
+    def _train_dense(self) -> None:
+        self.train()
         top1 = self.network.accuracy(self.data.test)
         self.events.add("dense", "train", accuracy=top1)
         self.log.line(f"dense model: test top-1 {top1:.2f} %")
@@ -137,26 +135,23 @@ class _Run(Trainer):
         if not self.config.compress:
             example = self.feed.example(2).to(next(whole.parameters()).device)
             self.state.results |= counted(trace(whole, example).specs)
-        if self.config.compress:
-            self._begin("compress", self.network.momentum())
-        else:
-            self._begin_last()
+        self._begin_next(self.network.momentum())
 
-    def _begin_last(self) -> None:
-        """What follows the compression, or the training."""
-        if self.config.quantize and self.quantization is not None:
-            self._prepare(self.config.quantize, self.quantization)
-        else:
-            self._begin("regularize" if self.config.regularize else "measure", self.network.momentum())
-
-    def _begin(self, stage: str, momentum: dict[str, Tensor]) -> None:
-        """Training that starts anew: the momentum stays, the learning rate is the stage's own."""
+    def _begin_next(self, momentum: dict[str, Tensor]) -> None:
+        """Of the weights that training goes on with the momentum stays; the learning rate is the stage's own."""
+        stages = self.config.stages
+        stage = stages[stages.index(self.state.stage) + 1]
+        if stage == "quantize":
+            self._prepare()
+            momentum = {}
         self.state.stage = stage
         self.network.optimize(self.settings, momentum)
         self.save(stage, 0)
         self.checkpoints.wait()  # what follows may need the memory of the copy, or measure times
 
-    def _compress(self, settings: Compress) -> None:
+    def _compress(self) -> None:
+        settings = self.config.compress
+        assert settings
         self.network.unwrap(self.blank, self.settings)
         images = self.feed.batches(self.data.train, self.config.train.batch_size)
         stage = CompressStage(settings, self.config.seed, self.network, self.data, images)
@@ -165,14 +160,15 @@ class _Run(Trainer):
         self.state.plan = plan.to_json()
         momentum = self.network.momentum()
         self.network.wrap(self.network.model)
-        self._begin("finetune", momentum)
+        self._begin_next(momentum)
 
-    def _finish_compressed(self) -> None:
+    def _finetune(self) -> None:
+        self.train()
         top1 = self.network.accuracy(self.data.test)
         self.events.add("finetuned", "finetune", accuracy=top1)
         self.log.line(f"compressed model: test top-1 {top1:.2f} %")
         self._compressed(top1)
-        self._begin_last()
+        self._begin_next(self.network.momentum())
 
     def _compressed(self, top1: float, grids: Mapping[str, codes.Grid] | None = None) -> None:
         self.state.results["compressed_top1"] = top1
@@ -215,7 +211,7 @@ class _Run(Trainer):
         if self.config.regularize.apply and self.config.compress is None:
             top1 = self._apply_regularized(stage, top1)
         self._compressed(top1)
-        self._begin("measure", {})
+        self._begin_next({})
 
     def _apply_regularized(self, stage: RegularizeStage, top1: float) -> float:
         """Rebuilds the layers that are smaller for what Q left of their weights. Returns the top-1."""
@@ -224,23 +220,30 @@ class _Run(Trainer):
         found = distributed.on_main(lambda: stage.plan(self.network.model, self.regularized, example).to_json())
         plan = _C.CompressionPlan.from_json(found)
         if not plan.layers:
+            self.network.wrap(self.network.model)
             return top1
+        smaller, specs = len(plan.layers), trace(dense, example.cpu()).specs
         self.network.model = self.network.place(apply(self.network.model, plan))
         self.network.assert_identical("the layers as small as their weights")
-        self.state.plan = found
-        distributed.on_main(lambda: self.folder.write("plan.json", found))
-        self.state.results |= counted(trace(dense, example.cpu()).specs, plan)
+        _C.set_bits(specs, plan, quantize_stage.bits_of(self.quantization))
+        self.state.plan = plan.to_json()
+        distributed.on_main(lambda: self.folder.write("plan.json", plan.to_json()))
+        self.state.results |= counted(specs, plan)
+        self.network.wrap(self.network.model)
         top1 = self.network.accuracy(self.data.test)
         self.events.add("applied", "regularize", accuracy=top1)
         before, after = self.state.results["dense_macs"], self.state.results["final_macs"]
         self.log.line(
-            f"{len(plan.layers)} layers as small as their weights: test top-1 {top1:.2f} %, "
+            f"{smaller} layers as small as their weights: test top-1 {top1:.2f} %, "
             f"MACs {before / 1e6:.2f} M -> {after / 1e6:.2f} M"
         )
         return top1
 
-    def _prepare(self, settings: Quantize, unchanged: _C.CompressionPlan) -> None:
+    def _prepare(self) -> None:
         """Every rank's scales start from the same weights."""
+        settings, unchanged = self.config.quantize, self.quantization
+        assert settings
+        assert unchanged
         self.network.unwrap(self.blank, self.settings)
         self.state.plan = self.state.plan or unchanged.to_json()
         model = prepare(self.network.model, _C.CompressionPlan.from_json(self.state.plan), init=settings.init)
@@ -249,7 +252,6 @@ class _Run(Trainer):
         self.log.line(f"quantized, before any training: test top-1 {top1:.2f} %")
         self.state.results["top1_prepared"] = top1
         self.network.wrap(model)
-        self._begin("quantize", {})
 
     def _quantize(self) -> None:
         self.train()
@@ -266,7 +268,7 @@ class _Run(Trainer):
         )
         self.state.results["quantized"] = asdict(result)
         self._compressed(top1, grids)
-        self._begin("measure", {})
+        self._begin_next({})
 
     def _measure(self, model: nn.Module) -> Summary:
         return measure_stage.measured(

@@ -14,11 +14,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter
 
+from cctorch.config import stages
 from cctorch.log import duration
 from cctorch.records import Event, Step, damage_named, read_events
 from cctorch.store import Folder, Writer
-
-_STAGES = ("train", "compress", "finetune", "regularize", "quantize", "measure")
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _epochs(config: dict[str, Any], stage: str) -> int:
 def _reached(config: dict[str, Any], events: list[Event]) -> tuple[str, int]:
     """The stage that the last event leaves the run in, and the epochs of it that are done."""
     ends = {"dense": "train", "finetuned": "finetune", "regularized": "regularize", "quantized": "quantize"}
-    planned = [stage for stage in _STAGES if stage == "measure" or config.get(stage)]
+    planned = stages({name for name, section in config.items() if section})
     stage, epoch = "train", 0
     for event in events:
         if event["event"] == "epoch":

@@ -51,7 +51,7 @@ class Trainer:
 
     @property
     def settings(self) -> Training:
-        return _trainings(self.config).get(self.state.stage) or self.config.train
+        return _training(self.config, self.state.stage) or self.config.train
 
     def _network(self, saved: Saved | None) -> Network:
         """As `saved`, or with the configuration's weights, or fresh ones."""
@@ -175,9 +175,9 @@ class Trainer:
         return make_criterion(settings, (distillation, self.dense()))
 
     def _epochs_before(self, stage: str) -> int:
-        trainings = _trainings(self.config)
-        names = list(trainings)
-        return sum(settings.epochs for name in names[: names.index(stage)] if (settings := trainings[name]))
+        names = self.config.stages
+        before = [_training(self.config, name) for name in names[: names.index(stage)]]
+        return sum(settings.epochs for settings in before if settings)
 
     def _as_if_compressed(self) -> contextlib.AbstractContextManager[object]:
         return self.regularizing.events.as_if_at_event() if self.regularizing else contextlib.nullcontext()
@@ -196,11 +196,7 @@ def _load(config: Config, device: torch.device) -> data.Dataset:
     return loaded[0]
 
 
-def _trainings(config: Config) -> dict[str, Training | None]:
-    """The stages that train, in their order."""
-    return {
-        "train": config.train,
-        "finetune": config.finetune,
-        "regularize": config.regularize,
-        "quantize": config.quantize,
-    }
+def _training(config: Config, stage: str) -> Training | None:
+    """Of a stage that trains."""
+    section = getattr(config, stage, None)
+    return section if isinstance(section, Training) else None

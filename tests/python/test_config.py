@@ -45,7 +45,7 @@ REFUSED = [
     ("data.validation=some", "data.validation = 'some': expected a whole number or a number"),
     ("measure.batch_sizes=[]", "measure.batch_sizes = []: expected different batch sizes of at least 1"),
     ("measure.batch_sizes=[a]", "measure.batch_sizes[0] = 'a': expected a whole number"),
-    ("compress=null", "finetune without compress: expected finetune: null"),
+    ("compress=null", "finetune without compress and regularize: expected finetune: null"),
     ("regularize={epochs: 1}", "regularize.q is missing: expected a list"),
     ("regularize={epochs: 1, q: [], frequency: {kind: constant, period: 5}}", "regularize.q = []: "),
     (

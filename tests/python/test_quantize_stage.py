@@ -254,7 +254,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
                 "frequency": {"kind": "constant", "period": 4},
             },
         },
-        "regularize with quantize: expected one of them",
+        "regularize with quantize: expected one of them, since training that follows events undoes them",
     ),
 ]
 

@@ -408,7 +408,7 @@ def test_layers_as_small_as_their_weights_do_not_depend_on_the_number_of_ranks(
     settings: dict[str, Any], alone: Path
 ) -> None:
     q = [{"kind": "tucker2", "ratio": 2.0}]
-    settings = {**settings, "compress": None, "finetune": None, "regularize": {**settings["regularize"], "q": q}}
+    settings = {**settings, "compress": None, "regularize": {**settings["regularize"], "q": q}}  # and then fine-tuned
     _run(settings, "factored")
     spawn(2, alone.parent / "factored-files", _factored, settings)
     whole, *others = (alone.parent / name for name in ("factored", "factored2", "factored-sharded"))

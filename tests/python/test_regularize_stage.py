@@ -13,12 +13,14 @@ import pytest
 import torch
 from cctorch import CompressionPlan, branches, measure, measure_stage, models, report, store, trainer
 from cctorch import run as driver
-from cctorch.config import Config, ConfigError
+from cctorch.config import Config, ConfigError, parse_config
 from cctorch.graph import trace
 from cctorch.nn import LowRankConv2d
 from cctorch.regularize_stage import describe, located, select
 from cctorch.report import page
-from tiny_run import deliverable, run_quietly, staged, write_dataset
+from cctorch.run import Summary
+from cctorch.status import status
+from tiny_run import deliverable, run_quietly, staged, tree, write_dataset
 from torch import nn
 
 # 80 training images in batches of 32: 3 steps in each of 2 epochs.
@@ -210,6 +212,83 @@ def test_an_interruption_at_the_smaller_layers_changes_nothing(
 
 def _interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _trained_on(data: Path, output: Path) -> Config:
+    training = {"epochs": 1, "batch_size": 32, "lr": 0.02}
+    whole = tree(data, output, regularize={**STAGE, "q": LOW_RANK["tucker"]}, compress=None)
+    return parse_config({**whole, "finetune": training, "quantize": {**training, "bits": 4}})
+
+
+@pytest.fixture(scope="module")
+def trained_on(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Summary]:
+    settings = _trained_on(dataset, tmp_path_factory.mktemp("trained-on"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "render", lambda record: record.config)
+        return settings, run_quietly(settings)
+
+
+def test_smaller_layers_are_fine_tuned_and_quantized(trained_on: tuple[Config, Summary]) -> None:
+    settings, summary = trained_on
+    events = [json.loads(line) for line in (settings.folder / "metrics.jsonl").read_text().splitlines()]
+    stages = list(dict.fromkeys(event["stage"] for event in events))
+    assert stages == settings.stages[:-1] == ["train", "regularize", "finetune", "quantize"]
+    assert summary.regularized is not None
+    assert summary.quantized is not None
+    assert summary.quantized["top1"] == summary.after.top1
+    plan = cctorch.load_plan(settings.folder / "plan.json")
+    layer = plan.find("layer3.0.conv2")
+    assert layer is not None
+    assert (layer.layout, layer.bits) == ("tucker", 4)
+    weights = deliverable(settings)
+    assert {f"layer3.0.conv2.{factor}.codes" for factor in ("first", "core", "second")} <= weights.keys()
+    assert summary.after.bytes < summary.before.bytes / 4
+    assert status(settings.folder).state == "finished"
+
+
+@pytest.mark.parametrize("epoch", [3, 4, 5])
+def test_what_follows_the_events_goes_on_after_an_interruption(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trained_on: tuple[Config, Summary],
+    epoch: int,
+) -> None:
+    """In the second epoch of events, in fine-tuning and in the training with codes."""
+    settings = _trained_on(dataset, tmp_path)
+    original, calls = trainer.train_epoch, iter(range(100))
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == epoch:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_quietly(settings)
+    now = status(settings.folder)
+    expected = {3: ("regularize", 1), 4: ("finetune", 0), 5: ("quantize", 0)}
+    assert (now.stage, now.epoch) == expected[epoch]
+    run_quietly(settings)
+    first, second = deliverable(trained_on[0]), deliverable(settings)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "masks": {"q": STAGE["q"]},
+    "ranks and then masks": {"q": [*LOW_RANK["channel"], *STAGE["q"]]},
+    "filters": {"q": [{"kind": "channel_pruning", "sparsity": 0.5}]},
+    "left as they are": {"q": LOW_RANK["channel"], "apply": False},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_training_that_would_undo_the_events_is_refused(dataset: Path, tmp_path: Path, name: str) -> None:
+    stage = {**STAGE, **REFUSED[name]}
+    with pytest.raises(ConfigError, match="regularize with finetune: expected one of them"):
+        parse_config(tree(dataset, tmp_path, regularize=stage, compress=None))
 
 
 def test_pruned_inputs_leave_a_narrower_network(dataset: Path, tmp_path: Path) -> None:
