@@ -218,7 +218,14 @@ def _low_rank_conv2d(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    return F.conv2d(F.conv2d(x, first, None, stride, padding, dilation), second, bias)
+    # Of a dimension they act where the kernel extends: in `second` where that does, else in `first`.
+    outer = [size > 1 for size in second.shape[2:]]
+
+    def part(of: tuple[int, int], idle: int, outside: bool) -> list[int]:
+        return [value if o == outside else idle for o, value in zip(outer, of, strict=True)]
+
+    narrow = F.conv2d(x, first, None, part(stride, 1, False), part(padding, 0, False), part(dilation, 1, False))
+    return F.conv2d(narrow, second, bias, part(stride, 1, True), part(padding, 0, True), part(dilation, 1, True))
 
 
 def _low_rank_lstm(

@@ -44,8 +44,8 @@ def save_onnx(
             one. Of a prepared model it is known.
 
     Raises:
-        ValueError: a :class:`~cctorch.nn.FakeQuant` has no scale yet, the codes are those of other weights, or ONNX
-            Runtime computes something else.
+        ValueError: a :class:`~cctorch.nn.FakeQuant` has no scale yet, the codes are those of other weights, an output
+            is neither tensor nor None, or ONNX Runtime computes something else.
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
     _check_installed()
@@ -56,11 +56,22 @@ def save_onnx(
     example = example.cpu()
     with evaluating(deployed):
         program = exported(deployed, example, "save_onnx")
+        expected = deployed(example)
+        _expect_tensors(expected)
         onnx = torch.onnx.export(program, dynamo=True, verbose=False)
         assert onnx is not None
         data = _serialized(onnx.model_proto)
-        _check_run(data, example, deployed(example), 2e-2 if activations else 1e-4)
+        _check_run(data, example, expected, 2e-2 if activations else 1e-4)
     atomic.write(Path(path), data)
+
+
+def _expect_tensors(outputs: Any) -> None:
+    others = [value for value in _pytree.tree_leaves(outputs) if value is not None and not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"save_onnx: the model gives {others[0]!r} beside its tensors, for which ONNX has no output; export a "
+            "module whose forward returns tensors alone"
+        )
 
 
 def _serialized(proto: Any) -> bytes:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from cctorch import CompressionPlan, LayerPlan, MaskPlan
+from cctorch import regularize as r
+from cctorch.export import save_program
 from cctorch.export_onnx import save_onnx
 from cctorch.nn import FakeQuant
 from prepared import rebuilt, resnet8
@@ -162,3 +164,34 @@ def test_what_runs_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match="save_onnx: ONNX Runtime differs from the model by"):
         save_onnx(model, torch.randn(2, 4), tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_outputs_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, None, int]:
+            return self.layer(x), None, 3
+
+    with pytest.raises(ValueError, match="save_onnx: the model gives 3 beside its tensors"):
+        save_onnx(Counting(), torch.randn(2, 4), tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("q", "convolutions"), [(r.SVD(ratio=2.0, view="spatial"), 4), (r.Tucker2(ratio=2.0), 6)], ids=["spatial", "tucker"]
+)
+def test_factors_of_every_layout(tmp_path: Path, q: r.Regularizer, convolutions: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1))
+    x = torch.randn(2, 8, 9, 9)
+    q.apply(model.named_parameters())
+    model = cctorch.apply(model, r.plan(model, x, model.named_parameters(), q)).eval()
+    save_onnx(model, x, tmp_path / "model.onnx")
+    assert _content(tmp_path / "model.onnx")[0]["Conv"] == convolutions
+    torch.testing.assert_close(_run(tmp_path / "model.onnx", x), model(x), atol=1e-4, rtol=1e-4)
+    save_program(model, x, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(x), model(x))
