@@ -222,14 +222,20 @@ def _layers(specs: list[_C.LayerSpec], whole: _C.CompressionPlan | None) -> list
                 "kept_in": len(plan.kept_in) if plan else spec.in_channels,
                 "kept_out": len(plan.kept_out) if plan else spec.out_channels,
                 "rank": plan.rank if plan else None,
-                "full_rank": min(
-                    spec.out_channels, spec.in_channels // spec.groups * spec.kernel_height * spec.kernel_width
-                ),
+                "full_rank": _full_rank(spec, plan),
                 "macs_before": spec.macs,
                 "macs_after": _C.layer_macs(spec, plan, True),
             }
         )
     return layers
+
+
+def _full_rank(spec: _C.LayerSpec, plan: _C.LayerPlan | None) -> int:
+    """Of the matrix that the plan's layout factors."""
+    inputs, high, wide = spec.in_channels // spec.groups, spec.kernel_height, spec.kernel_width
+    if plan is not None and plan.layout == "spatial":
+        return min(spec.out_channels * high, inputs * wide)
+    return min(spec.out_channels, inputs * high * wide)
 
 
 def search_results(found: collaborative.Compression) -> dict[str, Any]:

@@ -178,8 +178,10 @@ def test_layers_end_as_small_as_their_weights(dataset: Path, tmp_path: Path, lay
     model, _ = store.load_model(settings.folder / "checkpoints" / "compressed.safetensors")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankConv2d)}
     assert {m.layout for m in layers.values()} == {layout}
-    ranked = {layer["name"]: layer["rank"] for layer in summary.layers if layer["rank"] is not None}
+    ranked = {layer["name"]: layer for layer in summary.layers if layer["rank"] is not None}
     assert ranked.keys() == layers.keys()
+    largest = {"channel": 64, "spatial": 3 * 64, "tucker": 64}[layout]
+    assert ranked["layer3.0.conv2"]["full_rank"] == largest
     # What the events left, in float32's rounding.
     dense = run_quietly(_config(dataset, tmp_path / "dense", q=LOW_RANK[layout], apply=False))
     assert dense.after.macs == dense.before.macs
