@@ -3,6 +3,7 @@
 #include <cctorch/regularized_plan.h>
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -14,9 +15,14 @@ bool gives_up_inputs(const LayerSpec& spec) {
   return spec.kind == LayerKind::linear || (spec.kind == LayerKind::conv2d && spec.groups == 1);
 }
 
-// Those with a weight that is not zero, at least one.
-std::vector<int64_t> inputs_in_use(const at::Tensor& weight) {
-  const at::Tensor used = weight.transpose(0, 1).flatten(1).ne(0).any(1).nonzero().flatten().cpu();
+// Those with a weight that is not zero, at least one. Of a product of factors, one that is more than its rounding.
+std::vector<int64_t> inputs_in_use(const at::Tensor& weight, bool is_product) {
+  const at::Tensor largest = weight.abs().transpose(0, 1).flatten(1).amax(1);
+  const double epsilon = at::isReducedFloatingType(weight.scalar_type()) || weight.scalar_type() == at::kFloat
+                             ? std::numeric_limits<float>::epsilon()
+                             : std::numeric_limits<double>::epsilon();
+  const at::Tensor zero = is_product ? 8 * epsilon * largest.max() : at::zeros({}, largest.options());
+  const at::Tensor used = largest.gt(zero).nonzero().flatten().cpu();
   if (used.numel() == 0) return {0};
   return {used.const_data_ptr<int64_t>(), used.const_data_ptr<int64_t>() + used.numel()};
 }
@@ -28,12 +34,13 @@ int64_t weights_of(LayerSpec spec, const LayerPlan& plan) {
 
 void factor(LayerPlan& plan, const LayerSpec& spec, const LowRankForm& form) {
   const auto inputs = static_cast<int64_t>(plan.kept_in.size());
-  const bool spatial = form.layout == LowRankLayout::spatial;
   const LayerPlan dense = plan;
+  // A core that reads as many channels as the layer needs no 1 x 1 convolution before it.
+  const bool tucker = form.rank_in.value_or(inputs) < inputs, spatial = form.layout == LowRankLayout::spatial;
   const int64_t columns = inputs * (spatial ? spec.kernel_width : spec.kernel_size());
   plan.rank = std::min({form.rank, spec.out_channels * (spatial ? spec.kernel_height : 1), columns});
-  plan.layout = form.layout;
-  if (form.rank_in) plan.rank_in = std::min(*form.rank_in, inputs);
+  plan.layout = form.rank_in && !tucker ? LowRankLayout::channel : form.layout;
+  if (tucker) plan.rank_in = form.rank_in;
   if (weights_of(spec, plan) >= weights_of(spec, dense)) plan = dense;
 }
 
@@ -76,11 +83,11 @@ CompressionPlan plan(const std::vector<LayerSpec>& model, const NamedParameters&
     TORCH_CHECK_VALUE(spec != model.end(), "regularize::plan: weights has '", name,
                       "', which is no layer of the model");
     LayerPlan layer = LayerPlan::unchanged(name, spec->kind, spec->in_channels, spec->out_channels);
+    const std::optional<LowRankForm>& form = projection.storages[i].form;
     if (gives_up_inputs(*spec)) {
-      layer.kept_in = inputs_in_use(weight);
+      layer.kept_in = inputs_in_use(weight, form.has_value());
       if (std::cmp_less(layer.kept_in.size(), layer.in_channels)) layer.gather = layer.kept_in;
     }
-    const std::optional<LowRankForm>& form = projection.storages[i].form;
     if (form && (gives_up_inputs(*spec) || spec->kind == LayerKind::lstm)) {
       expect_low_rank(name, weight, *form);
       factor(layer, *spec, *form);

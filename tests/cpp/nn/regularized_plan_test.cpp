@@ -152,6 +152,23 @@ TEST(RegularizedPlan, WhatComesAfterAFactorizationDecides) {
   EXPECT_FALSE(rank_after({svd(), std::make_shared<UniformQuantization>(4)}));
 }
 
+TEST(RegularizedPlan, OfFewInputsThatAreLeftACoreReadsAll) {
+  TinyNet model;
+  model->eval();
+  const NamedParameters weights = {{"conv3.weight", model->conv3->weight}};
+  Compose q({std::make_shared<ChannelPruning>(0.5, 1), std::make_shared<Tucker2>(RanksOrRatio{.ranks = {{3, 5}}})});
+  q.apply(weights);
+  const Batch batch = random_batch();
+  const at::Tensor expected = model->forward(batch.x);
+  const CompressionPlan found = regularize::plan(*model, weights, q);
+  ASSERT_EQ(found.layers.size(), 1);
+  EXPECT_EQ(found.layers[0].kept_in.size(), 4);
+  EXPECT_EQ(found.layers[0].layout, LowRankLayout::channel);
+  EXPECT_EQ(found.layers[0].rank, 3);
+  cctorch::apply(*model, found);
+  EXPECT_LT((model->forward(batch.x) - expected).abs().max().item<double>(), 1e-9);
+}
+
 TEST(RegularizedPlan, LeavesStateGroupsAndCompressedLayersAlone) {
   TinyNet model;
   SVD q(RankOrRatio{.rank = 2});
