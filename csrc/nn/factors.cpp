@@ -41,13 +41,13 @@ Factors factorize(const at::Tensor& weight, const LayerPlan& plan) {
   TORCH_CHECK_VALUE(plan.rank, "factorize: the plan of layer '", plan.name, "' has no rank");
   const at::Tensor dense = weight.detach();
   check_rank(plan, dense.sizes().slice(2));
+  const int64_t rank = plan.rank.value_or(0), rank_in = plan.rank_in.value_or(0);
   Factors factors;
   if (plan.layout == LowRankLayout::channel) {
-    std::tie(factors.first, factors.second) = collaborative::factorize(dense, plan.kept_in, *plan.rank);
+    std::tie(factors.first, factors.second) = collaborative::factorize(dense, plan.kept_in, rank);
   } else {
     const at::Tensor kept = select(dense, 1, plan.kept_in);
-    factors = plan.layout == LowRankLayout::spatial ? spatial(kept, *plan.rank)
-                                                    : tucker(kept, *plan.rank, plan.rank_in.value());
+    factors = plan.layout == LowRankLayout::spatial ? spatial(kept, rank) : tucker(kept, rank, rank_in);
   }
   factors.second = select(factors.second, 0, plan.kept_out);
   for (at::Tensor* factor : {&factors.first, &factors.core, &factors.second}) {
@@ -62,15 +62,14 @@ Factors empty_factors(const LayerPlan& plan, int64_t out, int64_t in, at::IntArr
     if (!kernel.empty()) sizes.insert(sizes.end(), {high ? kernel[0] : 1, wide ? kernel[1] : 1});
     return at::empty(sizes);
   };
-  const int64_t rank = plan.rank.value();
+  const int64_t rank = plan.rank.value_or(0), rank_in = plan.rank_in.value_or(0);
   switch (plan.layout) {
     case LowRankLayout::channel:
       return {empty(rank, in, true, true), {}, empty(out, rank, false, false)};
     case LowRankLayout::spatial:
       return {empty(rank, in, false, true), {}, empty(out, rank, true, false)};
     case LowRankLayout::tucker:
-      return {empty(plan.rank_in.value(), in, false, false), empty(rank, plan.rank_in.value(), true, true),
-              empty(out, rank, false, false)};
+      return {empty(rank_in, in, false, false), empty(rank, rank_in, true, true), empty(out, rank, false, false)};
   }
   TORCH_INTERNAL_ASSERT(false, "unknown LowRankLayout");
 }

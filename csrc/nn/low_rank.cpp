@@ -114,9 +114,9 @@ void LowRankConv2dImpl::pretty_print(std::ostream& stream) const {
   stream << "cctorch::nn::LowRankConv2d(" << options.in_channels() << ", " << options.out_channels()
          << ", kernel_size=" << options.kernel_size();
   if (form_.rank_in) {
-    stream << ", ranks=" << *form_.rank << "," << *form_.rank_in;
+    stream << ", ranks=" << form_.rank.value_or(0) << "," << *form_.rank_in;
   } else {
-    stream << ", rank=" << *form_.rank << (form_.layout == LowRankLayout::spatial ? ", layout=spatial" : "");
+    stream << ", rank=" << form_.rank.value_or(0) << (form_.layout == LowRankLayout::spatial ? ", layout=spatial" : "");
   }
   stream << ", stride=" << options.stride() << ")";
 }

@@ -214,15 +214,15 @@ std::ostream& operator<<(std::ostream& out, const CompressionPlan& plan) {
 namespace {
 
 int64_t factored_macs(const LayerSpec& spec, const LayerPlan& plan, int64_t in, int64_t out) {
-  const int64_t rank = *plan.rank, high = spec.kernel_height, wide = spec.kernel_width;
+  const int64_t rank = plan.rank.value_or(0), rank_in = plan.rank_in.value_or(0);
+  const int64_t high = spec.kernel_height, wide = spec.kernel_width;
   switch (plan.layout) {
     case LowRankLayout::channel:
       return (in * high * wide * rank + rank * out) * spec.positions;
     case LowRankLayout::spatial:
       return (in * wide * rank * spec.stride_height + rank * high * out) * spec.positions;
     case LowRankLayout::tucker:
-      return (in * *plan.rank_in * spec.stride_height * spec.stride_width + *plan.rank_in * high * wide * rank +
-              rank * out) *
+      return (in * rank_in * spec.stride_height * spec.stride_width + rank_in * high * wide * rank + rank * out) *
              spec.positions;
   }
   TORCH_INTERNAL_ASSERT(false, "unknown LowRankLayout");

@@ -90,7 +90,7 @@ void SVD::replace(std::vector<Weight>& weights) {
     return {rank * (rows + weight.numel() / rows), {.rank = rank, .layout = layout}};
   });
   std::vector<int64_t> ranks;
-  for (const Weight* weight : chosen) ranks.push_back(weight->storage.form->rank);
+  for (const Weight* weight : chosen) ranks.push_back(rank_of(weight->value));
   low_rank::truncate(chosen, as_matrix(view_), ranks, bases_);
 }
 

@@ -26,9 +26,9 @@ std::vector<Weight*> factored(std::vector<Weight>& weights,
 // The largest rank with rank (rows + columns) <= rows columns / ratio, at least 1.
 int64_t rank_for(double ratio, int64_t rows, int64_t columns);
 
-// Truncated SVD of weights seen as matrices; `bases` remembers where the next event starts.
+// Truncated SVD of weights seen as matrices; `state` remembers where the next event starts.
 void truncate(const std::vector<Weight*>& weights, const Unfolding& unfolding, const std::vector<int64_t>& ranks,
-              State& bases);
+              State& state);
 
 // The bases that an event leaves for the next one, by what they are of which weight.
 at::Tensor recall(const State& bases, const std::string& key, at::IntArrayRef sizes, const at::Tensor& like);
