@@ -43,6 +43,7 @@ from cctorch._C import (
     UniformNoise,
     UniformQuantization,
     WeightDecay,
+    drop_idle_ranks,
     regularized_plan,
 )
 from cctorch.graph.trace import trace
@@ -284,6 +285,7 @@ def plan(
             weights.append((spec.name, weight))
     found = regularized_plan(graph.specs, weights, regularizer)
     graph.channels.resolve(found)
+    drop_idle_ranks(graph.specs, found)
     return found
 
 

@@ -187,6 +187,9 @@ class Folder:
         with damage_named(file):
             old = _flat({**_settings(), **yaml.safe_load(file.read_text())})
         new = _flat(config.model_dump())
+        if config.regularize:
+            # Runs of before it was a setting left the layers as they were; with `compress` it has no effect.
+            old.setdefault("regularize.apply", config.regularize.apply if config.compress else False)
         changed = [
             f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
             for key in {**old, **new}

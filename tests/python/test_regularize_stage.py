@@ -216,6 +216,16 @@ def _interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_folder_of_before_layers_became_smaller_is_opened(dataset: Path, tmp_path: Path) -> None:
+    settings = _config(dataset, tmp_path, q=LOW_RANK["channel"], apply=False)
+    first = run_quietly(settings)
+    file = settings.folder / "config.yaml"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if "apply:" not in line))
+    assert run_quietly(settings).after == first.after
+    with pytest.raises(ConfigError, match=r"regularize\.apply: False -> True"):
+        run_quietly(_config(dataset, tmp_path, q=LOW_RANK["channel"]))
+
+
 def _trained_on(data: Path, output: Path) -> Config:
     training = {"epochs": 1, "batch_size": 32, "lr": 0.02}
     whole = tree(data, output, regularize={**STAGE, "q": LOW_RANK["tucker"]}, compress=None)

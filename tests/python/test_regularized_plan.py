@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import cctorch
@@ -145,6 +146,21 @@ def test_factors_of_what_is_left_of_the_inputs() -> None:
     dense = regularized(wide, r.SVD(rank=5), x.float()).find("0")
     assert dense is not None
     assert (dense.kept_in, dense.rank) == ([0, 1], None)
+
+
+@pytest.mark.parametrize("layout", LOW_RANK)
+def test_factors_are_smaller_than_what_is_left_of_both_sides(layout: str) -> None:
+    torch.manual_seed(0)
+    sizes = (16, 64, 64, 64)
+    model = nn.Sequential(*(nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(sizes))).double()
+    x = torch.randn(1, 16, 8, 8, dtype=torch.float64)
+    plan = regularized(model, r.Compose([r.ChannelPruning(0.9, axis=1), LOW_RANK[layout]()]), x)
+    expected = model(x)
+    smaller = cctorch.apply(model, plan)
+    torch.testing.assert_close(smaller(x), expected)
+    for layer in plan.layers:
+        weights = [p for p in smaller.get_submodule(layer.name).parameters() if p.dim() == 4]
+        assert sum(p.numel() for p in weights) <= 9 * len(layer.kept_in) * len(layer.kept_out), layer.name
 
 
 def test_an_lstm() -> None:
