@@ -110,7 +110,12 @@ at::MemoryFormat format_of(const torch::nn::Module& model) {
   return at::MemoryFormat::Contiguous;
 }
 
-void expect_optimizer_of(torch::optim::Optimizer& optimizer, const torch::nn::Module& model) {
+void expect_optimizer_of(torch::optim::Optimizer& optimizer, const torch::nn::Module& model,
+                         const std::vector<PlannedLayer>& layers) {
+  const auto trains = [](const PlannedLayer& planned) {
+    return std::ranges::any_of(planned.module->parameters(), &at::Tensor::requires_grad);
+  };
+  if (std::ranges::none_of(layers, trains)) return;
   std::unordered_set<const void*> held;
   for (const torch::optim::OptimizerParamGroup& group : optimizer.param_groups())
     for (const at::Tensor& parameter : group.params()) held.insert(parameter.unsafeGetTensorImpl());
@@ -187,7 +192,7 @@ void apply(torch::nn::Module& model, const CompressionPlan& plan, torch::optim::
   plan.validate();
   const std::vector<PlannedLayer> layers = find_layers(model, plan);
   if (optimizer != nullptr) {
-    expect_optimizer_of(*optimizer, model);
+    expect_optimizer_of(*optimizer, model, layers);
     check_optimizer(*optimizer, layers);
   }
 

@@ -38,7 +38,15 @@ Factors tucker(const at::Tensor& weight, int64_t rank, int64_t rank_in) {
 }  // namespace
 
 Factors factorize(const at::Tensor& weight, const LayerPlan& plan) {
-  TORCH_CHECK_VALUE(plan.rank, "factorize: the plan of layer '", plan.name, "' has no rank");
+  const bool tucker_layout = plan.layout == LowRankLayout::tucker;
+  TORCH_CHECK_VALUE(plan.rank && plan.rank_in.has_value() == tucker_layout, "factorize: the plan of layer '", plan.name,
+                    "' has no rank", tucker_layout ? ", or no rank_in" : "", " for its layout, ",
+                    to_string(plan.layout));
+  const bool is_kernel = weight.dim() == 4, is_matrix = weight.dim() == 2 && plan.layout == LowRankLayout::channel;
+  TORCH_CHECK_VALUE(
+      (is_kernel || is_matrix) && weight.size(0) == plan.out_channels && weight.size(1) == plan.in_channels,
+      "factorize: a weight of shape ", weight.sizes(), ", expected that of layer '", plan.name, "', ",
+      plan.out_channels, " x ", plan.in_channels, plan.kind == LayerKind::conv2d ? " x kh x kw" : "");
   const at::Tensor dense = weight.detach();
   check_rank(plan, dense.sizes().slice(2));
   const int64_t rank = plan.rank.value_or(0), rank_in = plan.rank_in.value_or(0);

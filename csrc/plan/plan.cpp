@@ -30,8 +30,10 @@ void check_indices(const LayerPlan& layer, const char* field, const std::vector<
 }
 
 void check_reads_nothing(const LayerPlan& layer) {
-  TORCH_CHECK_VALUE(layer.gather.empty() && !layer.rank && !layer.mask && !layer.bits, "plan: layer '", layer.name,
-                    "' keeps none of its inputs, and so takes no gather, rank, mask or bits");
+  TORCH_CHECK_VALUE(layer.gather.empty() && !layer.rank && !layer.rank_in && layer.layout == LowRankLayout::channel &&
+                        !layer.mask && !layer.bits,
+                    "plan: layer '", layer.name,
+                    "' keeps none of its inputs, and so takes no gather, rank, layout, mask or bits");
 }
 
 void check_lstm(const LayerPlan& layer) {

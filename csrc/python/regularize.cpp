@@ -41,6 +41,13 @@ void bind_regularizer(py::module_& module) {
   py::class_<Projection>(module, "Projection")
       .def_readonly("parameters", &Projection::parameters)
       .def_readonly("values", &Projection::values)
+      .def_property_readonly("factored",
+                             [](const Projection& self) {
+                               std::vector<bool> factored;
+                               for (const Storage& storage : self.storages)
+                                 factored.push_back(storage.form.has_value());
+                               return factored;
+                             })
       .def_readonly("bits", &Projection::bits)
       .def_readonly("dense_bits", &Projection::dense_bits);
   py::class_<Regularizer, std::shared_ptr<Regularizer>>(module, "Regularizer")

@@ -24,7 +24,9 @@ std::vector<Weight*> factored(std::vector<Weight>& weights,
   for (Weight& weight : weights) {
     const Factored found = describe(weight.value);
     if (found.entries >= weight.value.numel()) continue;
+    const bool inputs_pruned = weight.storage.inputs_pruned;
     weight.storage = Storage::dense(weight.value);
+    weight.storage.inputs_pruned = inputs_pruned;
     weight.storage.values = found.entries;
     weight.storage.factored = true;
     weight.storage.form = found.form;

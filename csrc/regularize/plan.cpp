@@ -44,8 +44,11 @@ void factor(LayerPlan& plan, const LayerSpec& spec, const LowRankForm& form) {
   if (weights_of(spec, plan) >= weights_of(spec, dense)) plan = dense;
 }
 
-// What rounding to the weight's type leaves of a product of factors, with room.
-double tolerance(const at::Tensor& weight) { return at::isReducedFloatingType(weight.scalar_type()) ? 2e-2 : 1e-3; }
+// What rounding to the weight's type leaves of a product of factors, with room; in float32 that may be TF32.
+double tolerance(const at::Tensor& weight) {
+  if (weight.scalar_type() == at::kDouble) return 1e-6;
+  return at::isReducedFloatingType(weight.scalar_type()) ? 2e-2 : 1e-3;
+}
 
 at::Tensor nearest(const LowRankForm& form, const at::Tensor& weight) {
   const NamedParameters alone = {{"", weight}};
@@ -84,7 +87,7 @@ CompressionPlan plan(const std::vector<LayerSpec>& model, const NamedParameters&
                       "', which is no layer of the model");
     LayerPlan layer = LayerPlan::unchanged(name, spec->kind, spec->in_channels, spec->out_channels);
     const std::optional<LowRankForm>& form = projection.storages[i].form;
-    if (gives_up_inputs(*spec)) {
+    if (projection.storages[i].inputs_pruned && gives_up_inputs(*spec)) {
       layer.kept_in = inputs_in_use(weight, form.has_value());
       if (std::cmp_less(layer.kept_in.size(), layer.in_channels)) layer.gather = layer.kept_in;
     }

@@ -31,7 +31,11 @@ void check_sparsity(const char* who, double sparsity) {
 // prunings, one bit for each weight says as well what both leave.
 void pruned(Weight& weight, int64_t kept, int64_t index_bits) {
   Storage& storage = weight.storage;
-  if (storage.factored) storage = Storage::dense(weight.value);
+  if (storage.factored) {
+    const bool inputs_pruned = storage.inputs_pruned;
+    storage = Storage::dense(weight.value);
+    storage.inputs_pruned = inputs_pruned;
+  }
   storage.values = std::min(storage.values, kept);
   const bool first = storage.index_bits == 0;
   storage.index_bits += index_bits;
@@ -244,6 +248,10 @@ void ChannelPruning::replace(std::vector<Weight>& weights) {
     for (size_t i = 0; i < members.size(); ++i) members[i]->value = values[i];
   }
   pruned(all);
+  for (Weight& weight : weights) {
+    const int64_t axis = axis_ < 0 ? axis_ + weight.value.dim() : axis_;
+    weight.storage.inputs_pruned = weight.storage.inputs_pruned || axis == 1;
+  }
 }
 
 }  // namespace cctorch::regularize

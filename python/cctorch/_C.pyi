@@ -261,6 +261,8 @@ class Outcome:
 class Projection:
     parameters: list[tuple[str, Tensor]]
     values: list[Tensor]
+    # Whether each is stored as factors that a layer can be built from.
+    factored: list[bool]
     bits: int
     dense_bits: int
 

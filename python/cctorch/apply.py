@@ -41,8 +41,8 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
         plan: e.g. from :func:`cctorch.collaborative.compress`.
         optimizer: its parameter groups are pointed to the new parameters in the same order. State of a parameter's
             shape (momentum, Adam's moments) is kept for the kept indices; factors of a decomposed layer start without.
-            ``torch.optim.LBFGS`` is refused, whose history is one vector over all parameters, and one that has no
-            parameter of ``model``.
+            ``torch.optim.LBFGS`` is refused, whose history is one vector over all parameters, and where a parameter
+            that is trained is replaced, one that has none of ``model``.
 
     Raises:
         ValueError: the plan does not fit the model, naming the layer, what was found and what was expected; or the
@@ -50,13 +50,15 @@ def apply(model: nn.Module, plan: CompressionPlan, optimizer: torch.optim.Optimi
         TypeError: ``plan`` is no plan.
     """
     check_plan(plan, "apply")
-    if optimizer is not None:
-        _check_optimizer(model, optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("apply: LBFGS keeps one history over all parameters; make it anew after apply(model, plan)")
     paths = owners(model)
     channels_last = is_channels_last(model)
     changed = [layer for layer in plan.layers if _changes_shape(layer)]
     edits = [_edit(model, layer, paths, channels_last) for layer in changed if layer.kind != "lstm"]
     edits += _recurrent_edits(model, [layer for layer in changed if layer.kind == "lstm"], paths)
+    if optimizer is not None and any(old.requires_grad for edit in edits for old in edit.successors):
+        _expect_optimizer_of(model, optimizer)
     successors: dict[Tensor, _Successor] = {}
     replaced: dict[nn.Module, nn.Module] = {}
     for edit in edits:
@@ -272,9 +274,7 @@ def _checked_module(model: nn.Module, layer: LayerPlan, paths: dict[int, list[st
     return module
 
 
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("apply: LBFGS keeps one history over all parameters; make it anew after apply(model, plan)")
+def _expect_optimizer_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in model.parameters()):
         raise ValueError(

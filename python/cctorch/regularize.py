@@ -12,8 +12,9 @@ same in both languages; docs/regularization-frequency.md has the formula, size i
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ from cctorch._C import (
     drop_idle_ranks,
     regularized_plan,
 )
+from cctorch.graph.model_graph import ModelGraph
 from cctorch.graph.trace import trace
 
 __all__ = [
@@ -243,16 +245,16 @@ def plan(
 ) -> CompressionPlan:
     """The plan by which :func:`cctorch.apply` makes the layers of ``model`` as small as ``regularizer`` has left them.
 
-    Factors of the ranks of :class:`SVD` (its view is the plan's ``layout``) and :class:`Tucker2`, where these are fewer
-    numbers than the weight; and, whatever the regularizer, no input channels of which all weights are zero, nor the
-    filters that nobody reads then. What the network computes stays as it is, to rounding. Masks and bits are not in it:
-    they make no layer smaller.
+    Factors of the ranks of :class:`SVD` (its view is the plan's ``layout``) and :class:`Tucker2`, where these save
+    numbers and multiply-accumulates; and none of the input channels that :class:`ChannelPruning` along dimension 1 set
+    to zero, nor the filters that nobody reads then. What the network computes stays as it is, to rounding. Masks and
+    bits are not in it: they make no layer smaller; groups of N:M shift where inputs go.
 
     Args:
         model: dense, its parameters as :meth:`Events.finish` or :meth:`Regularizer.apply` has left them.
         example: an input of the model, batch first, e.g. 1 x 3 x 32 x 32.
-        named_parameters: those that ``regularizer`` was given. Of layers that the graph cannot change, such as
-            grouped convolutions, the weights stay, with a warning.
+        named_parameters: those that ``regularizer`` was given. One of low rank that is no weight of a layer that can be
+            changed, as of a grouped convolution, stays as it is, with a warning.
         regularizer: Q. Its state stays as it is.
 
     Raises:
@@ -270,23 +272,38 @@ def plan(
         torch.Size([12, 12, 3, 3])
     """
     graph = trace(model, example)
-    acted_on = {id(parameter) for _, parameter in regularizer.select(list(named_parameters))}
+    layers = {id(weight): name for name, weight in _changeable(model, graph)}
     weights: list[tuple[str, Tensor]] = []
-    for spec in graph.specs:
-        try:
-            weight = model.get_parameter(spec.name if spec.kind == "lstm" else f"{spec.name}.weight")
-        except AttributeError:
-            continue  # of an operator that reads its weight elsewhere
-        if id(weight) not in acted_on:
-            continue
-        if spec.name in graph.left_alone:
-            warnings.warn(f"regularize.plan: layer '{spec.name}' cannot be changed and stays as it is", stacklevel=2)
-        else:
-            weights.append((spec.name, weight))
+    left: list[tuple[str, Tensor]] = []
+    for name, parameter in regularizer.select(list(named_parameters)):
+        layer = layers.get(id(parameter))
+        (left if layer is None else weights).append((layer or name, parameter))
+    for name in _factored(regularizer, left):
+        warnings.warn(
+            f"regularize.plan: {name!r} stays as it is, of low rank: it is no weight of a layer that can be changed",
+            stacklevel=2,
+        )
     found = regularized_plan(graph.specs, weights, regularizer)
     graph.channels.resolve(found)
     drop_idle_ranks(graph.specs, found)
     return found
+
+
+def _changeable(model: nn.Module, graph: ModelGraph) -> Iterator[tuple[str, Tensor]]:
+    """Layers that may be narrowed or factored, with their weights."""
+    for spec in graph.specs:
+        if spec.name in graph.left_alone or spec.groups > 1 or spec.kind == "batch_norm2d":
+            continue
+        with contextlib.suppress(AttributeError):  # an operator that reads its weight elsewhere
+            yield spec.name, model.get_parameter(spec.name if spec.kind == "lstm" else f"{spec.name}.weight")
+
+
+def _factored(regularizer: Regularizer, named_parameters: list[tuple[str, Tensor]]) -> list[str]:
+    """Names of those that it leaves of low rank."""
+    state = regularizer.state_dict()
+    projection = regularizer.project(named_parameters)
+    regularizer.load_state_dict(state)
+    return [name for (name, _), is_so in zip(projection.parameters, projection.factored, strict=True) if is_so]
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer | None) -> set[int]:

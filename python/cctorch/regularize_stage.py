@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -106,6 +107,25 @@ class RegularizeStage:
     def plan(self, model: nn.Module, names: list[str], example: Tensor) -> CompressionPlan:
         """Of `model`, whole and dense, after the last event."""
         return plan(model, example, located(model, names), self.regularizer)
+
+    def expect_all_smaller(self, dense: nn.Module, names: list[str], example: Tensor) -> None:
+        """Raises ConfigError where training that follows would undo what Q does to a parameter, as no layer of `dense`,
+        whose weights don't matter, becomes smaller for it."""
+        acted_on = located(dense, names)
+        q, state = self.regularizer, self.regularizer.state_dict()
+        smaller = [name for name, p in acted_on if (found := q.project([(name, p)])).bits < found.dense_bits]
+        q.apply(acted_on)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layers = {layer.name for layer in self.plan(dense, names, example).layers}
+        q.load_state_dict(state)
+        lost = [name for name in smaller if not {name, name.rpartition(".")[0]} & layers]
+        if lost or not smaller:
+            what = f"{lost[0]!r} would lose what the events do to it" if lost else "no layer becomes smaller"
+            raise ConfigError(
+                f"regularize.parameters: {what} in the training that follows; expected those of convolutions without "
+                "groups and linear layers alone, and a q that makes them smaller"
+            )
 
     def _record(self, event: Event | None) -> None:
         if event is not None:

@@ -121,7 +121,9 @@ class _Run(Trainer):
         names = select(self._fresh(), settings.parameters)
         if self.config.compress is None and self.state.plan is None:
             # The shapes are known already: one that does not fit Q is refused before any training.
-            RegularizeStage(settings, self.network.model, names, self.network.optimizer, {}, [])
+            stage = RegularizeStage(settings, self.network.model, names, self.network.optimizer, {}, [])
+            if self.config.finetune or self.config.quantize:
+                stage.expect_all_smaller(self._fresh(), names, self.feed.example(2).cpu())
         return names
 
     def _train_dense(self) -> None:
@@ -208,36 +210,40 @@ class _Run(Trainer):
         self.state.results["regularized"] = asdict(result)
         # Its events are over: what comes has other parameters.
         self.regularizing, self.state.regularization = None, {}
+        momentum = self.network.momentum()
         if self.config.regularize.apply and self.config.compress is None:
-            top1 = self._apply_regularized(stage, top1)
+            top1, momentum = self._apply_regularized(stage, top1)
         self._compressed(top1)
-        self._begin_next({})
+        self._begin_next(momentum)
 
-    def _apply_regularized(self, stage: RegularizeStage, top1: float) -> float:
-        """Rebuilds the layers that are smaller for what Q left of their weights. Returns the top-1."""
+    def _apply_regularized(self, stage: RegularizeStage, top1: float) -> tuple[float, dict[str, Tensor]]:
+        """Rebuilds the layers that are smaller for what Q left of their weights. Returns top-1 and momentum."""
         self.network.unwrap(self.blank, self.settings)
         example, dense = self.feed.example(2).to(self.device), self._fresh()
         found = distributed.on_main(lambda: stage.plan(self.network.model, self.regularized, example).to_json())
         plan = _C.CompressionPlan.from_json(found)
+        momentum = self.network.momentum()
         if not plan.layers:
             self.network.wrap(self.network.model)
-            return top1
-        smaller, specs = len(plan.layers), trace(dense, example.cpu()).specs
-        self.network.model = self.network.place(apply(self.network.model, plan))
+            return top1, momentum
+        smaller = sum(layer.kind != "batch_norm2d" for layer in plan.layers)
+        specs = trace(dense, example.cpu()).specs
+        self.network.model = self.network.place(apply(self.network.model, plan, self.network.optimizer))
         self.network.assert_identical("the layers as small as their weights")
         _C.set_bits(specs, plan, quantize_stage.bits_of(self.quantization))
         self.state.plan = plan.to_json()
         distributed.on_main(lambda: self.folder.write("plan.json", plan.to_json()))
         self.state.results |= counted(specs, plan)
+        momentum = self.network.momentum()
         self.network.wrap(self.network.model)
         top1 = self.network.accuracy(self.data.test)
         self.events.add("applied", "regularize", accuracy=top1)
         before, after = self.state.results["dense_macs"], self.state.results["final_macs"]
         self.log.line(
-            f"{smaller} layers as small as their weights: test top-1 {top1:.2f} %, "
+            f"{smaller} layers are as small as their weights: test top-1 {top1:.2f} %, "
             f"MACs {before / 1e6:.2f} M -> {after / 1e6:.2f} M"
         )
-        return top1
+        return top1, momentum
 
     def _prepare(self) -> None:
         """Every rank's scales start from the same weights."""

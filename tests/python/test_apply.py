@@ -361,6 +361,8 @@ def test_an_optimizer_of_another_model_is_refused_before_anything_changes() -> N
     with pytest.raises(ValueError, match="the optimizer has none of the parameters of this Sequential"):
         apply(model, plan, torch.optim.SGD(other.parameters(), lr=0.1))
     assert isinstance(model[0], nn.Linear)
+    apply(copy.deepcopy(model), CompressionPlan(), torch.optim.SGD(other.parameters(), lr=0.1))
+    apply(copy.deepcopy(model).requires_grad_(False), plan, torch.optim.SGD(other.parameters(), lr=0.1))
     apply(model, plan, torch.optim.SGD(model[1].parameters(), lr=0.1))
 
 

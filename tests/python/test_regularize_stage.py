@@ -16,7 +16,7 @@ from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
 from cctorch.graph import trace
 from cctorch.nn import LowRankConv2d
-from cctorch.regularize_stage import describe, located, select
+from cctorch.regularize_stage import RegularizeStage, describe, located, select
 from cctorch.report import page
 from cctorch.run import Summary
 from cctorch.status import status
@@ -301,6 +301,40 @@ def test_training_that_would_undo_the_events_is_refused(dataset: Path, tmp_path:
     stage = {**STAGE, **REFUSED[name]}
     with pytest.raises(ConfigError, match="regularize with finetune: expected one of them"):
         parse_config(tree(dataset, tmp_path, regularize=stage, compress=None))
+
+
+def test_events_that_make_no_layer_smaller_are_refused_before_training_follows(dataset: Path, tmp_path: Path) -> None:
+    stage = {**STAGE, "q": [{"kind": "svd", "rank": 1000}]}
+    with pytest.raises(ConfigError, match=r"parameters: no layer becomes smaller in the training that follows"):
+        run_quietly(parse_config(tree(dataset, tmp_path, regularize=stage, compress=None)))
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 16, 3))
+    settings = _config(dataset, tmp_path, q=LOW_RANK["channel"]).regularize
+    assert settings is not None
+    names = ["0.weight", "1.weight"]
+    begun = RegularizeStage(settings, model, names, torch.optim.SGD(model.parameters(), lr=0.1), {}, [])
+    with pytest.raises(ConfigError, match=r"'0\.weight' would lose what the events do to it"):
+        begun.expect_all_smaller(copy.deepcopy(model), names, torch.randn(2, 16, 7, 7))
+    begun.expect_all_smaller(copy.deepcopy(model), names[1:], torch.randn(2, 16, 7, 7))
+
+
+def test_momentum_of_what_stays_goes_on_after_the_events(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, begun = trainer.train_epoch, []
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        parallel, state = arguments[0], arguments[2].state
+        begun.append({name for name, p in parallel.named_parameters() if "momentum_buffer" in state.get(p, {})})
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "train_epoch", spy)
+    run_quietly(_trained_on(dataset, tmp_path))
+    # Two epochs of training, two of events, one of fine-tuning, in which factors are new, and one with codes.
+    assert not begun[0]
+    assert {"conv1.weight", "layer1.0.bn1.weight", "layer1.0.conv1.weight"} <= begun[2]
+    assert {"conv1.weight", "layer1.0.bn1.weight"} <= begun[4]
+    assert not any(name.endswith((".first", ".core", ".second")) for name in begun[4])
+    assert not begun[5]
 
 
 def test_pruned_inputs_leave_a_narrower_network(dataset: Path, tmp_path: Path) -> None:

@@ -128,11 +128,10 @@ def test_columns_of_zeros_narrow_the_network() -> None:
 
 def test_factors_of_what_is_left_of_the_inputs() -> None:
     torch.manual_seed(0)
-    layer, x = nn.Conv2d(16, 12, 3, bias=False).double(), torch.randn(1, 16, 5, 5, dtype=torch.float64)
+    model, x = nn.Sequential(nn.Conv2d(16, 12, 3, bias=False)).double(), torch.randn(1, 16, 5, 5, dtype=torch.float64)
     with torch.no_grad():
-        layer.weight[:, 4:] = 0
-    model = nn.Sequential(layer)
-    q = r.SVD(rank=6)
+        model[0].weight[:, 4:] *= 1e-3
+    q = r.Compose([r.ChannelPruning(0.75, axis=1), r.SVD(rank=6)])
     plan = regularized(model, q, x)
     found = plan.find("0")
     assert found is not None
@@ -141,11 +140,9 @@ def test_factors_of_what_is_left_of_the_inputs() -> None:
     torch.testing.assert_close(cctorch.apply(model, plan)(x), expected)
     # Factors of more numbers than the four columns have are none.
     wide = nn.Sequential(nn.Conv2d(16, 12, 1, bias=False))
-    with torch.no_grad():
-        wide[0].weight[:, 2:] = 0
-    dense = regularized(wide, r.SVD(rank=5), x.float()).find("0")
+    dense = regularized(wide, r.Compose([r.ChannelPruning(0.85, axis=1), r.SVD(rank=5)]), x.float()).find("0")
     assert dense is not None
-    assert (dense.kept_in, dense.rank) == ([0, 1], None)
+    assert (len(dense.kept_in), dense.rank) == (2, None)
 
 
 @pytest.mark.parametrize("layout", LOW_RANK)
@@ -193,8 +190,8 @@ def test_types_that_round(dtype: torch.dtype, layout: str) -> None:
     expected = model(x).float()
     smaller = cctorch.apply(model, plan)
     assert all(p.dtype == dtype for p in smaller.parameters())
-    limit = 1e-4 if dtype == torch.float32 else 0.1
-    assert (smaller(x).float() - expected).abs().max() < limit
+    limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert (smaller(x).float() - expected).norm() < limit * expected.norm()
 
 
 def test_momentum_goes_with_a_weight_that_is_factored() -> None:
@@ -230,21 +227,41 @@ def test_between_two_events_there_is_no_plan() -> None:
         r.plan(model, x, model.named_parameters(), events.regularizer)
     events.finish()
     assert r.plan(model, x, model.named_parameters(), events.regularizer).layers
+    # In float64 much less is seen.
+    model = model.double()
+    events = r.Events(model.named_parameters(), r.SVD(ratio=2.0), 100)
+    events.finish()
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.mul_(1 + 1e-5 * torch.randn_like(model.layer1[0].conv1.weight))
+    with pytest.raises(ValueError, match=r"layer 'layer1\.0\.conv1' is not of the rank"):
+        r.plan(model, x.double(), model.named_parameters(), events.regularizer)
 
 
 def test_what_makes_no_layer_smaller_gives_an_empty_plan() -> None:
     torch.manual_seed(0)
-    leave: list[r.Regularizer] = [r.UniformQuantization(4), r.WeightDecay(0.1), r.NMPruning(2, 4), r.TiledSVD(4, 1)]
+    spoilers = (r.UniformNoise(0.1), r.MagnitudePruning(0.3), r.CodebookQuantization(3))
+    leave: list[r.Regularizer] = [
+        *(r.UniformQuantization(4), r.WeightDecay(0.1), r.UniformNoise(0.1), r.NMPruning(2, 4), r.TiledSVD(4, 1)),
+        *(r.CodebookQuantization(2), r.BinaryCodeQuantization(2), r.MagnitudePruning(0.99), r.ChannelPruning(0.5)),
+        *(r.Compose([r.SVD(ratio=2.0), spoiler]) for spoiler in spoilers),
+    ]
     for q in leave:
         model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3))
         assert regularized(model, q, torch.randn(1, 8, 6, 6)).layers == []
 
 
-def test_a_grouped_convolution_stays_with_a_warning() -> None:
-    model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 16, 3))
-    with pytest.warns(UserWarning, match="layer '0' cannot be changed"):
-        plan = regularized(model, r.SVD(ratio=2.0), torch.randn(1, 16, 7, 7))
-    assert [layer.name for layer in plan.layers] == ["1"]
+def test_what_no_layer_is_made_of_stays_with_a_warning() -> None:
+    q, x = r.SVD(ratio=1.1), torch.randn(1, 16, 9, 9)
+    grouped, depthwise = nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 16, 3, groups=16)
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3))
+    for layer, named in (
+        (grouped, "0.weight"),
+        (depthwise, "0.weight"),
+        (normed, r"0.parametrizations\.weight\.original1"),
+    ):
+        with pytest.warns(UserWarning, match=f"'{named}' stays as it is, of low rank"):
+            plan = regularized(nn.Sequential(layer, nn.Conv2d(16, 16, 3)), q, x)
+        assert [layer.name for layer in plan.layers] == ["1"]
 
 
 @pytest.mark.parametrize("layout", LOW_RANK)

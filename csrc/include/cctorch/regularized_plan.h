@@ -12,10 +12,11 @@ class Module;
 namespace cctorch::regularize {
 
 // The plan by which apply() makes layers as small as Q has left their weights: factors of the ranks of SVD and Tucker2
-// where these are fewer numbers, and no input channels of which all weights are zero (one stays). What the network
-// computes stays as it is, to rounding. Masks and bits are not in it: they make no layer smaller. `weights` are those
-// that Q acted on, under the names of `model`'s layers; those of grouped convolutions and normalizations stay.
-// A layer that gives up inputs gathers the others, until ChannelGraph::resolve has removed the filters nobody reads.
+// where these are fewer numbers, and none of the input channels that ChannelPruning along dimension 1 set to zero (one
+// stays). What the network computes stays as it is, to rounding. Masks and bits are not in it: they make no layer
+// smaller. `weights` are those that Q acted on, under the names of `model`'s layers; those of grouped convolutions and
+// normalizations stay. A layer that gives up inputs gathers the others, until ChannelGraph::resolve has removed the
+// filters nobody reads; drop_idle_ranks then drops factors that save nothing any more.
 //
 // Throws c10::ValueError naming a layer whose weight is not of the rank that Q gives it: finish() the events first. Q's
 // state is as before.

@@ -37,6 +37,7 @@ struct Storage {
   int64_t table_bits = 0;  // scales, codebooks
   bool factored = false;   // `values` are the entries of factors: lost when single weights change
   std::optional<LowRankForm> form = std::nullopt;  // of factors that a layer can be built from
+  bool inputs_pruned = false;                      // slices along dimension 1 are zero that a layer needs not read
 
   static Storage dense(const at::Tensor& parameter);
   int64_t bits() const { return values * bits_per_value + index_bits + table_bits; }

@@ -208,6 +208,15 @@ TEST_F(RefusalTest, StateOfAnotherOptimizer) {
   EXPECT_FALSE(model->conv2->plan());
 }
 
+TEST(Apply, WhatTrainsNothingNeedsNoOptimizer) {
+  TinyNet model, other;
+  torch::optim::SGD optimizer(other->parameters(), 0.1);
+  cctorch::apply(*model, {}, &optimizer);
+  for (const at::Tensor& parameter : model->parameters()) parameter.set_requires_grad(false);
+  cctorch::apply(*model, narrowing_plan(), &optimizer);
+  EXPECT_TRUE(model->conv2->plan());
+}
+
 TEST_F(RefusalTest, AnOptimizerOfAnotherModel) {
   TinyNet other;
   torch::optim::SGD optimizer(other->parameters(), 0.1);

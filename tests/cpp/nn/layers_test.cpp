@@ -7,6 +7,8 @@
 #include <limits>
 #include <sstream>
 
+#include "tests/cpp/refusal.h"
+
 namespace cctorch::nn {
 namespace {
 
@@ -403,6 +405,18 @@ TEST(Modules, LowRankLayoutsAtFullRankAreTheDenseLayer) {
   EXPECT_LT(difference(linear(rows), at::linear(rows, matrix, linear->bias)), 1e-11);
   EXPECT_THROW(LowRankConv2d(options, std::pair<int64_t, int64_t>(7, 4)), c10::Error);
   EXPECT_THROW(LowRankConv2d(options, 19, LowRankLayout::spatial), c10::Error);
+}
+
+TEST(Modules, FactorsAreOfTheWeightThatThePlanSays) {
+  LayerPlan plan = LayerPlan::unchanged("a", LayerKind::conv2d, 4, 6);
+  EXPECT_NE(cctorch::refusal([&] { factorize(doubles({6, 4, 3, 3}), plan); }).find("has no rank"), std::string::npos);
+  plan.rank = 2;
+  plan.layout = LowRankLayout::tucker;
+  EXPECT_NE(cctorch::refusal([&] { factorize(doubles({6, 4, 3, 3}), plan); }).find("or no rank_in"), std::string::npos);
+  plan.rank_in = 2;
+  EXPECT_EQ(factorize(doubles({6, 4, 3, 3}), plan).core.sizes(), at::IntArrayRef({2, 2, 3, 3}));
+  for (const at::Tensor& other : {doubles({6, 4}), doubles({6, 5, 3, 3}), doubles({4, 4, 3, 3}), doubles({6, 4, 3})})
+    EXPECT_NE(cctorch::refusal([&] { factorize(other, plan); }).find("expected that of layer 'a'"), std::string::npos);
 }
 
 TEST(Modules, LowRankEqualsTheProductOfItsFactors) {

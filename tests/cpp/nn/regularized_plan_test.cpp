@@ -131,7 +131,7 @@ TEST(RegularizedPlan, InputsOfZerosGoAndWithThemTheFiltersNobodyReads) {
 
 TEST(RegularizedPlan, ALayerOfZerosKeepsOneInput) {
   TinyNet model;
-  MagnitudePruning q(0.5);
+  ChannelPruning q(0.5, 1);
   const torch::NoGradGuard no_grad;
   model->conv2->weight.zero_();
   const CompressionPlan found = regularize::plan(*model, {{"conv2.weight", model->conv2->weight}}, q);
@@ -150,6 +150,18 @@ TEST(RegularizedPlan, WhatComesAfterAFactorizationDecides) {
   EXPECT_TRUE(rank_after({std::make_shared<MagnitudePruning>(0.3), svd()}));
   EXPECT_FALSE(rank_after({svd(), std::make_shared<MagnitudePruning>(0.3)}));
   EXPECT_FALSE(rank_after({svd(), std::make_shared<UniformQuantization>(4)}));
+}
+
+TEST(RegularizedPlan, OnlyPruningOfInputsGivesThemUp) {
+  TinyNet model;
+  {
+    const torch::NoGradGuard no_grad;
+    model->conv2->weight.index_fill_(1, torch::tensor({1, 4}), 0);
+  }
+  for (const std::shared_ptr<Regularizer>& q :
+       {std::shared_ptr<Regularizer>(std::make_shared<MagnitudePruning>(0.3)), {std::make_shared<NMPruning>(2, 4)}}) {
+    EXPECT_TRUE(regularize::plan(*model, {{"conv2.weight", model->conv2->weight}}, *q).layers.empty());
+  }
 }
 
 TEST(RegularizedPlan, OfFewInputsThatAreLeftACoreReadsAll) {

@@ -152,6 +152,12 @@ TEST(Plan, RanksFitTheirLayout) {
   EXPECT_NE(message(conv, 6, tucker, 5).find("rank_in = 5"), std::string::npos);
   EXPECT_NE(message(conv, 6, tucker, 0).find("rank_in = 0"), std::string::npos);
   EXPECT_NE(message(conv, 0, spatial, std::nullopt).find("rank = 0"), std::string::npos);
+  LayerPlan nothing = LayerPlan::unchanged("a", conv, 4, 6);
+  nothing.kept_in = nothing.kept_out = {};
+  nothing.layout = tucker;
+  nothing.rank_in = 5;
+  const std::string said = refusal([&] { CompressionPlan{.method = "", .layers = {nothing}}.validate(); });
+  EXPECT_NE(said.find("takes no gather, rank, layout"), std::string::npos) << said;
   const std::string text = R"({"cctorch_plan": 1, "method": "", "target": 0.0, "layers": [{"name": "a",
     "kind": "conv2d", "in_channels": 4, "out_channels": 6, "rank": 2, "layout": "diagonal"}]})";
   EXPECT_NE(refusal([&] { CompressionPlan::from_json(text); }).find("layout 'diagonal'"), std::string::npos);
