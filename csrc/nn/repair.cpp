@@ -74,11 +74,11 @@ at::Tensor bias_of(Compressible& layer) {
 
 template <typename Layer>
 Affine affine_of(const Layer& layer, Compressible* norm) {
-  return {layer.weight, layer.first, layer.second, layer.bias, norm_of(norm)};
+  return {layer.weight, layer.first, layer.second, layer.bias, norm_of(norm), layer.core};
 }
 
 Affine affine_of(Compressible& layer, Compressible* norm) {
-  if (reads_nothing(layer)) return {{}, {}, {}, bias_of(layer), norm_of(norm)};
+  if (reads_nothing(layer)) return {{}, {}, {}, bias_of(layer), norm_of(norm), {}};
   if (const auto* const convolution = dynamic_cast<nn::Conv2dImpl*>(&layer)) return affine_of(*convolution, norm);
   return affine_of(dynamic_cast<nn::LinearImpl&>(layer), norm);
 }

@@ -158,10 +158,7 @@ void Targets::choose() {
   };
   for (auto first = std::ranges::find_if(order_, changes); first != order_.end(); ++first) {
     const bool once = std::ranges::count(order_, *first) == 1;
-    const LayerPlan* const planned = plan_.find(names_.at(*first));
-    // Of other layouts the factors are not those of one matrix.
-    const bool is_matrix = planned == nullptr || planned->layout == LowRankLayout::channel;
-    if (once && is_matrix && !is_lstm(**first)) places_.push_back(place_of(*first));
+    if (once && !is_lstm(**first)) places_.push_back(place_of(*first));
   }
   for (const Place& place : places_) places_by_name_[place.layer] = &place;
   for (Spot& spot : spots_) {

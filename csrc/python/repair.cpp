@@ -67,18 +67,30 @@ void bind_repair(py::module_& module) {
          bool intercept) { return repair::reduced_rank(moments, weight, constant, rank, {ridge, intercept}); },
       py::arg("moments"), py::arg("weight"), py::arg("constant"), py::arg("rank"), py::arg("ridge") = Options{}.ridge,
       py::arg("intercept") = true, Release());
+  module.def(
+      "alternating_least_squares",
+      [](const Moments& moments, const at::Tensor& weight, const at::Tensor& constant, const at::Tensor& inner,
+         int64_t rank, double ridge, bool intercept) {
+        return repair::alternating_least_squares(moments, weight, constant, inner, rank, {ridge, intercept});
+      },
+      py::arg("moments"), py::arg("weight"), py::arg("constant"), py::arg("inner"), py::arg("rank"),
+      py::arg("ridge") = Options{}.ridge, py::arg("intercept") = true, Release());
   py::class_<Norm>(module, "Norm")
       .def(py::init<at::Tensor, at::Tensor, at::Tensor, at::Tensor, double>(), py::arg("weight"), py::arg("bias"),
            py::arg("running_mean"), py::arg("running_var"), py::arg("eps"));
   py::class_<Affine>(module, "Affine")
       .def(py::init([](const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& first,
                        const std::optional<at::Tensor>& second, const std::optional<at::Tensor>& bias,
-                       const std::optional<Norm>& norm) {
-             return Affine{weight.value_or(at::Tensor()), first.value_or(at::Tensor()), second.value_or(at::Tensor()),
-                           bias.value_or(at::Tensor()), norm};
+                       const std::optional<Norm>& norm, const std::optional<at::Tensor>& core) {
+             return Affine{weight.value_or(at::Tensor()),
+                           first.value_or(at::Tensor()),
+                           second.value_or(at::Tensor()),
+                           bias.value_or(at::Tensor()),
+                           norm,
+                           core.value_or(at::Tensor())};
            }),
            py::kw_only(), py::arg("weight") = py::none(), py::arg("first") = py::none(), py::arg("second") = py::none(),
-           py::arg("bias") = py::none(), py::arg("norm") = py::none())
+           py::arg("bias") = py::none(), py::arg("norm") = py::none(), py::arg("core") = py::none())
       .def_property_readonly("inputs", &Affine::inputs)
       .def_property_readonly("outputs", &Affine::outputs);
   module.def("fit_affine", &repair::fit, py::arg("affine"), py::arg("moments"), py::arg("ridge") = Options{}.ridge,

@@ -2,7 +2,10 @@
 #include <cctorch/repair.h>
 
 #include <algorithm>
+#include <functional>
 #include <tuple>
+
+#include "csrc/repair/alternating.h"
 
 namespace cctorch::repair {
 
@@ -68,24 +71,23 @@ double residual(const Problem& p, const at::Tensor& weight) {
   return std::max(0.0, (p.target.sum() + made.mul_(weight).sum()).item<double>());
 }
 
-at::Tensor minimizer(Problem& p, const at::Tensor& before, int64_t rank) {
+// What comes closest to `best` in the metric `regularized` = lower lower^T, among the weights that a layer can have.
+using Closest =
+    std::function<at::Tensor(const at::Tensor& best, const at::Tensor& regularized, const at::Tensor& lower)>;
+
+at::Tensor minimizer(Problem& p, const at::Tensor& before, const Closest& closest) {
   // Inputs that never change say nothing about the weight.
   if (p.ridge == 0) return before;
   const at::Tensor lower = factor(p);
-  at::Tensor best = at::cholesky_solve((p.cross + p.ridge * before).t(), lower).t();
-  if (rank >= std::min(best.size(0), best.size(1))) return best;
-  // |W' - W|^2 in the metric of the inputs is |(W' - W) L|^2, so the best W' of a rank is a truncation of W L.
-  const at::Tensor seen = at::mm(best, lower);
-  const at::Tensor basis = std::get<1>(at::linalg_eigh(at::mm(seen, seen.t()))).narrow(1, best.size(0) - rank, rank);
-  return at::mm(basis, at::mm(basis.t(), best));
+  return closest(at::cholesky_solve((p.cross + p.ridge * before).t(), lower).t(), p.regularized, lower);
 }
 
-Fit fit(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept, int64_t rank,
+Fit fit(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept, const Closest& closest,
         const Options& options) {
   check(moments, weight, intercept, options);
   const at::Tensor before = unfolded(weight), constant = intercept.detach().to(at::kDouble);
   Problem p = problem(moments, constant, options);
-  Fit found{minimizer(p, before, rank), constant, 0.0, 0.0};
+  Fit found{minimizer(p, before, closest), constant, 0.0, 0.0};
   double without = residual(p, before), with = residual(p, found.weight);
   // Rounding: an exact weight has nothing to gain.
   if (!(with <= without)) {
@@ -107,13 +109,30 @@ Fit fit(const Moments& moments, const at::Tensor& weight, const at::Tensor& inte
 
 Fit least_squares(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept,
                   const Options& options) {
-  return fit(moments, weight, intercept, weight.size(0), options);
+  const Closest any = [](const at::Tensor& best, const at::Tensor&, const at::Tensor&) { return best; };
+  return fit(moments, weight, intercept, any, options);
 }
 
 Fit reduced_rank(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept, int64_t rank,
                  const Options& options) {
   TORCH_CHECK_VALUE(rank >= 1, "repair: rank = ", rank, ", expected at least 1");
-  return fit(moments, weight, intercept, rank, options);
+  const Closest truncated = [rank](const at::Tensor& best, const at::Tensor&, const at::Tensor& lower) {
+    return truncate(best, lower, rank);
+  };
+  return fit(moments, weight, intercept, truncated, options);
+}
+
+Fit alternating_least_squares(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept,
+                              const at::Tensor& inner, int64_t rank, const Options& options) {
+  TORCH_CHECK_VALUE(rank >= 1, "repair: rank = ", rank, ", expected at least 1");
+  const int64_t inputs = moments.cross_moment().size(1);
+  TORCH_CHECK_VALUE(inner.dim() == 3 && inner.numel() > 0 && inputs % (inner.size(1) * inner.size(2)) == 0,
+                    "repair: an inner factor of shape ", inner.sizes(), ", expected rank x channels x columns of ",
+                    inputs, " inputs");
+  const Closest factored = [&](const at::Tensor& best, const at::Tensor& regularized, const at::Tensor&) {
+    return alternate(best, regularized, inner.detach().to(best.options()), rank);
+  };
+  return fit(moments, weight, intercept, factored, options);
 }
 
 }  // namespace cctorch::repair

@@ -415,6 +415,7 @@ class Affine:
         second: Tensor | None = None,
         bias: Tensor | None = None,
         norm: Norm | None = None,
+        core: Tensor | None = None,
     ) -> None: ...
 
 def fit_affine(affine: Affine, moments: Moments, ridge: float = 1e-5) -> Fit: ...
@@ -422,6 +423,15 @@ def input_samples(x: Tensor, window: Window, step: int = 1, first_image: int = 0
 def output_samples(y: Tensor, step: int = 1, first_image: int = 0) -> Tensor: ...
 def least_squares(
     moments: Moments, weight: Tensor, constant: Tensor, ridge: float = 1e-5, intercept: bool = True
+) -> Fit: ...
+def alternating_least_squares(
+    moments: Moments,
+    weight: Tensor,
+    constant: Tensor,
+    inner: Tensor,
+    rank: int,
+    ridge: float = 1e-5,
+    intercept: bool = True,
 ) -> Fit: ...
 def reduced_rank(
     moments: Moments, weight: Tensor, constant: Tensor, rank: int, ridge: float = 1e-5, intercept: bool = True

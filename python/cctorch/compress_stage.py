@@ -16,7 +16,7 @@ from cctorch.gradients import Progress
 from cctorch.graph import trace
 from cctorch.log import Log
 from cctorch.network import Network
-from cctorch.repair import repair
+from cctorch.repair_stage import repaired
 from cctorch.store import Events, Folder
 from cctorch.summary import search_results
 
@@ -100,7 +100,8 @@ class CompressStage:
         self.network.assert_identical("the compressed layers")
         self._reestimate(events, log, results)
         if self.settings.repair:
-            self._repair(found.plan, dense(), events, log, results)
+            images = self.images.head(self.settings.repair_images, self.seed)
+            repaired(self.network, found.plan, dense(), images, self.dataset, "compress", events, log, results)
         return found.plan
 
     def _reestimate(self, events: Events, log: Log, results: dict[str, Any]) -> None:
@@ -116,21 +117,6 @@ class CompressStage:
             events.add("reestimated", "compress", accuracy=top1)
             log.line(f"BatchNorm statistics re-estimated: test top-1 {top1:.2f} %")
             results["top1_reestimated"] = top1
-
-    def _repair(
-        self, plan: _C.CompressionPlan, dense: nn.Module, events: Events, log: Log, results: dict[str, Any]
-    ) -> None:
-        images = self.images.head(self.settings.repair_images, self.seed)
-        batches = images.block(distributed.rank(), distributed.world_size())
-        with log.stages() as progress:
-            repaired = repair(self.network.model, dense, plan, batches, progress=progress, across_ranks=True)
-        for warning in repaired.warnings:
-            log.warning(warning)
-        seconds = repaired.seconds
-        top1 = self.network.accuracy(self.dataset.test)
-        events.add("repaired", "compress", accuracy=top1, seconds=seconds)
-        log.line(f"weights fitted to the dense model's outputs in {seconds:.1f} s: test top-1 {top1:.2f} %")
-        results |= {"top1_repaired": top1, "repair_seconds": seconds}
 
 
 def check_names(model: nn.Module, example: Tensor, settings: Compress) -> None:

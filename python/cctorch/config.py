@@ -170,6 +170,9 @@ class Regularize(Training):
     clear_momentum: bool = False
     # After the last event: layers as small as Q has left their weights. Only where there is no `compress`.
     apply: bool = True
+    # Then fit their weights to the outputs of the dense model, as after `compress`, on so many images.
+    repair: bool = False
+    repair_images: int = Field(default=4000, ge=1)
 
     @property
     def survives_training(self) -> bool:
@@ -285,6 +288,11 @@ class Config(Section):
             raise ValueError("compress, regularize and quantize are null: expected a section for at least one of them")
         events = self.regularize
         after = self.stages[self.stages.index("regularize") + 1] if events else "measure"
+        if events and events.repair and (self.compress is not None or not events.survives_training):
+            raise ValueError(
+                "regularize.repair: expected where events end in smaller layers: compress: null, apply: true, and the "
+                "last q svd or tucker2, or all of them channel_pruning with axis: 1"
+            )
         if events and after != "measure" and (self.compress is not None or not events.survives_training):
             raise ValueError(
                 f"regularize with {after}: expected one of them, since training that follows events undoes them, "

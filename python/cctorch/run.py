@@ -24,6 +24,7 @@ from cctorch.interruption import Interruption
 from cctorch.log import Log
 from cctorch.prepare import convert, prepare
 from cctorch.regularize_stage import RegularizeStage, select
+from cctorch.repair_stage import repaired
 from cctorch.session import locked, logged
 from cctorch.store import Events, Folder, Steps, build, load_model
 from cctorch.summary import Summary, counted, show
@@ -218,6 +219,8 @@ class _Run(Trainer):
 
     def _apply_regularized(self, stage: RegularizeStage, top1: float) -> tuple[float, dict[str, Tensor]]:
         """Rebuilds the layers that are smaller for what Q left of their weights. Returns top-1 and momentum."""
+        settings = self.config.regularize
+        assert settings
         self.network.unwrap(self.blank, self.settings)
         example, dense = self.feed.example(2).to(self.device), self._fresh()
         found = distributed.on_main(lambda: stage.plan(self.network.model, self.regularized, example).to_json())
@@ -234,8 +237,6 @@ class _Run(Trainer):
         self.state.plan = plan.to_json()
         distributed.on_main(lambda: self.folder.write("plan.json", plan.to_json()))
         self.state.results |= counted(specs, plan)
-        momentum = self.network.momentum()
-        self.network.wrap(self.network.model)
         top1 = self.network.accuracy(self.data.test)
         self.events.add("applied", "regularize", accuracy=top1)
         before, after = self.state.results["dense_macs"], self.state.results["final_macs"]
@@ -243,6 +244,16 @@ class _Run(Trainer):
             f"{smaller} layers are as small as their weights: test top-1 {top1:.2f} %, "
             f"MACs {before / 1e6:.2f} M -> {after / 1e6:.2f} M"
         )
+        if settings.repair:
+            images = self.feed.batches(self.data.train, settings.batch_size).head(
+                settings.repair_images, self.config.seed
+            )
+            teacher, results = self.dense(), self.state.results
+            top1 = repaired(
+                self.network, plan, teacher, images, self.data, "regularize", self.events, self.log, results
+            )
+        momentum = self.network.momentum()
+        self.network.wrap(self.network.model)
         return top1, momentum
 
     def _prepare(self) -> None:

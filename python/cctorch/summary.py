@@ -60,6 +60,7 @@ class Summary:
     # Of Collaborative Compression, where there was one.
     top1_compressed: float | None = None
     top1_reestimated: float | None = None
+    # Of that, or of the smaller layers that events have led to.
     top1_repaired: float | None = None
     repair_seconds: float | None = None
     gradient_seconds: float = 0.0
@@ -145,8 +146,14 @@ def show(summary: Summary, log: Log) -> None:
             f"({found['top1_between']:.2f} % before it); where Q acts {found['dense_bits'] / 8e6:.3f} MB -> "
             f"{found['bits'] / 8e6:.3f} MB, {found['dense_bits'] / found['bits']:.2f} to 1"
         )
+        if summary.top1_compressed is None and summary.top1_repaired is not None:
+            log.line(f"in smaller layers: {repaired_text(asdict(summary))}")
     if summary.quantized is not None:
         log.line(quantized_text(summary.quantized))
+
+
+def repaired_text(summary: dict[str, Any]) -> str:
+    return f"{summary['top1_repaired']:.2f} % repaired in {summary['repair_seconds']:.1f} s"
 
 
 def bits_text(quantized: dict[str, Any]) -> str:
@@ -179,7 +186,7 @@ def _show_search(summary: Summary, log: Log) -> None:
         else ""
     )
     if summary.top1_repaired is not None:
-        restored += f", {summary.top1_repaired:.2f} % repaired in {summary.repair_seconds:.1f} s"
+        restored += f", {repaired_text(asdict(summary))}"
     log.line(f"right after compression: {summary.top1_compressed:.2f} %{restored}")
     log.line(
         f"reduction of MACs: {1 - summary.nominal_macs / summary.before.macs:.1%} nominal, "

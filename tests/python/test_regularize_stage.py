@@ -11,7 +11,7 @@ from typing import Any
 import cctorch
 import pytest
 import torch
-from cctorch import CompressionPlan, branches, measure, measure_stage, models, report, store, trainer
+from cctorch import CompressionPlan, branches, data, datasets, measure, measure_stage, models, report, store, trainer
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
 from cctorch.graph import trace
@@ -286,6 +286,41 @@ def test_what_follows_the_events_goes_on_after_an_interruption(
     first, second = deliverable(trained_on[0]), deliverable(settings)
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("layout", LOW_RANK)
+def test_smaller_layers_are_fitted_to_the_dense_model(dataset: Path, tmp_path: Path, layout: str) -> None:
+    stage = {"q": LOW_RANK[layout], "epochs": 0}
+    plain, fitted = (
+        run_quietly(_config(dataset, tmp_path / name, **stage, **more))
+        for name, more in (("plain", {}), ("fitted", {"repair": True, "repair_images": 80}))
+    )
+    assert plain.top1_repaired is None
+    assert fitted.top1_repaired == fitted.after.top1
+    assert fitted.after.macs == plain.after.macs
+    settings = [_config(dataset, tmp_path / name) for name in ("plain", "fitted")]
+    folders = [store.Folder(each.folder) for each in settings]
+    events = [json.loads(line)["event"] for line in (folders[1].path / "metrics.jsonl").read_text().splitlines()]
+    assert events[-3:] == ["regularized", "applied", "repaired"]
+    files = [folder.deliverable(settings[0].checkpoint) for folder in folders]
+    far, near, teacher = (store.load_model(file)[0].eval() for file in (*files, folders[0].dense))
+    images = datasets.load(settings[0].data, settings[0].seed)
+    x, _ = next(iter(data.Batches(images.train, len(images.train), images.mean, images.std)))
+    with torch.no_grad():
+        errors = [float((model(x) - teacher(x)).square().mean()) for model in (far, near)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("compress", "changes"),
+    [(False, {}), (False, {"q": LOW_RANK["channel"], "apply": False}), (True, {"q": LOW_RANK["channel"]})],
+    ids=["masks", "layers of full size", "beside compress"],
+)
+def test_repair_of_layers_that_stay_as_large_is_refused(
+    dataset: Path, tmp_path: Path, compress: bool, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"regularize\.repair: expected where events end in smaller layers"):
+        _config(dataset, tmp_path, compress=compress, repair=True, **changes)
 
 
 REFUSED: dict[str, dict[str, Any]] = {

@@ -265,22 +265,44 @@ def test_what_no_layer_is_made_of_stays_with_a_warning() -> None:
 
 
 @pytest.mark.parametrize("layout", LOW_RANK)
-def test_repair_leaves_factors_of_other_layouts(layout: str) -> None:
+def test_repair_fits_factors_of_every_layout(layout: str) -> None:
     torch.manual_seed(0)
-    dense = models.create("resnet8").eval()
+    dense = models.create("resnet8").double().eval()
     model = copy.deepcopy(dense)
-    x = torch.randn(8, 3, 16, 16)
+    x = torch.randn(40, 3, 16, 16, dtype=torch.float64)
     plan = regularized(model, LOW_RANK[layout](), x)
-    model = cctorch.apply(model, plan)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    result = cctorch.repair(model, dense, plan, [(x, torch.zeros(8, dtype=torch.long))])
-    fitted = {fit.name for fit in result.layers}
-    factored = {layer.name for layer in plan.layers if layer.layout != "channel"}
-    assert fitted
-    assert not fitted & factored
+    cctorch.apply(model, plan).eval()
+
+    def error() -> float:
+        with torch.no_grad():
+            return float((model(x) - dense(x)).square().mean())
+
+    before, shapes = error(), {key: value.shape for key, value in model.state_dict().items()}
+    result = cctorch.repair(model, dense, plan, [(x, torch.zeros(40, dtype=torch.long))], step=1)
+    fitted = {fit.name: fit for fit in result.layers}
+    factored = [layer.name for layer in plan.layers if layer.rank is not None]
+    assert factored
     for name in factored:
-        after = model.get_submodule(name).state_dict()
-        assert all(torch.equal(value, before[f"{name}.{key}"]) for key, value in after.items())
+        assert fitted[name].after < fitted[name].before
+    assert error() < 0.5 * before
+    assert {key: value.shape for key, value in model.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("layout", LOW_RANK)
+def test_repair_finds_the_outer_factors_of_right_inner_ones(layout: str) -> None:
+    """By the dense model, whose weights have that rank: what follows the first factor had become something else."""
+    torch.manual_seed(0)
+    dense = models.create("resnet8").double().eval()
+    x = torch.randn(40, 3, 16, 16, dtype=torch.float64)
+    plan = regularized(dense, LOW_RANK[layout](), x)
+    model = cctorch.apply(copy.deepcopy(dense), plan).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".second", ".core")):
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    cctorch.repair(model, dense, plan, [(x, torch.zeros(40, dtype=torch.long))], step=1, ridge=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
 
 
 def test_plans_are_copied() -> None:

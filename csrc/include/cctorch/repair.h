@@ -80,6 +80,15 @@ Fit least_squares(const Moments& moments, const at::Tensor& weight, const at::Te
 Fit reduced_rank(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept, int64_t rank,
                  const Options& options = {});
 
+// A small one, not surely the smallest, among weights of the form W[n, (c, i, j)] = sum_r outer[n, r, i] inner[r, c,
+// j], outer as N x (r i) of at most `rank`: of a Tucker-2 convolution c are the inputs, i the kernel's positions, and
+// outer is made of the core and the outputs' factor; of two one-dimensional kernels i is the one's, j the other's
+// position. By alternating least squares: the best outer factor for the inner one, conjugate gradients for the inner
+// one. Starts from `inner`, r x C x J, whose best outer factor is at least as good as that of `weight`, if that has
+// this form.
+Fit alternating_least_squares(const Moments& moments, const at::Tensor& weight, const at::Tensor& intercept,
+                              const at::Tensor& inner, int64_t rank, const Options& options = {});
+
 // A batch normalization in evaluation mode. All N.
 struct Norm {
   at::Tensor weight, bias, running_mean, running_var;
@@ -87,22 +96,23 @@ struct Norm {
 };
 
 // A layer and the normalization that reads its output, if there is one: together an affine function of the layer's
-// unfolded input. Either `weight` (N x ...) is defined, or `first` (r x ...) and `second` (N x r, or N x r x 1 x 1), or
-// none of them: a layer that reads nothing and gives its bias everywhere, all that is left of a removed branch.
+// unfolded input. Either `weight` (N x ...) is defined, or the factors of one of the layouts of LowRankLayout, or none
+// of them: a layer that reads nothing and gives its bias everywhere, all that is left of a removed branch.
 struct Affine {
-  at::Tensor weight, first, second;
-  at::Tensor bias;  // N, or undefined
-  std::optional<Norm> norm;
+  at::Tensor weight{}, first{}, second{};
+  at::Tensor bias{};  // N, or undefined
+  std::optional<Norm> norm{};
+  at::Tensor core{};  // between `first` and `second`, of the layout tucker
 
   int64_t inputs() const;   // P
   int64_t outputs() const;  // N
 };
 
-// least_squares() or, of factors, reduced_rank() of the whole function, whose present one is where it starts. What is
-// found is written into the tensors, unless it is no better. The statistics of the normalization become those of the
-// samples, its scale and shift what gives the wanted function with them: a training step, which normalizes by the
-// batch's own statistics, goes on from the function that was fitted. Of a layer that reads nothing the bias, or the
-// normalization's, becomes the mean of the wanted outputs.
+// least_squares() or, of factors, reduced_rank() or alternating_least_squares() of the whole function, whose present
+// one is where it starts. What is found is written into the tensors, unless it is no better. The statistics of the
+// normalization become those of the samples, its scale and shift what gives the wanted function with them: a training
+// step, which normalizes by the batch's own statistics, goes on from the function that was fitted. Of a layer that
+// reads nothing the bias, or the normalization's, becomes the mean of the wanted outputs.
 Fit fit(const Affine& affine, const Moments& moments, double ridge = Options().ridge);
 
 }  // namespace cctorch::repair

@@ -47,5 +47,6 @@ def affine_of(layer: Layer | Constant, norm: _BatchNorm | None) -> _C.Affine:
     if isinstance(layer, Constant):
         return _C.Affine(bias=layer.bias, norm=behind)
     if isinstance(layer, LowRankConv2d | LowRankLinear):
-        return _C.Affine(first=layer.first, second=layer.second, bias=layer.bias, norm=behind)
+        core = getattr(layer, "core", None)
+        return _C.Affine(first=layer.first, core=core, second=layer.second, bias=layer.bias, norm=behind)
     return _C.Affine(weight=layer.weight, bias=layer.bias, norm=behind)

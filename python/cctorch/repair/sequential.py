@@ -51,6 +51,8 @@ def repair(
 
         sum |W x + b - y|^2 + ridge |W - W_0|^2
 
+    (of the layouts `spatial` and `tucker` alternating least squares come close to it)
+
     where x are the unfolded inputs that the compressed and already repaired layers before it give, y the outputs of the
     dense layer, both behind the BatchNorm if there is one, which then also takes the intercept b. Where the output is
     added to a shortcut, y is the dense model's sum minus the compressed shortcut, so that errors do not add up along
@@ -137,8 +139,8 @@ class _Sampling:
 def _from_first_change(places: list[Place], plan: CompressionPlan) -> list[Place]:
     # By apply(); masks and bits, which a plan may also have, act later.
     changed = {module_of(layer) for layer in plan.layers if not layer.keeps_shape}
-    # Of these the factors are not those of one matrix, or their inputs change with every step.
-    left = {module_of(layer) for layer in plan.layers if layer.kind == "lstm" or layer.layout != "channel"}
+    # Of these the inputs change with every step.
+    left = {module_of(layer) for layer in plan.layers if layer.kind == "lstm"}
     first = next((i for i, place in enumerate(places) if place.layer in changed), len(places))
     return [place for place in places[first:] if place.layer not in left]
 

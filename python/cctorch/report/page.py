@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from cctorch.report import Record, plots
-from cctorch.summary import Point, bits_text, predicted_against_measured, quantized_text
+from cctorch.summary import Point, bits_text, predicted_against_measured, quantized_text, repaired_text
 
 _STYLE = """
 :root { color-scheme: light; --ink: #26303b; --soft: #66717e; --rule: #e3e7ec; --blue: #2563a8; --orange: #d9772b; }
@@ -165,16 +165,15 @@ def _subtitle(summary: dict[str, Any]) -> str:
 def _note(summary: dict[str, Any]) -> str:
     if summary["top1_compressed"] is None:
         smaller = any(layer["macs_after"] < layer["macs_before"] for layer in summary["layers"])
-        return (
-            "Layers as small as the last event left their weights."
-            if smaller
-            else "Layers of the dense model's shapes."
-        )
+        if not smaller:
+            return "Layers of the dense model's shapes."
+        note = "Layers as small as the last event left their weights"
+        return f"{note}." if summary["top1_repaired"] is None else f"{note}; {repaired_text(summary)}."
     text = f"Right after compression: {summary['top1_compressed']:.2f} %"
     if summary["top1_reestimated"] is not None:
         text += f", {summary['top1_reestimated']:.2f} % with BatchNorm statistics re-estimated"
     if summary["top1_repaired"] is not None:
-        text += f", {summary['top1_repaired']:.2f} % repaired in {summary['repair_seconds']:.1f} s"
+        text += f", {repaired_text(summary)}"
     if summary["latency_budget"] is not None:
         searched = predicted_against_measured(summary["target"], summary["latency_budget"])
         text += f". In the search, {searched}"
