@@ -16,6 +16,8 @@ void check_options(const Options& options) {
   TORCH_CHECK_VALUE(options.max_rate > 0 && options.max_rate < 1, "compress: max_rate = ", options.max_rate,
                     ", expected above 0 and below 1");
   TORCH_CHECK_VALUE(options.multiple >= 1, "compress: multiple = ", options.multiple, ", expected at least 1");
+  TORCH_CHECK_VALUE(options.layout != LowRankLayout::tucker,
+                    "compress: layout = tucker, expected channel or spatial: singular values are those of a matrix");
   TORCH_CHECK_VALUE(options.effort > 0, "compress: effort = ", options.effort, ", expected more than 0");
 }
 

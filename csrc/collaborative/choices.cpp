@@ -8,6 +8,7 @@
 #include "csrc/collaborative/cost.h"
 #include "csrc/collaborative/for_each_layer.h"
 #include "csrc/collaborative/heuristic.h"
+#include "csrc/collaborative/matrix.h"
 #include "csrc/collaborative/running_layer.h"
 
 namespace cctorch::collaborative {
@@ -15,7 +16,7 @@ namespace cctorch::collaborative {
 namespace {
 
 // The last channels to go were the most valuable: they come back first.
-LayerPlan plan_of(const Layer& layer, const RunningLayer& running, const Form& form) {
+LayerPlan plan_of(const Layer& layer, const RunningLayer& running, const Form& form, const Options& options) {
   const LayerSpec& spec = layer.spec;
   LayerPlan plan = LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels);
   plan.kept_in = running.kept_channels();
@@ -23,7 +24,10 @@ LayerPlan plan_of(const Layer& layer, const RunningLayer& running, const Form& f
   const int64_t returning = form.channels - static_cast<int64_t>(plan.kept_in.size());
   plan.kept_in.insert(plan.kept_in.end(), removed.end() - returning, removed.end());
   std::sort(plan.kept_in.begin(), plan.kept_in.end());
-  if (form.rank) plan.rank = std::min({*form.rank, spec.out_channels, form.channels * spec.kernel_size()});
+  if (form.rank) {
+    plan.rank = std::min({*form.rank, running.outputs(), form.channels * running.kernel_size()});
+    plan.layout = low_rank_layout(spec, options.layout);
+  }
   return plan;
 }
 
@@ -53,7 +57,7 @@ void walk_down(const Layer& layer, const RunningLayer& dense, const Cost& cost, 
     if (form.cost < floor) return;
     if (!(form.cost < last)) continue;
     last = form.cost;
-    LayerPlan plan = plan_of(layer, running, form);
+    LayerPlan plan = plan_of(layer, running, form, options);
     // A wide layer would be decomposed once more for it. What it has lost so far is about what it loses when deployed.
     const double loss = dense.share() > 0 ? running.loss() : loss_of(dense, plan);
     choices.push_back({form.cost, loss, std::move(plan)});
@@ -84,8 +88,8 @@ std::string left_alone(const std::string& layer, const std::vector<double>& loss
 
 LayerChoices removal_choices(const Layer& layer, const Options& options) {
   const LayerSpec& spec = layer.spec;
-  const Cost cost(spec, layer.table);
-  const RunningLayer dense(layer.weight, layer.gradient, options);
+  const Cost cost(as_matrix(spec, options), layer.table);
+  const RunningLayer dense(as_matrix(layer.weight, spec, options), as_matrix(layer.gradient, spec, options), options);
   LayerChoices found{spec.name, dense.largest_loss(), layer.importance, {}, layer.cost_before};
   found.choices.push_back(
       {cost.dense(), 0.0, LayerPlan::unchanged(spec.name, spec.kind, spec.in_channels, spec.out_channels)});

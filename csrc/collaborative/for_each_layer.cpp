@@ -11,6 +11,7 @@
 #include <numeric>
 #include <utility>
 
+#include "csrc/collaborative/matrix.h"
 #include "csrc/collaborative/running_layer.h"
 #include "csrc/largest_first.h"
 
@@ -30,7 +31,8 @@ Streams streams_of(const std::vector<Layer>& layers, const Options& options) {
   bool loaded = false;
   for (const Layer& layer : layers) {
     std::optional<c10::Stream>& stream = streams.emplace_back();
-    if (!layer.weight.is_cuda() || !(ranking_share(ranking_macs(layer.spec), options) > 0)) continue;
+    if (!layer.weight.is_cuda() || !(ranking_share(ranking_macs(as_matrix(layer.spec, options)), options) > 0))
+      continue;
     const c10::impl::VirtualGuardImpl device(layer.weight.device().type());
     for (const at::Tensor* read : {&layer.weight, &layer.gradient}) {
       if (read->is_cuda()) device.getStream(read->device()).synchronize();
@@ -45,7 +47,7 @@ void for_each_layer(const std::vector<Layer>& layers, const Streams& streams, st
                     const Options& options, const Progress& progress,
                     const std::function<void(size_t layer)>& function) {
   std::vector<double> costs;
-  for (const Layer& layer : layers) costs.push_back(ranking_macs(layer.spec));
+  for (const Layer& layer : layers) costs.push_back(ranking_macs(as_matrix(layer.spec, options)));
   std::vector<size_t> order(layers.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return costs[a] > costs[b]; });

@@ -92,7 +92,7 @@ RemovalPath removal_path(RunningLayer layer, double rate, const Options& options
   return path;
 }
 
-LayerPlan plan_at(const LayerSpec& spec, const RemovalPath& path, double rate) {
+LayerPlan plan_at(const LayerSpec& spec, const RemovalPath& path, double rate, const Options& options) {
   const double goal = goal_of(path, rate);
   const auto reached = std::find_if(path.steps.begin(), path.steps.end(),
                                     [&](const RemovalPath::Step& step) { return reaches(step, goal); });
@@ -101,7 +101,10 @@ LayerPlan plan_at(const LayerSpec& spec, const RemovalPath& path, double rate) {
   const std::set<int64_t> gone(path.order.begin(), path.order.begin() + step.channels_gone);
   std::erase_if(plan.kept_in, [&](int64_t channel) { return gone.contains(channel); });
   // Channels alone suffice: the weight is not decomposed, and loses nothing else.
-  if (step.rank && static_cast<double>(step.pruned_macs) > goal) plan.rank = step.rank;
+  if (step.rank && static_cast<double>(step.pruned_macs) > goal) {
+    plan.rank = step.rank;
+    plan.layout = low_rank_layout(spec, options.layout);
+  }
   return plan;
 }
 

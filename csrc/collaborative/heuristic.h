@@ -30,6 +30,6 @@ struct RemovalPath {
 RemovalPath removal_path(RunningLayer layer, double rate, const Options& options);
 
 // The first step that has given up `rate`, or the last one.
-LayerPlan plan_at(const LayerSpec& spec, const RemovalPath& path, double rate);
+LayerPlan plan_at(const LayerSpec& spec, const RemovalPath& path, double rate, const Options& options);
 
 }  // namespace cctorch::collaborative

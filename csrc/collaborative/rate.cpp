@@ -10,6 +10,7 @@
 
 #include "csrc/collaborative/checks.h"
 #include "csrc/collaborative/cost.h"
+#include "csrc/collaborative/matrix.h"
 
 namespace cctorch::collaborative {
 
@@ -115,7 +116,7 @@ RateCurve rate_curve(std::string name, RunningLayer& dense, const Options& optio
 }
 
 double highest_rate(const Layer& layer, const Options& options) {
-  const LayerSpec& spec = layer.spec;
+  const LayerSpec spec = as_matrix(layer.spec, options);
   const int64_t k = spec.kernel_size();
   const auto dense = static_cast<double>(spec.out_channels * spec.in_channels * k);
   const int64_t channels = options.units == Units::singular_values ? spec.in_channels : 1;

@@ -10,6 +10,7 @@
 #include "csrc/collaborative/cost.h"
 #include "csrc/collaborative/for_each_layer.h"
 #include "csrc/collaborative/heuristic.h"
+#include "csrc/collaborative/matrix.h"
 #include "csrc/collaborative/rate.h"
 #include "csrc/collaborative/running_layer.h"
 
@@ -41,9 +42,15 @@ struct Search::State {
     return result;
   }
 
+  RunningLayer running(const Layer& layer) const {
+    return {as_matrix(layer.weight, layer.spec, options), as_matrix(layer.gradient, layer.spec, options), options};
+  }
+
   void follow_choices(const Progress& progress) {
     if (options.budget != Budget::table) {
-      for (Layer& layer : layers) layer.table = counted_costs(layer.spec, options.budget, options.multiple);
+      for (Layer& layer : layers) {
+        layer.table = counted_costs(as_matrix(layer.spec, options), options.budget, options.multiple);
+      }
     }
     const auto start = Clock::now();
     choices = layer_choices(layers, options, progress);
@@ -65,7 +72,7 @@ struct Search::State {
     std::vector<std::optional<RunningLayer>> dense(layers.size());  // the wide ones, as decomposed for the curve
     const Streams streams = streams_of(layers, options);
     for_each_layer(layers, streams, "rate optimization", options, progress, [&](size_t l) {
-      RunningLayer layer(layers[l].weight, layers[l].gradient, options);
+      RunningLayer layer = running(layers[l]);
       curves[l] = rate_curve(layers[l].spec.name, layer, of_layer(layers[l].spec, options));
       if (layer.share() > 0) dense[l] = std::move(layer);
     });
@@ -74,7 +81,7 @@ struct Search::State {
     curve_seconds = seconds_since(start);
     start = Clock::now();
     for_each_layer(layers, streams, "multi-step heuristic", options, progress, [&](size_t l) {
-      if (!dense[l]) dense[l].emplace(layers[l].weight, layers[l].gradient, options);
+      if (!dense[l]) dense[l] = running(layers[l]);
       paths[l] = removal_path(std::move(*dense[l]), highest[l].allocated, of_layer(layers[l].spec, options));
       dense[l].reset();
     });
@@ -89,7 +96,7 @@ struct Search::State {
     for (size_t l = 0; l < layers.size(); ++l) {
       const RateCurve& curve = solution.curves[l];
       if (!(curve.b > 0)) solution.warnings.push_back(left_alone(curve.name, curve.loss));
-      solution.plan.layers.push_back(plan_at(layers[l].spec, paths[l], curve.allocated));
+      solution.plan.layers.push_back(plan_at(layers[l].spec, paths[l], curve.allocated, options));
     }
     solution.plan.validate();
     return solution;

@@ -62,7 +62,8 @@ collaborative::Search search(std::vector<collaborative::Layer> layers, double mo
 void bind_options(py::module_& module) {
   py::class_<Options>(module, "SolverOptions")
       .def(py::init([](double target, double gamma, double step_fraction, double max_rate, const std::string& units,
-                       const std::string& basis, const std::string& budget, int64_t multiple, double effort) {
+                       const std::string& basis, const std::string& budget, int64_t multiple, double effort,
+                       const std::string& layout) {
              return Options{target,
                             gamma,
                             step_fraction,
@@ -71,11 +72,12 @@ void bind_options(py::module_& module) {
                             parse(basis_names, "basis", basis),
                             parse(budget_names, "budget", budget),
                             multiple,
-                            effort};
+                            effort,
+                            parse(layout_names, "layout", layout)};
            }),
            py::arg("target") = 0.5, py::arg("gamma") = 0.9, py::arg("step_fraction") = 0.01, py::arg("max_rate") = 0.95,
            py::arg("units") = "both", py::arg("basis") = "fixed", py::arg("budget") = "macs", py::arg("multiple") = 1,
-           py::arg("effort") = Options{}.effort)
+           py::arg("effort") = Options{}.effort, py::arg("layout") = "channel")
       .def_readwrite("target", &Options::target)
       .def_readwrite("gamma", &Options::gamma)
       .def_readwrite("step_fraction", &Options::step_fraction)
@@ -88,6 +90,9 @@ void bind_options(py::module_& module) {
       .def_property(
           "basis", [](const Options& self) { return name_of(basis_names, self.basis); },
           [](Options& self, const std::string& text) { self.basis = parse(basis_names, "basis", text); })
+      .def_property(
+          "layout", [](const Options& self) { return name_of(layout_names, self.layout); },
+          [](Options& self, const std::string& text) { self.layout = parse(layout_names, "layout", text); })
       .def_property(
           "budget", [](const Options& self) { return name_of(budget_names, self.budget); },
           [](Options& self, const std::string& text) { self.budget = parse(budget_names, "budget", text); });
@@ -177,6 +182,12 @@ void bind_collaborative(py::module_& module) {
         return collaborative::remaining(model, plan, parse(budget_names, "budget", budget), final);
       },
       py::arg("model"), py::arg("plan"), py::arg("budget"), py::arg("final"));
+  module.def(
+      "low_rank_layout",
+      [](const LayerSpec& spec, const std::string& wanted) {
+        return name_of(layout_names, collaborative::low_rank_layout(spec, parse(layout_names, "layout", wanted)));
+      },
+      py::arg("spec"), py::arg("wanted"));
   module.def(
       "participants",
       [](const std::vector<LayerSpec>& specs, const std::string& units) {

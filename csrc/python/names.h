@@ -1,6 +1,7 @@
 #pragma once
 
 #include <c10/util/Exception.h>
+#include <cctorch/plan.h>
 
 #include <array>
 #include <string>
@@ -30,5 +31,8 @@ std::string_view name_of(const Names<Enum, count>& names, Enum value) {
   }
   TORCH_INTERNAL_ASSERT(false, "enumeration value without a name");
 }
+
+inline constexpr Names<LowRankLayout, 3> layout_names{
+    {{"channel", LowRankLayout::channel}, {"spatial", LowRankLayout::spatial}, {"tucker", LowRankLayout::tucker}}};
 
 }  // namespace cctorch::python

@@ -26,8 +26,6 @@ constexpr Names<LayerKind, 5> layer_kinds{{{"conv2d", LayerKind::conv2d},
                                            {"linear", LayerKind::linear},
                                            {"batch_norm2d", LayerKind::batch_norm2d},
                                            {"lstm", LayerKind::lstm}}};
-constexpr Names<LowRankLayout, 3> layouts{
-    {{"channel", LowRankLayout::channel}, {"spatial", LowRankLayout::spatial}, {"tucker", LowRankLayout::tucker}}};
 constexpr Names<MaskPlan::Kind, 3> mask_kinds{
     {{"magnitude", MaskPlan::Kind::magnitude}, {"nm", MaskPlan::Kind::nm}, {"channel", MaskPlan::Kind::channel}}};
 
@@ -101,7 +99,7 @@ void bind_layer_plan(py::module_& module) {
              if (kept_out) layer.kept_out = *kept_out;
              layer.gather = std::move(gather);
              layer.rank = rank;
-             layer.layout = parse(layouts, "layout", layout);
+             layer.layout = parse(layout_names, "layout", layout);
              layer.rank_in = rank_in;
              layer.mask = mask;
              layer.bits = bits;
@@ -119,8 +117,8 @@ void bind_layer_plan(py::module_& module) {
       .def_readwrite("gather", &LayerPlan::gather)
       .def_readwrite("rank", &LayerPlan::rank)
       .def_property(
-          "layout", [](const LayerPlan& self) { return name_of(layouts, self.layout); },
-          [](LayerPlan& self, const std::string& text) { self.layout = parse(layouts, "layout", text); })
+          "layout", [](const LayerPlan& self) { return name_of(layout_names, self.layout); },
+          [](LayerPlan& self, const std::string& text) { self.layout = parse(layout_names, "layout", text); })
       .def_readwrite("rank_in", &LayerPlan::rank_in)
       .def_readwrite("mask", &LayerPlan::mask)
       .def_readwrite("bits", &LayerPlan::bits)

@@ -45,11 +45,11 @@ struct Flag {
 };
 
 template <typename Member>
-auto getter(Member Options::* member) {
+auto getter(Member Options::*member) {
   return [=](const Options& options) { return fmt::format("{}", options.*member); };
 }
 
-Value text(std::string Options::* member) {
+Value text(std::string Options::*member) {
   return {[=](Options& options, const std::string& name, const std::string& value) {
             if (value.empty()) refuse(name, "''", "a folder");
             options.*member = value;
@@ -57,27 +57,32 @@ Value text(std::string Options::* member) {
           getter(member)};
 }
 
-Value count(int64_t Options::* member, int64_t least) {
+Value count(int64_t Options::*member, int64_t least) {
   return {[=](Options& options, const std::string& name, const std::string& value) {
             options.*member = parse<int64_t>(name, value, least, std::numeric_limits<int64_t>::max());
           },
           getter(member)};
 }
 
-Value number(double Options::* member, double least, double most) {
+Value number(double Options::*member, double least, double most) {
   return {[=](Options& options, const std::string& name, const std::string& value) {
             options.*member = parse<double>(name, value, least, most);
           },
           getter(member)};
 }
 
-Value turn_on(bool Options::* member) {
+Value turn_on(bool Options::*member) {
   return {[=](Options& options, const std::string&, const std::string&) { options.*member = true; }, getter(member)};
 }
 
 void set_device(Options& options, const std::string& name, const std::string& value) {
   if (value != "auto" && value != "cpu" && value != "cuda") refuse(name, value, "auto, cpu or cuda");
   options.device = value;
+}
+
+void set_layout(Options& options, const std::string& name, const std::string& value) {
+  if (value != "channel" && value != "spatial") refuse(name, value, "channel or spatial");
+  options.layout = value;
 }
 
 void set_bits(Options& options, const std::string& name, const std::string& value) {
@@ -96,6 +101,10 @@ const std::vector<Flag>& flags() {
        {set_bits, getter(&Options::bits)}},
       {"--quantize-epochs", "N", "epochs of the network with weights of few bits", count(&Options::quantize_epochs, 0)},
       {"--target", "C", "fraction of the multiply-accumulates to remove", number(&Options::target, 0.01, 0.95)},
+      {"--layout",
+       "NAME",
+       "of factored convolutions: channel, k x k then 1 x 1, or spatial, 1 x k then k x 1",
+       {set_layout, getter(&Options::layout)}},
       {"--blocks", "N", "blocks in each of the three stages: 3 makes a ResNet-20", count(&Options::blocks, 1)},
       {"--batch", "N", "images in a batch", count(&Options::batch, 2)},
       {"--lr", "X", "peak learning rate of the one-cycle schedule", number(&Options::lr, 1e-6, 10.0)},

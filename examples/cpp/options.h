@@ -9,6 +9,7 @@ struct Options {
   std::string data;  // empty: where Debian's dataset-fashion-mnist puts it
   std::string out = "runs/cpp";
   std::string device = "auto";
+  std::string layout = "channel";
   int64_t epochs = 3;
   int64_t finetune_epochs = 2;
   int64_t bits = 0;  // of a weight in the end, 0 for float

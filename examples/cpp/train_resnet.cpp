@@ -87,6 +87,7 @@ Search solve(const std::vector<cctorch::collaborative::Layer>& layers, const cct
              const std::vector<cctorch::LayerSpec>& specs, const Options& options) {
   cctorch::collaborative::Options solver;
   solver.target = options.target;
+  if (options.layout == "spatial") solver.layout = cctorch::LowRankLayout::spatial;
   const cctorch::collaborative::Search search(layers, cctorch::dense_macs(specs), solver);
   auto solution = search.at_final(options.target, specs, graph);
   for (const std::string& warning : solution.warnings) fmt::print("warning: {}\n", warning);

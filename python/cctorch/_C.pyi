@@ -138,6 +138,7 @@ class SolverOptions:
     budget: Literal["macs", "parameters", "bytes", "table"]
     multiple: int
     effort: float
+    layout: Literal["channel", "spatial"]
     def __init__(
         self,
         target: float = 0.5,
@@ -149,6 +150,7 @@ class SolverOptions:
         budget: Literal["macs", "parameters", "bytes", "table"] = "macs",
         multiple: int = 1,
         effort: float = 3e11,
+        layout: Literal["channel", "spatial"] = "channel",
     ) -> None: ...
 
 class CostTable:
@@ -233,6 +235,7 @@ class Search:
     def at_final(self, target: float, model: list[LayerSpec], graph: ChannelGraph) -> Solution: ...
 
 def remaining(model: list[LayerSpec], plan: CompressionPlan, budget: str, final: bool) -> int: ...
+def low_rank_layout(spec: LayerSpec, wanted: Literal["channel", "spatial"]) -> Literal["channel", "spatial"]: ...
 def participants(
     specs: Sequence[LayerSpec], units: Literal["both", "channels", "singular_values"] = "both"
 ) -> list[LayerSpec]: ...

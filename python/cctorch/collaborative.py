@@ -200,6 +200,7 @@ def compress(
     *,
     target: float = 0.5,
     units: layer_choice.Units = "both",
+    layout: Literal["channel", "spatial"] = "channel",
     basis: Literal["exact", "fixed"] = "fixed",
     gamma: float = 0.9,
     step_fraction: float = 0.01,
@@ -235,6 +236,9 @@ def compress(
         target: fraction of the budget to remove, in (0, 1): 0.4 of the latency leaves 0.6 of the dense time.
         units: what may be removed: input channels, singular values, or both. Weights of an ``nn.LSTM`` give up
             singular values alone; each of them is a layer, named as the parameter is: ``rnn.weight_hh_l0``.
+        layout: what a factored convolution becomes: ``channel``, the paper's, is k x k to `rank` channels, then 1 x 1;
+            ``spatial`` is 1 x k, then k x 1, for those whose kernel is higher than 1 and does not stride along its
+            height. Singular values are those of the matrix that the layout factors.
         basis: `exact` decomposes the weight anew for every candidate channel, `fixed` keeps its singular vectors.
         step_fraction: share of a layer's units removed between two rankings.
         max_rate: no layer gives up more than this share.
@@ -289,7 +293,7 @@ def compress(
     counted: Literal["macs", "parameters", "bytes"] = "macs" if budget == "latency" else budget
     if multiple is None:
         multiple = 8 if example.is_cuda else 1
-    options = _C.SolverOptions(target, gamma, step_fraction, max_rate, units, basis, counted, multiple)
+    options = _C.SolverOptions(target, gamma, step_fraction, max_rate, units, basis, counted, multiple, layout=layout)
     if budget == "latency" and latency_table is None:
         latency_table = latency_budget.table_for(model, example, latency_batch)
     graph = trace(model, example)

@@ -44,6 +44,7 @@ def search(
         next(iter(images))[0][:2],
         target=settings.target if target is None else target,
         units=settings.units,
+        layout=settings.layout,
         basis=settings.basis,
         gamma=settings.gamma,
         step_fraction=settings.step_fraction,

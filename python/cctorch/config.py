@@ -131,6 +131,8 @@ class Compress(Section):
     # Reduction of the model's budget: 0.4 of the latency leaves 0.6 of the dense time.
     target: float = Field(default=0.5, gt=0, lt=1)
     units: Literal["both", "channels", "singular_values"] = "both"
+    # Of factored convolutions: k x k then 1 x 1, or 1 x k then k x 1.
+    layout: Literal["channel", "spatial"] = "channel"
     basis: Literal["fixed", "exact"] = "fixed"
     gamma: float = Field(default=0.9, ge=0)
     step_fraction: float = Field(default=0.01, gt=0, le=1)

@@ -54,6 +54,8 @@ class LayerShape:
     groups: int = 1
     bias: bool = False
     rank: int | None = None
+    layout: Literal["channel", "spatial", "tucker"] = "channel"
+    """Of the factors, where there is a rank: `LowRankConv2d`'s."""
     gathered_from: int | None = None
     """Channels of the tensor that the inputs are picked from; None: it holds exactly the inputs."""
 
@@ -84,13 +86,17 @@ class LayerShape:
     def under(self, plan: _C.LayerPlan) -> LayerShape:
         """The layer as a resolved plan leaves it."""
         gathered = self.inputs if plan.gather else None
+        inputs, outputs = len(plan.kept_in), len(plan.kept_out)
         return dataclasses.replace(
-            self, inputs=len(plan.kept_in), outputs=len(plan.kept_out), rank=plan.rank, gathered_from=gathered
+            self, inputs=inputs, outputs=outputs, rank=plan.rank, layout=plan.layout, gathered_from=gathered
         )
 
     @property
     def full_rank(self) -> int:
-        return min(self.outputs, self.inputs * self.kernel[0] * self.kernel[1])
+        high, wide = self.kernel
+        if self.layout == "spatial":
+            return min(self.outputs * high, self.inputs * wide)
+        return min(self.outputs, self.inputs * high * wide)
 
     @property
     def key(self) -> str:
@@ -141,7 +147,7 @@ class LayerShape:
             "padding_mode": self.padding_mode,
         }
         if self.rank is not None:
-            return LowRankConv2d(self.inputs, self.outputs, self.rank, **arguments)
+            return LowRankConv2d(self.inputs, self.outputs, self.rank, layout=self.layout, **arguments)
         groups = self.inputs if self.kind == "depthwise_conv2d" else self.groups
         return nn.Conv2d(self.inputs, self.outputs, groups=groups, **arguments)
 
@@ -238,18 +244,24 @@ class LatencyTable:
             progress("latency table", len(missing), len(missing))
 
     def cost_shapes(
-        self, shape: LayerShape, producers: Sequence[LayerShape] = (), units: Units = "both"
+        self,
+        shape: LayerShape,
+        producers: Sequence[LayerShape] = (),
+        units: Units = "both",
+        layout: Literal["channel", "spatial"] = "channel",
     ) -> tuple[list[int], list[int], dict[tuple[int, int | None], list[LayerShape]]]:
         """Channels, ranks, and the shapes whose times add up to the cost of each (channels, rank) of a layer."""
         multiple = self._multiple_in(shape)
         channels = [shape.inputs] if units == "singular_values" else _grid(shape.inputs, multiple, points=8)
-        ranks = [] if units == "channels" else _grid(shape.full_rank, multiple, points=4)[:-1]
+        factored = dataclasses.replace(shape, layout=layout)
+        ranks = [] if units == "channels" else _grid(factored.full_rank, multiple, points=4)[:-1]
         cells = {}
         for count in channels:
             gathered = None if producers or count == shape.inputs else shape.inputs
             feeding = [_with_outputs(producer, count) for producer in producers]
             for rank in (None, *ranks):
-                layer = dataclasses.replace(shape, inputs=count, rank=rank, gathered_from=gathered)
+                form = shape if rank is None else factored
+                layer = dataclasses.replace(form, inputs=count, rank=rank, gathered_from=gathered)
                 if rank is not None and rank > layer.full_rank:
                     layer = dataclasses.replace(layer, rank=layer.full_rank)
                 cells[count, rank] = [layer, *feeding]
@@ -260,6 +272,7 @@ class LatencyTable:
         shape: LayerShape,
         producers: Sequence[LayerShape] = (),
         units: Units = "both",
+        layout: Literal["channel", "spatial"] = "channel",
         *,
         beside: Sequence[LayerShape] = (),
         left: Sequence[LayerShape] | None = None,
@@ -271,10 +284,11 @@ class LatencyTable:
             producers: layers whose filters go when the layer gives up inputs; their time at as many filters is part of
                 the cost. Without any, giving up inputs costs a gather.
             units: what may be removed, as for :func:`cctorch.compress`.
+            layout: of the layer's factors.
             beside: layers that stay as they are, unless all of the layer goes with the branch that it is in.
             left: what is left then. None: it can't go.
         """
-        channels, ranks, cells = self.cost_shapes(shape, producers, units)
+        channels, ranks, cells = self.cost_shapes(shape, producers, units, layout)
         always = sum(map(self.seconds, beside))
         cost = {cell: always + sum(map(self.seconds, parts)) for cell, parts in cells.items()}
         removed = None if left is None else sum(map(self.seconds, left))

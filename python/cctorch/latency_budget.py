@@ -239,7 +239,7 @@ def _with_inputs(plan: _C.CompressionPlan, kept: Mapping[str, list[int]]) -> _C.
     layers = copied.layers
     for layer in layers:
         if layer.name in kept and layer.kept_in:
-            layer.kept_in, layer.gather, layer.rank = kept[layer.name], [], None
+            layer.kept_in, layer.gather, layer.rank, layer.layout = kept[layer.name], [], None, "channel"
     copied.layers = layers
     return copied
 
@@ -248,10 +248,11 @@ def _add_tables(layers: Sequence[_C.SolverLayer], predictor: Predictor, setting:
     table, units = setting.table, setting.options.units
     removable = {branch.key: branch for branch in setting.removable}
     parts = {layer.spec.name: predictor.producers(layer.spec.name) for layer in layers}
+    layouts = {layer.spec.name: _C.low_rank_layout(layer.spec, setting.options.layout) for layer in layers}
     needed = [
         shape
         for name, producers in parts.items()
-        for cell in table.cost_shapes(predictor.shapes[name], producers, units)[2].values()
+        for cell in table.cost_shapes(predictor.shapes[name], producers, units, layouts[name])[2].values()
         for shape in cell
     ]
     for branch in removable.values():
@@ -263,7 +264,9 @@ def _add_tables(layers: Sequence[_C.SolverLayer], predictor: Predictor, setting:
         left: list[LayerShape] | None = None
         if name in removable:
             beside, left = predictor.beside(removable[name]), predictor.removed(removable[name])
-        layer.table = table.cost_table(predictor.shapes[name], parts[name], units, beside=beside, left=left)
+        layer.table = table.cost_table(
+            predictor.shapes[name], parts[name], units, layouts[name], beside=beside, left=left
+        )
 
 
 def _measured(setting: _Setting, plan: _C.CompressionPlan, predicted: float) -> Latency:

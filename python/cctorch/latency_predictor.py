@@ -66,9 +66,9 @@ class Predictor:
         for layer in layers:
             if layer.rank is not None:
                 factored = self.shapes[layer.name].under(layer)
-                exact = dataclasses.replace(factored, rank=None)
+                exact = dataclasses.replace(factored, rank=None, layout="channel")
                 if self.table.seconds(exact) <= self.table.seconds(factored):
-                    layer.rank = None
+                    layer.rank, layer.layout = None, "channel"
         plan.layers = layers
 
     def layers(self, plan: _C.CompressionPlan) -> float:

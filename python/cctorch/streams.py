@@ -136,7 +136,8 @@ class Narrowed:
         for narrow in plan.layers:
             layer = self.graph.channels.unchanged(narrow.name)
             left = self._left.get(narrow.name, layer)
-            layer.kept_in, layer.rank = [left.kept_in[i] for i in narrow.kept_in], narrow.rank
+            layer.kept_in = [left.kept_in[i] for i in narrow.kept_in]
+            layer.rank, layer.layout = narrow.rank, narrow.layout
             layers.append(layer)
         plan.layers = layers
 

@@ -67,6 +67,8 @@ struct Options {
   // With Basis::fixed, multiply-accumulates for removing 63 % of a layer's units, and again of what is then left.
   // Layers for which it does not pay for rankings step_fraction apart are ranked less often; infinity: none.
   double effort = 3e11;
+  // Of what is factored: channel, or spatial where low_rank_layout() allows it.
+  LowRankLayout layout = LowRankLayout::channel;
 };
 
 // Loss against rate for one layer, and what the budget made of it: loss ~ a exp(b rate). With a table, the points are
@@ -113,6 +115,11 @@ struct LayerChoices {
 // Those that take part in the search: convolutions and linear layers, without the first convolution, the last linear
 // layer, and depthwise or grouped convolutions; and, where singular values may go, the weights of an lstm.
 std::vector<LayerSpec> participants(const std::vector<LayerSpec>& specs, Units units = Units::both);
+
+// The layout of a layer's factors, if `wanted` is asked for. Two one-dimensional kernels, `spatial`, are for
+// convolutions whose kernel is higher than 1 and does not stride along its height, where the first one would compute
+// rows that the second does not read; the factors of others are those of the layout channel.
+LowRankLayout low_rank_layout(const LayerSpec& spec, LowRankLayout wanted);
 
 // Called from any thread, never from two at once; may throw to stop the search.
 using Progress = std::function<void(std::string_view stage, int64_t done, int64_t total)>;
