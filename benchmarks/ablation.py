@@ -11,6 +11,8 @@ right after compression, with BatchNorm re-estimated and repaired, each of both 
     gamma = 0           units ranked by their own loss only
     uniform rates       the same share of every layer, instead of the fitted curves
     channels only, singular values only
+    spatial             factored convolutions as 1 x k and k x 1 instead of k x k and 1 x 1
+    spatial, singular values only
     torch-pruning       global magnitude (group norm) and Taylor (one pass over as many images), at the ratio that
                         brings it closest to the first row's MACs; torch_pruning_peer.py says what it may prune
 
@@ -38,6 +40,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "gamma = 0": {"gamma": 0.0},
     "channels only": {"units": "channels"},
     "singular values only": {"units": "singular_values"},
+    "spatial": {"layout": "spatial"},
+    "spatial, singular values only": {"layout": "spatial", "units": "singular_values"},
 }
 PEERS = {f"torch-pruning, {importance}": importance for importance in IMPORTANCES}
 ROWS = (*SEARCHES, "uniform rates", *PEERS)

@@ -19,7 +19,7 @@ from cctorch import _C, apply, batch_norm, data, datasets, load_plan, measure, m
 from cctorch.config import expand, load_config
 from cctorch.nn.gather import unwrapped
 from cctorch.plan import CompressionPlan
-from cctorch.repair.affine import Affine, as_image, as_map
+from cctorch.repair.affine import affine_of, as_image, as_map
 from cctorch.repair.places import find, watching
 from torch import Tensor, nn
 
@@ -57,26 +57,26 @@ class Experiment:
     def parallel(self, model: nn.Module, to_dense_outputs: bool) -> None:
         """Each layer on the dense model's inputs: to the dense outputs, or those of its pruned weight at full rank."""
         example = next(iter(self.images))[0][:1]
-        places = {place.layer: place for place in find(self.dense, example) if self.plan.find(place.layer)}
+        places = {place.layer: place for place in find(self.dense, example, self.plan) if self.plan.find(place.layer)}
         layers = {name: self.dense.get_submodule(name) for name in places}
+        smaller = {name: unwrapped(model, name) for name in places}
         affine = {
-            name: Affine(unwrapped(model, name), place.norm and model.get_submodule(place.norm))  # type: ignore[arg-type]
+            name: affine_of(smaller[name], place.norm and model.get_submodule(place.norm))  # type: ignore[arg-type]
             for name, place in places.items()
         }
-        moments = {name: _C.Moments(a.weight.shape[1], a.weight.shape[0]) for name, a in affine.items()}
+        moments = {name: _C.Moments(a.inputs, a.outputs) for name, a in affine.items()}
         for images, _ in self.images:
             inputs: dict[str, Tensor] = {}
 
             def add(name: str, y: Tensor, inputs: dict[str, Tensor] = inputs) -> None:
                 planned = self.plan.find(name)
                 x = inputs.pop(name)[:, planned.kept_in]
-                image, window = as_image(affine[name].layer, x)
+                image, window = as_image(smaller[name], x)
                 if to_dense_outputs:
                     wanted = _C.output_samples(as_map(layers[name], y)[:, planned.kept_out], self.step)
                 else:
-                    pruned = self._pruned(name, places[name].norm, planned)
-                    wanted = pruned.weight.float() @ _C.input_samples(image, window, self.step)
-                    wanted += pruned.constant.float().unsqueeze(1)
+                    weight, constant = self._pruned(name, places[name].norm, planned)
+                    wanted = weight @ _C.input_samples(image, window, self.step) + constant.unsqueeze(1)
                 moments[name].add_conv2d(image, wanted, window, self.step)
 
             norms = {place.norm: self.dense.get_submodule(place.norm) for place in places.values() if place.norm}
@@ -89,17 +89,20 @@ class Experiment:
             ):
                 self.dense(images)
         for name, function in affine.items():
-            function.set(function.fit(moments[name], 1e-5), moments[name])
+            _C.fit_affine(function, moments[name])
 
-    def _pruned(self, name: str, norm: str | None, planned: _C.LayerPlan) -> Affine:
-        layer = copy.deepcopy(self.dense.get_submodule(name))
-        layer.weight.data = layer.weight.data[planned.kept_out][:, planned.kept_in]
-        scale = None
-        if norm is not None:
-            scale = copy.deepcopy(self.dense.get_submodule(norm))
-            for tensor in ("weight", "bias", "running_mean", "running_var"):
-                getattr(scale, tensor).data = getattr(scale, tensor).data[planned.kept_out]
-        return Affine(layer, scale)
+    def _pruned(self, name: str, norm: str | None, planned: _C.LayerPlan) -> tuple[Tensor, Tensor]:
+        """Weight and constant of the dense layer and the norm behind it, of what the plan keeps."""
+        layer = self.dense.get_submodule(name)
+        weight = layer.weight[planned.kept_out][:, planned.kept_in].flatten(1)
+        constant = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias[planned.kept_out]
+        if norm is None:
+            return weight, constant
+        behind = self.dense.get_submodule(norm)
+        slope = behind.weight * (behind.running_var + behind.eps).rsqrt()
+        shift = behind.bias - slope * behind.running_mean
+        slope, shift = slope[planned.kept_out], shift[planned.kept_out]
+        return slope.unsqueeze(1) * weight, slope * constant + shift
 
     def variants(self) -> dict[str, list[Variant]]:
         metric: Variant = lambda model: self.parallel(model, to_dense_outputs=False)  # noqa: E731
