@@ -19,10 +19,11 @@ TRAIN_RESNET = Path(__file__).parents[2] / "build" / "tests" / "cpp" / "consumer
 
 
 @pytest.mark.skipif(not TRAIN_RESNET.exists(), reason="the C++ example is not built: make test-cpp")
-def test_both_languages_repair_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["channel", "spatial"])
+def test_both_languages_repair_alike(tmp_path: Path, layout: str) -> None:
     options = "--synthetic --blocks 1 --batch 32 --epochs 1 --finetune-epochs 0 --lr 0.02 --limit 160 --target 0.6"
     subprocess.run(
-        [TRAIN_RESNET, *options.split(), "--float64", "--device", "cpu", "--out", tmp_path],
+        [TRAIN_RESNET, *options.split(), "--layout", layout, "--float64", "--device", "cpu", "--out", tmp_path],
         check=True,
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -35,6 +36,7 @@ def test_both_languages_repair_alike(tmp_path: Path) -> None:
     dense = create("resnet8", in_channels=1).double()
     dense.load_state_dict(load_file(tmp_path / "dense.safetensors"))
     plan = load_plan(tmp_path / "plan.json")
+    assert layout in {each.layout for each in plan.layers if each.rank}
     small = apply(copy.deepcopy(dense.eval()), plan)
     batch_norm.reestimate(small, batches)
     before = small.eval()(pixels)

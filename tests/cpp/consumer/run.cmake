@@ -64,6 +64,7 @@ expect_failure(2 "--data '': expected a folder" ${train_resnet} --data=)
 expect_failure(2 "expected no --synthetic beside it" ${train_resnet} --synthetic --data ${WORK_DIR})
 expect_failure(2 "no such folder can be made: Not a directory" ${train_resnet} --synthetic
                --out ${CMAKE_CURRENT_LIST_FILE}/run)
+expect_failure(2 "--layout tucker: expected channel or spatial" ${train_resnet} --layout tucker)
 expect_failure(2 "--bits 1: expected a whole number from 2 to 16" ${train_resnet} --bits 1)
 expect_failure(2 "--quantize-epochs 5: expected --bits beside it" ${train_resnet} --quantize-epochs 5)
 expect_failure(1 "no such file" ${train_resnet} --data ${WORK_DIR}/nothing --out ${WORK_DIR}/run)

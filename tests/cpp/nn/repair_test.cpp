@@ -82,7 +82,8 @@ std::function<bool()> batches(Net& net, const at::Tensor& x, int64_t size) {
 template <typename Net>
 Repair repaired(Net& net, Net& dense, const CompressionPlan& plan, const at::Tensor& x,
                 const ModelOptions& options = {.step = 1, .ridge = 1e-12}, int64_t size = 1000) {
-  return repair(*net, [&] { net->forward(x); }, *dense, batches(dense, x, size), plan, x.size(0), options);
+  return repair(
+      *net, [&] { net->forward(x); }, *dense, batches(dense, x, size), plan, x.size(0), options);
 }
 
 // The best affine function from the 3 x 3 windows of x to y: what it gives, as y.
@@ -172,6 +173,32 @@ TEST_P(BlockTest, IsTheLeastSquaresSolution) {
   for (const LayerFit& fit : result.layers) EXPECT_LE(fit.after, fit.before) << fit.name;
   const double spread = (wanted - wanted.mean({0, 2, 3}, true)).square().sum().item<double>();
   EXPECT_NEAR(result.layers[0].after, (inner - wanted).square().sum().item<double>() / spread, 1e-6);
+}
+
+// conv1 by its own output, conv2 by the sum: what is left of both errors is less than what the factors had before.
+TEST_P(BlockTest, FactorsOfEveryLayoutGetNearer) {
+  const torch::NoGradGuard no_grad;
+  for (const LowRankLayout layout : {LowRankLayout::channel, LowRankLayout::spatial, LowRankLayout::tucker}) {
+    LayerPlan conv1 = LayerPlan::unchanged("conv1", LayerKind::conv2d, 8, 6);
+    LayerPlan conv2 = LayerPlan::unchanged("conv2", LayerKind::conv2d, 6, 8);
+    for (LayerPlan* const plan : {&conv1, &conv2}) {
+      plan->rank = 3;
+      plan->layout = layout;
+      if (layout == LowRankLayout::tucker) plan->rank_in = 4;
+    }
+    const CompressionPlan plan{.method = "test", .target = 0.0, .layers = {conv1, conv2}};
+    BlockNet small(GetParam());
+    copy(small, dense);
+    cctorch::apply(*small, plan);
+    small->eval();
+    const auto error = [&] { return (small->forward(x) - dense->forward(x)).square().mean().item<double>(); };
+    const double before = error();
+    const Repair result = repaired(small, dense, plan, x);
+    EXPECT_LT(error(), 0.7 * before) << to_string(layout);
+    ASSERT_EQ(result.layers.size(), 3);
+    for (const int i : {0, 1}) EXPECT_LT(result.layers[i].after, result.layers[i].before) << to_string(layout);
+    EXPECT_EQ(small->conv1->core.defined(), layout == LowRankLayout::tucker);
+  }
 }
 
 TEST_P(BlockTest, LeavesStatisticsOfItsOwnOutputs) {
@@ -311,14 +338,27 @@ TEST_F(TinyTest, RefusalsLeaveTheModelAsItWas) {
   compress();
   expect([&] { repaired(net, net, plan, x); }, "'conv3' of the dense model is compressed");
   expect([&] { repaired(net, dense, plan, x.narrow(0, 0, 0)); }, "no images on a rank");
-  expect([&] { repair(*net, [&] { net->forward(x); }, *dense, [] { return false; }, plan, 40); }, "ran no batch");
-  expect([&] { repair(*net, [&] { net->forward(x); }, *dense, batches(dense, x, 7), plan, 41); },
-         "next_dense ran 40 images, expected the 41");
+  expect(
+      [&] {
+        repair(
+            *net, [&] { net->forward(x); }, *dense, [] { return false; }, plan, 40);
+      },
+      "ran no batch");
+  expect(
+      [&] {
+        repair(
+            *net, [&] { net->forward(x); }, *dense, batches(dense, x, 7), plan, 41);
+      },
+      "next_dense ran 40 images, expected the 41");
   at::Tensor bad = x.clone();
   bad[3][0][0][0] = std::numeric_limits<double>::quiet_NaN();
   expect([&] { repaired(net, dense, plan, bad); }, "repair: layer 'conv3': ");
-  expect([&] { repair(*net, [&] { net->forward(x.narrow(0, 0, 9)); }, *dense, batches(dense, x, 7), plan, 40); },
-         "repair: layer 'conv3': ");
+  expect(
+      [&] {
+        repair(
+            *net, [&] { net->forward(x.narrow(0, 0, 9)); }, *dense, batches(dense, x, 7), plan, 40);
+      },
+      "repair: layer 'conv3': ");
   const auto late = [&] {
     net->forward(x);
     TORCH_CHECK_VALUE(false, "too late");
