@@ -45,11 +45,11 @@ struct Flag {
 };
 
 template <typename Member>
-auto getter(Member Options::*member) {
+auto getter(Member Options::* member) {
   return [=](const Options& options) { return fmt::format("{}", options.*member); };
 }
 
-Value text(std::string Options::*member) {
+Value text(std::string Options::* member) {
   return {[=](Options& options, const std::string& name, const std::string& value) {
             if (value.empty()) refuse(name, "''", "a folder");
             options.*member = value;
@@ -57,21 +57,21 @@ Value text(std::string Options::*member) {
           getter(member)};
 }
 
-Value count(int64_t Options::*member, int64_t least) {
+Value count(int64_t Options::* member, int64_t least) {
   return {[=](Options& options, const std::string& name, const std::string& value) {
             options.*member = parse<int64_t>(name, value, least, std::numeric_limits<int64_t>::max());
           },
           getter(member)};
 }
 
-Value number(double Options::*member, double least, double most) {
+Value number(double Options::* member, double least, double most) {
   return {[=](Options& options, const std::string& name, const std::string& value) {
             options.*member = parse<double>(name, value, least, most);
           },
           getter(member)};
 }
 
-Value turn_on(bool Options::*member) {
+Value turn_on(bool Options::* member) {
   return {[=](Options& options, const std::string&, const std::string&) { options.*member = true; }, getter(member)};
 }
 

@@ -82,8 +82,7 @@ std::function<bool()> batches(Net& net, const at::Tensor& x, int64_t size) {
 template <typename Net>
 Repair repaired(Net& net, Net& dense, const CompressionPlan& plan, const at::Tensor& x,
                 const ModelOptions& options = {.step = 1, .ridge = 1e-12}, int64_t size = 1000) {
-  return repair(
-      *net, [&] { net->forward(x); }, *dense, batches(dense, x, size), plan, x.size(0), options);
+  return repair(*net, [&] { net->forward(x); }, *dense, batches(dense, x, size), plan, x.size(0), options);
 }
 
 // The best affine function from the 3 x 3 windows of x to y: what it gives, as y.
@@ -338,27 +337,14 @@ TEST_F(TinyTest, RefusalsLeaveTheModelAsItWas) {
   compress();
   expect([&] { repaired(net, net, plan, x); }, "'conv3' of the dense model is compressed");
   expect([&] { repaired(net, dense, plan, x.narrow(0, 0, 0)); }, "no images on a rank");
-  expect(
-      [&] {
-        repair(
-            *net, [&] { net->forward(x); }, *dense, [] { return false; }, plan, 40);
-      },
-      "ran no batch");
-  expect(
-      [&] {
-        repair(
-            *net, [&] { net->forward(x); }, *dense, batches(dense, x, 7), plan, 41);
-      },
-      "next_dense ran 40 images, expected the 41");
+  expect([&] { repair(*net, [&] { net->forward(x); }, *dense, [] { return false; }, plan, 40); }, "ran no batch");
+  expect([&] { repair(*net, [&] { net->forward(x); }, *dense, batches(dense, x, 7), plan, 41); },
+         "next_dense ran 40 images, expected the 41");
   at::Tensor bad = x.clone();
   bad[3][0][0][0] = std::numeric_limits<double>::quiet_NaN();
   expect([&] { repaired(net, dense, plan, bad); }, "repair: layer 'conv3': ");
-  expect(
-      [&] {
-        repair(
-            *net, [&] { net->forward(x.narrow(0, 0, 9)); }, *dense, batches(dense, x, 7), plan, 40);
-      },
-      "repair: layer 'conv3': ");
+  expect([&] { repair(*net, [&] { net->forward(x.narrow(0, 0, 9)); }, *dense, batches(dense, x, 7), plan, 40); },
+         "repair: layer 'conv3': ");
   const auto late = [&] {
     net->forward(x);
     TORCH_CHECK_VALUE(false, "too late");
