@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cctorch
 import networks
@@ -238,6 +238,35 @@ def test_repair(name: str, shortcuts: bool) -> None:
         assert ours.after == pytest.approx(theirs.after, rel=1e-2, abs=1e-6)
     scale = float(outputs[1].abs().max())
     assert_same(*outputs, rtol=1e-2, atol=1e-2 * scale)
+
+
+@pytest.mark.parametrize("layout", ["spatial", "tucker"])
+def test_repair_of_other_layouts(layout: Literal["spatial", "tucker"]) -> None:
+    model = built("padded resnet")
+    layers = [
+        LayerPlan(
+            spec.name,
+            "conv2d",
+            spec.in_channels,
+            spec.out_channels,
+            rank=spec.out_channels // 2,
+            layout=layout,
+            rank_in=max(1, spec.in_channels // 2) if layout == "tucker" else None,
+        )
+        for spec in trace(model, images(2)).specs
+        if spec.kind == "conv2d" and spec.kernel_height > 1
+    ]
+    plan = CompressionPlan("test", 0.5, layers)
+    found = []
+    for device in (DEVICE, CPU):
+        dense = copy.deepcopy(model).to(device)
+        small = cctorch.apply(copy.deepcopy(dense), plan).eval()
+        found.append(cctorch.repair(small, dense, plan, batches(device, 4, 20), step=2))
+    assert {layer.name for layer in layers} <= {fit.name for fit in found[0].layers}
+    for ours, theirs in zip(found[0].layers, found[1].layers, strict=True):
+        assert ours.name == theirs.name
+        assert ours.after <= ours.before
+        assert ours.after == pytest.approx(theirs.after, rel=1e-2, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
