@@ -3,10 +3,11 @@
     python benchmarks/search.py --output docs/results/search                       # the networks below
     python benchmarks/search.py --output /tmp/search resnet50 --exact              # one of them, the exact mode too
     python benchmarks/search.py --output /tmp/search resnet50 --device cuda        # wide layers on the GPU
+    python benchmarks/search.py --output /tmp/search resnet50 --layout spatial     # one-dimensional kernels
 
 CIFAR networks have their published weights and the mean gradient over IMAGES training images, if CCTORCH_WEIGHTS and
 CCTORCH_DATA say where both are; torchvision's have random weights and the gradient of four random images: the time does
-not depend on the values, the choices do. OUTPUT/<model>.json is written as each ends, and all of them to
+not depend on the values, the choices do. OUTPUT/<model>.json (<model>_spatial.json) is written as each ends, and all of them to
 OUTPUT/search.md. Exact mode decomposes the weight once for every channel and step, which only the small networks can
 afford; --exact asks for it.
 
@@ -76,7 +77,9 @@ def differences(fixed: _C.CompressionPlan, exact: _C.CompressionPlan, searched: 
     }
 
 
-def examine(name: str, target: float, images: int, exact: bool, device: torch.device) -> dict[str, Any]:
+def examine(
+    name: str, target: float, images: int, exact: bool, device: torch.device, layout: Literal["channel", "spatial"]
+) -> dict[str, Any]:
     torch.manual_seed(0)
     model, example, found_batches = cifar(name, images) if name in CIFAR else torchvision_model(name)
     model, example = model.to(device), example.to(device)
@@ -86,14 +89,14 @@ def examine(name: str, target: float, images: int, exact: bool, device: torch.de
     gradients = mean_gradients(model, batches, searched)
 
     def solve(basis: Literal["exact", "fixed"]) -> collaborative.Compression:
-        options = _C.SolverOptions(target=target, basis=basis)
+        options = _C.SolverOptions(target=target, basis=basis, layout=layout)
         return collaborative.solve(model, trace(model, example), gradients, options)
 
     if device.type == "cuda":
         solve("fixed")  # the libraries' start is not the search's time
     found = solve("fixed")
     row: dict[str, Any] = {
-        "model": name,
+        "model": name if layout == "channel" else f"{name}, {layout}",
         "layers": len(gradients),
         "largest": max((list(gradient.shape) for gradient in gradients.values()), key=math.prod),
         "target": target,
@@ -135,6 +138,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.5)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--exact", action="store_true", help="also search in exact mode, and compare")
+    parser.add_argument("--layout", choices=("channel", "spatial"), default="channel")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -142,8 +146,9 @@ def main() -> None:
         _C.keep_freed_memory()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in arguments.networks:
-        row = examine(name, arguments.target, arguments.images, arguments.exact, arguments.device)
-        (arguments.output / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+        row = examine(name, arguments.target, arguments.images, arguments.exact, arguments.device, arguments.layout)
+        file = row["model"].replace(", ", "_") + ".json"
+        (arguments.output / file).write_text(json.dumps(row, indent=1) + "\n")
         print(table([row]).splitlines()[-1], flush=True)
     rows = [json.loads(path.read_text()) for path in sorted(arguments.output.glob("*.json"))]
     (arguments.output / "search.md").write_text(table(rows))
