@@ -7,9 +7,9 @@
 
 CIFAR networks have their published weights and the mean gradient over IMAGES training images, if CCTORCH_WEIGHTS and
 CCTORCH_DATA say where both are; torchvision's have random weights and the gradient of four random images: the time does
-not depend on the values, the choices do. OUTPUT/<model>.json (<model>_spatial.json) is written as each ends, and all of them to
-OUTPUT/search.md. Exact mode decomposes the weight once for every channel and step, which only the small networks can
-afford; --exact asks for it.
+not depend on the values, the choices do. OUTPUT/<model>.json (<model>_spatial.json) is written as each ends, and all
+of them to OUTPUT/search.md. Exact mode decomposes the weight once for every channel and step, which only the small
+networks can afford; --exact asks for it.
 
     Jaccard    kept channels of both modes over the channels that either keeps, the mean over layers
     rank       mean and largest difference of the ranks where both factor, in units; layers factored by one mode only
