@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -83,9 +83,10 @@ def test_channels_are_ranked_by_what_their_readers_lose(model: nn.Module) -> Non
     assert streams(graph, layers[:-1], set(), dict.fromkeys(by_name, 8)) == []
 
 
+@pytest.mark.parametrize("factors", ["channel", "spatial"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_plan_of_the_narrowed_network_is_one_of_the_whole_network(
-    model: nn.Module, layout: torch.memory_format
+    model: nn.Module, layout: torch.memory_format, factors: Literal["channel", "spatial"]
 ) -> None:
     """Carried out at once, it gives what it gives on the model that was narrowed before."""
     model = model.to(memory_format=layout)  # type: ignore[call-overload]
@@ -105,7 +106,8 @@ def test_a_plan_of_the_narrowed_network_is_one_of_the_whole_network(
     chosen = [narrow_graph.channels.unchanged(name) for name in left]
     for layer in chosen:
         layer.kept_in = layer.kept_in[1:] if layer.name != "down" else layer.kept_in[::2]
-        layer.rank = 6 if layer.name == "blocks.1.conv1" else None
+        if layer.name == "blocks.1.conv1":
+            layer.rank, layer.layout = 6, factors
     plan.layers = chosen
     on_narrow = CompressionPlan.from_json(plan.to_json())
     narrow_graph.channels.resolve(on_narrow)
