@@ -43,9 +43,11 @@ void check_layer(const Layer& layer, const Options& options) {
                       ", expected a finite number of at least 0");
   }
   TORCH_CHECK_VALUE(layer.weight.size(0) == spec.out_channels && layer.weight.size(1) == spec.in_channels &&
-                        layer.weight.numel() == spec.parameters() && spec.positions > 0,
+                        layer.weight.numel() == spec.parameters() && spec.positions > 0 &&
+                        (!convolution || layer.weight.size(2) == spec.kernel_height),
                     "compress: layer '", spec.name, "' has a weight of shape ", layer.weight.sizes(), ", expected ",
-                    spec.out_channels, " x ", spec.in_channels, " and a kernel of ", spec.kernel_size());
+                    spec.out_channels, " x ", spec.in_channels, " and a kernel of ", spec.kernel_height, " x ",
+                    spec.kernel_width);
   TORCH_CHECK_VALUE(layer.gradient.defined() && layer.gradient.sizes() == layer.weight.sizes(), "compress: layer '",
                     spec.name, "': the gradient's shape differs from the weight's, ", layer.weight.sizes());
   for (const auto& [what, tensor] : {std::pair{"weight", &layer.weight}, {"gradient", &layer.gradient}}) {

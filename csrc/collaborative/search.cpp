@@ -152,7 +152,9 @@ Solution Search::at_final(double target, const std::vector<LayerSpec>& model, co
 int64_t remaining(const std::vector<LayerSpec>& model, const CompressionPlan& plan, Budget budget, bool final) {
   TORCH_CHECK_VALUE(budget != Budget::table, "remaining: a table has no closed form, expected another budget");
   int64_t sum = 0;
-  for (const LayerSpec& spec : model) {
+  for (LayerSpec spec : model) {
+    // A weight has its parameters once, however many positions a kernel before the stride computes.
+    if (budget != Budget::macs) spec.stride_height = spec.stride_width = 1;
     sum += in_unit(budget, spec, layer_macs(spec, plan.find(spec.name), final));
   }
   return sum;

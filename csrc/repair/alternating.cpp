@@ -1,8 +1,10 @@
 #include "csrc/repair/alternating.h"
 
 #include <ATen/ATen.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <tuple>
 
@@ -17,6 +19,24 @@ constexpr int kMostSweeps = 10;
 constexpr int kGradientSteps = 2;
 
 double inner_product(const at::Tensor& a, const at::Tensor& b) { return a.mul(b).sum().item<double>(); }
+
+// The factor of a matrix that rounding may have made slightly indefinite: what is added to its diagonal grows until it
+// is not.
+at::Tensor cholesky_factor(const at::Tensor& matrix) {
+  double added = 0;
+  while (true) {
+    at::Tensor definite = matrix;
+    if (added > 0) {
+      definite = matrix.clone();
+      definite.diagonal().add_(added);
+    }
+    const auto [lower, failed] = at::linalg_cholesky_ex(definite);
+    if (failed.item<int>() == 0) return lower;
+    const double mean = matrix.diagonal().mean().item<double>();
+    TORCH_CHECK_VALUE(std::isfinite(mean), "repair: the metric of the inputs holds NaN or infinite values");
+    added = std::max({10 * added, 1e-14 * mean, std::numeric_limits<double>::min()});
+  }
+}
 
 // With unknowns in the order (i, q), q = (c, j), an outer factor N x (i, r) and an inner one r x q: the weight, as
 // (N i) x q, is their product.
@@ -34,17 +54,22 @@ class Alternation {
     wanted_ = at::mm(weight, metric_);
     total_ = inner_product(wanted_, weight);
     const at::Tensor blocks = metric_.view({rows_, width(), rows_, width()}).diagonal(0, 0, 2);
-    preconditioner_ = at::linalg_cholesky(blocks.mean(-1));
+    preconditioner_ = cholesky_factor(blocks.mean(-1));
   }
 
   at::Tensor run(const at::Tensor& start) const {
     at::Tensor inner = orthonormal(start.flatten(1));
     auto [outer, explained] = best_outer(inner);
     for (int sweep = 0; sweep < kMostSweeps; ++sweep) {
-      inner = orthonormal(improved_inner(outer, inner));
-      const double before = explained;
-      std::tie(outer, explained) = best_outer(inner);
-      if (explained - before <= kLeastGain * (total_ - before)) break;
+      const at::Tensor next_inner = orthonormal(improved_inner(outer, inner));
+      const auto [next_outer, next_explained] = best_outer(next_inner);
+      // Rounding can undo the last of the gains.
+      if (!(next_explained > explained)) break;
+      const bool is_last = next_explained - explained <= kLeastGain * (total_ - explained);
+      inner = next_inner;
+      outer = next_outer;
+      explained = next_explained;
+      if (is_last) break;
     }
     return unordered(product(outer, inner));
   }
@@ -76,7 +101,7 @@ class Alternation {
     const at::Tensor half = at::matmul(metric_.view({inputs_ * rows_, width()}), inner.t());
     const at::Tensor seen = at::matmul(inner, half.view({rows_, width(), unknowns})).view({unknowns, unknowns});
     const at::Tensor wanted = at::mm(wanted_.view({-1, width()}), inner.t()).view({outputs_, unknowns});
-    const at::Tensor lower = at::linalg_cholesky(seen);
+    const at::Tensor lower = cholesky_factor(seen);
     const at::Tensor outer = truncate(at::cholesky_solve(wanted.t(), lower).t(), lower, rank_).contiguous();
     return {outer, at::mm(outer, lower).square_().sum().item<double>()};
   }
@@ -86,8 +111,8 @@ class Alternation {
   at::Tensor improved_inner(const at::Tensor& outer, const at::Tensor& inner) const {
     const at::Tensor matrix = outer.view({-1, inner.size(0)});
     at::Tensor gram = at::mm(matrix.t(), matrix);
-    gram.diagonal().add_(1e-6 * gram.diagonal().mean().item<double>() + std::numeric_limits<double>::min());
-    const at::Tensor lower = at::linalg_cholesky(gram);
+    gram.diagonal().add_(1e-6 * gram.diagonal().mean().item<double>());
+    const at::Tensor lower = cholesky_factor(gram);
     const auto gradient = [&](const at::Tensor& weight) { return at::mm(matrix.t(), weight.view({-1, width()})); };
     const auto preconditioned = [&](const at::Tensor& residual) {
       return at::cholesky_solve(at::cholesky_solve(residual, lower).t(), preconditioner_).t();

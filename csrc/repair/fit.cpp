@@ -129,6 +129,7 @@ Fit alternating_least_squares(const Moments& moments, const at::Tensor& weight, 
   TORCH_CHECK_VALUE(inner.dim() == 3 && inner.numel() > 0 && inputs % (inner.size(1) * inner.size(2)) == 0,
                     "repair: an inner factor of shape ", inner.sizes(), ", expected rank x channels x columns of ",
                     inputs, " inputs");
+  TORCH_CHECK_VALUE(at::isfinite(inner).all().item<bool>(), "repair: the inner factor holds NaN or infinite values");
   const Closest factored = [&](const at::Tensor& best, const at::Tensor& regularized, const at::Tensor&) {
     return alternate(best, regularized, inner.detach().to(best.options()), rank);
   };

@@ -17,7 +17,7 @@ from cctorch import _C, branches, distributed, latency_budget, layer_choice
 from cctorch.gradients import LossFunction, Progress, mean_gradients, weight_of
 from cctorch.graph import Branch, ModelGraph, trace
 from cctorch.importance import Head, importances
-from cctorch.latency import LatencyTable
+from cctorch.latency import LatencyTable, Layout
 from cctorch.latency_budget import Latency
 from cctorch.plan import CompressionPlan, LayerSpec
 
@@ -200,7 +200,7 @@ def compress(
     *,
     target: float = 0.5,
     units: layer_choice.Units = "both",
-    layout: Literal["channel", "spatial"] = "channel",
+    layout: Layout = "channel",
     basis: Literal["exact", "fixed"] = "fixed",
     gamma: float = 0.9,
     step_fraction: float = 0.01,
@@ -238,7 +238,8 @@ def compress(
             singular values alone; each of them is a layer, named as the parameter is: ``rnn.weight_hh_l0``.
         layout: what a factored convolution becomes: ``channel``, the paper's, is k x k to `rank` channels, then 1 x 1;
             ``spatial`` is 1 x k, then k x 1, for those whose kernel is higher than 1 and does not stride along its
-            height. Singular values are those of the matrix that the layout factors.
+            height. Singular values are those of the matrix that the layout factors. Both kernels are counted at the
+            positions of the output, which is exact where padding keeps the height.
         basis: `exact` decomposes the weight anew for every candidate channel, `fixed` keeps its singular vectors.
         step_fraction: share of a layer's units removed between two rankings.
         max_rate: no layer gives up more than this share.
@@ -288,7 +289,7 @@ def compress(
         >>> compression.final_reduction > 0.39
         True
     """
-    _check_arguments(example, budget, count)
+    _check_arguments(example, budget, count, layout)
     _check_numbers(target=target, gamma=gamma, step_fraction=step_fraction, max_rate=max_rate)
     counted: Literal["macs", "parameters", "bytes"] = "macs" if budget == "latency" else budget
     if multiple is None:
@@ -343,12 +344,16 @@ def compress(
     return compression
 
 
-def _check_arguments(example: object, budget: str, count: str) -> None:
+def _check_arguments(example: object, budget: str, count: str, layout: str) -> None:
     if not isinstance(example, Tensor):
         raise TypeError(
             f"compress: example is a {type(example).__name__}, expected the one tensor that the model takes"
         )
-    for name, value, known in (("budget", budget, get_args(Budget)), ("count", count, get_args(Count))):
+    for name, value, known in (
+        ("budget", budget, get_args(Budget)),
+        ("count", count, get_args(Count)),
+        ("layout", layout, get_args(Layout)),
+    ):
         if value not in known:
             raise ValueError(f"compress: {name} = {value!r}, expected one of {', '.join(map(repr, known))}")
 

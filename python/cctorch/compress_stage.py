@@ -16,7 +16,7 @@ from cctorch.gradients import Progress
 from cctorch.graph import trace
 from cctorch.log import Log
 from cctorch.network import Network
-from cctorch.repair_stage import repaired
+from cctorch.repair_stage import repair_network
 from cctorch.store import Events, Folder
 from cctorch.summary import search_results
 
@@ -102,7 +102,7 @@ class CompressStage:
         self._reestimate(events, log, results)
         if self.settings.repair:
             images = self.images.head(self.settings.repair_images, self.seed)
-            repaired(self.network, found.plan, dense(), images, self.dataset, "compress", events, log, results)
+            repair_network(self.network, found.plan, dense(), images, self.dataset, "compress", events, log, results)
         return found.plan
 
     def _reestimate(self, events: Events, log: Log, results: dict[str, Any]) -> None:

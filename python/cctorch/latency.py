@@ -25,6 +25,7 @@ __all__ = ["LatencyTable", "LayerShape"]
 
 Progress = Callable[[str, int, int], None]
 Units = Literal["both", "channels", "singular_values"]
+Layout = Literal["channel", "spatial"]
 Timer = Callable[[Sequence[nn.Module], Tensor], list[list[float]]]
 """Seconds of repeated runs of each module on one input, the modules in turn: `measure.interleaved`."""
 
@@ -54,7 +55,7 @@ class LayerShape:
     groups: int = 1
     bias: bool = False
     rank: int | None = None
-    layout: Literal["channel", "spatial", "tucker"] = "channel"
+    layout: Layout = "channel"
     """Of the factors, where there is a rank: `LowRankConv2d`'s."""
     gathered_from: int | None = None
     """Channels of the tensor that the inputs are picked from; None: it holds exactly the inputs."""
@@ -87,6 +88,7 @@ class LayerShape:
         """The layer as a resolved plan leaves it."""
         gathered = self.inputs if plan.gather else None
         inputs, outputs = len(plan.kept_in), len(plan.kept_out)
+        assert plan.layout != "tucker"
         return dataclasses.replace(
             self, inputs=inputs, outputs=outputs, rank=plan.rank, layout=plan.layout, gathered_from=gathered
         )
@@ -97,6 +99,16 @@ class LayerShape:
         if self.layout == "spatial":
             return min(self.outputs * high, self.inputs * wide)
         return min(self.outputs, self.inputs * high * wide)
+
+    @property
+    def useful_rank(self) -> int:
+        """Up to where factors may be cheaper than the weight: about half of the full rank of the layout spatial, near
+        all of it of the layout channel."""
+        high, wide = self.kernel
+        if self.layout != "spatial":
+            return self.full_rank
+        rows, columns = self.outputs * high, self.inputs * wide
+        return min(self.full_rank, math.ceil(rows * columns / (rows + columns)))
 
     @property
     def key(self) -> str:
@@ -248,13 +260,13 @@ class LatencyTable:
         shape: LayerShape,
         producers: Sequence[LayerShape] = (),
         units: Units = "both",
-        layout: Literal["channel", "spatial"] = "channel",
+        layout: Layout = "channel",
     ) -> tuple[list[int], list[int], dict[tuple[int, int | None], list[LayerShape]]]:
         """Channels, ranks, and the shapes whose times add up to the cost of each (channels, rank) of a layer."""
         multiple = self._multiple_in(shape)
         channels = [shape.inputs] if units == "singular_values" else _grid(shape.inputs, multiple, points=8)
         factored = dataclasses.replace(shape, layout=layout)
-        ranks = [] if units == "channels" else _grid(factored.full_rank, multiple, points=4)[:-1]
+        ranks = [] if units == "channels" else _grid(factored.useful_rank, multiple, points=4)[:-1]
         cells = {}
         for count in channels:
             gathered = None if producers or count == shape.inputs else shape.inputs
@@ -272,7 +284,7 @@ class LatencyTable:
         shape: LayerShape,
         producers: Sequence[LayerShape] = (),
         units: Units = "both",
-        layout: Literal["channel", "spatial"] = "channel",
+        layout: Layout = "channel",
         *,
         beside: Sequence[LayerShape] = (),
         left: Sequence[LayerShape] | None = None,

@@ -13,7 +13,7 @@ from cctorch.repair import repair
 from cctorch.store import Events
 
 
-def repaired(
+def repair_network(
     network: Network,
     plan: _C.CompressionPlan,
     dense: nn.Module,

@@ -24,7 +24,7 @@ from cctorch.interruption import Interruption
 from cctorch.log import Log
 from cctorch.prepare import convert, prepare
 from cctorch.regularize_stage import RegularizeStage, select
-from cctorch.repair_stage import repaired
+from cctorch.repair_stage import repair_network
 from cctorch.session import locked, logged
 from cctorch.store import Events, Folder, Steps, build, load_model
 from cctorch.summary import Summary, counted, show
@@ -227,6 +227,8 @@ class _Run(Trainer):
         plan = _C.CompressionPlan.from_json(found)
         momentum = self.network.momentum()
         if not plan.layers:
+            if settings.repair:
+                self.log.warning("regularize.repair: no layer has become smaller, and none is fitted")
             self.network.wrap(self.network.model)
             return top1, momentum
         smaller = sum(layer.kind != "batch_norm2d" for layer in plan.layers)
@@ -249,7 +251,7 @@ class _Run(Trainer):
                 settings.repair_images, self.config.seed
             )
             teacher, results = self.dense(), self.state.results
-            top1 = repaired(
+            top1 = repair_network(
                 self.network, plan, teacher, images, self.data, "regularize", self.events, self.log, results
             )
         momentum = self.network.momentum()

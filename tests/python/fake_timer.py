@@ -57,7 +57,7 @@ class FakeTimer:
             return self.launch / 4 + 1e-9 * positions * y.shape[1]
         if isinstance(layer, LowRankConv2d):
             rank, inputs, high, wide = layer.first.shape
-            work = eights(rank) * (eights(inputs) * high * wide + eights(layer.second.shape[0]))
+            work = eights(rank) * (eights(inputs) * high * wide + eights(layer.second.shape[0]) * layer.second.shape[2])
             return 2 * self.launch + 1e-10 * positions * work
         work = eights(x.shape[1]) * eights(y.shape[1]) * layer.weight[0, 0].numel()
         return self.launch + 1e-10 * positions * work

@@ -323,6 +323,12 @@ def test_repair_of_layers_that_stay_as_large_is_refused(
         _config(dataset, tmp_path, compress=compress, repair=True, **changes)
 
 
+def test_nothing_to_fit_is_said(dataset: Path, tmp_path: Path) -> None:
+    settings = _config(dataset, tmp_path, q=[{"kind": "svd", "rank": 1000}], epochs=0, repair=True)
+    assert run_quietly(settings).top1_repaired is None
+    assert "no layer has become smaller, and none is fitted" in (settings.folder / "run.log").read_text()
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "masks": {"q": STAGE["q"]},
     "ranks and then masks": {"q": [*LOW_RANK["channel"], *STAGE["q"]]},

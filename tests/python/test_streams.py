@@ -217,6 +217,22 @@ def test_it_gives_up_less_than_the_search_without(model: nn.Module, monkeypatch:
     assert objective(shared) < objective(alone)
 
 
+@pytest.mark.parametrize("units", ["both", "singular_values"])
+@pytest.mark.parametrize("timer", [FakeTimer(launch=0.0), DearGathers(launch=0.0)])
+def test_factors_of_one_dimensional_kernels(model: nn.Module, timer: FakeTimer, units: Any) -> None:
+    found = run(timer, model, target=0.6, units=units, layout="spatial")
+    factored = {layer.name: layer for layer in found.plan.layers if layer.rank}
+    layouts = {layer.layout for name, layer in factored.items() if name != "down"}
+    assert layouts == {"spatial"} or (not layouts and units == "both")
+    assert "down" not in factored or factored["down"].layout == "channel"  # it strides
+    assert found.latency is not None
+    assert found.latency.predicted_ratio == pytest.approx(found.latency.ratio, rel=1e-6)
+    assert 0.35 < found.latency.ratio <= 0.4
+    smaller = apply(copy.deepcopy(model), found.plan)
+    ratio = timer([smaller], torch.randn(4, 3, 8, 8))[0][0] / timer([model], torch.randn(4, 3, 8, 8))[0][0]
+    assert found.latency.ratio == pytest.approx(ratio)
+
+
 @pytest.mark.parametrize(
     "options", [{"units": "singular_values", "target": 0.6}, {"exclude": ["down"]}, {"bounds": {"blocks.0.conv1": 0.9}}]
 )
