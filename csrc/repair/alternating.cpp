@@ -32,7 +32,7 @@ at::Tensor cholesky_factor(const at::Tensor& matrix) {
     }
     const auto [lower, failed] = at::linalg_cholesky_ex(definite);
     if (failed.item<int>() == 0) return lower;
-    const double mean = matrix.diagonal().mean().item<double>();
+    const auto mean = matrix.diagonal().mean().item<double>();
     TORCH_CHECK_VALUE(std::isfinite(mean), "repair: the metric of the inputs holds NaN or infinite values");
     added = std::max({10 * added, 1e-14 * mean, std::numeric_limits<double>::min()});
   }
