@@ -8,6 +8,7 @@ For each batch the dense model, both plans and torch-pruning's models of the rat
 asked for take turns in one process, and the ratio is the median over their turns. Top-1 on the test images right after
 compression, with BatchNorm statistics re-estimated, and (plans) repaired, each on 4,000 training images. Nothing is
 fine-tuned. A network of torchvision's with random weights has times only. Freed memory is kept, as `cctorch run` does.
+--layout spatial: what both plans factor becomes one-dimensional kernels.
 """
 
 import argparse
@@ -71,7 +72,8 @@ class Budgets:
     """One model with published weights and its images, or a random one of torchvision's, of which only times count."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.target = arguments.target
+        self.target, self.layout = arguments.target, arguments.layout
+        self.peers = () if arguments.no_peer else IMPORTANCES
         self.test: data.Batches | None = None
         largest = max(arguments.batch)
         if arguments.random:
@@ -97,7 +99,7 @@ class Budgets:
         self.by_macs = self.carried_out(found)
 
     def options(self) -> _C.SolverOptions:
-        return _C.SolverOptions(target=self.target)
+        return _C.SolverOptions(target=self.target, layout=self.layout)
 
     def graph(self) -> ModelGraph:
         return trace(self.model, self.examples[:2])
@@ -158,7 +160,7 @@ class Budgets:
         if fast is not None:
             rows.append({"plan": "latency", **by_latency})
             timed.append(fast)
-        for importance in IMPORTANCES:
+        for importance in self.peers:
             model, row = self.by_peer(importance, example)
             rows.append({"plan": f"torch-pruning, {importance}", **row})
             timed.append(model)
@@ -197,6 +199,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 128])
     parser.add_argument("--images", type=int, default=10_000, help="training images for the mean gradient")
     parser.add_argument("--keep-branches", action="store_true", help="no whole residual branch is removed")
+    parser.add_argument("--layout", choices=("channel", "spatial"), default="channel", help="of our factors")
+    parser.add_argument("--no-peer", action="store_true", help="without torch-pruning")
     parser.add_argument("--gradients", type=Path, help="read them from this file, or write them to it")
     parser.add_argument("--rounds", type=int, default=5, help="of 20 turns each")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
