@@ -11,7 +11,19 @@ from typing import Any
 import cctorch
 import pytest
 import torch
-from cctorch import CompressionPlan, branches, data, datasets, measure, measure_stage, models, report, store, trainer
+from cctorch import (
+    CompressionPlan,
+    branches,
+    data,
+    datasets,
+    measure,
+    measure_stage,
+    models,
+    repair_stage,
+    report,
+    store,
+    trainer,
+)
 from cctorch import run as driver
 from cctorch.config import Config, ConfigError, parse_config
 from cctorch.graph import trace
@@ -193,13 +205,19 @@ def test_layers_end_as_small_as_their_weights(dataset: Path, tmp_path: Path, lay
 
 @pytest.mark.parametrize(
     ("place", "function"),
-    [(driver, "apply"), (store.Folder, "save_compressed"), (measure_stage, "measured")],
-    ids=["surgery", "the file", "measurement"],
+    [
+        (driver, "apply"),
+        (repair_stage, "repair"),
+        (store.Folder, "save_compressed"),
+        (measure_stage, "measured"),
+    ],
+    ids=["surgery", "repair", "the file", "measurement"],
 )
 def test_an_interruption_at_the_smaller_layers_changes_nothing(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any, function: str
 ) -> None:
-    whole, parts = (_config(dataset, tmp_path / name, q=LOW_RANK["tucker"]) for name in ("whole", "parts"))
+    stage = {"q": LOW_RANK["tucker"], "repair": True}
+    whole, parts = (_config(dataset, tmp_path / name, **stage) for name in ("whole", "parts"))
     run_quietly(whole)
     with monkeypatch.context() as patch:
         patch.setattr(place, function, _interrupted)
