@@ -12,8 +12,7 @@ namespace cctorch::repair {
 
 namespace {
 
-// Where a sweep gains less than this part of the error, or after so many, it ends. Of ResNet-32's layers in
-// Tucker-2 form that leaves errors within half a percent of those of 30 sweeps.
+// Where a sweep gains less than this part of the error, or after so many, it ends.
 constexpr double kLeastGain = 1e-3;
 constexpr int kMostSweeps = 10;
 constexpr int kGradientSteps = 2;
